@@ -1,0 +1,34 @@
+//! gradwire: the home of a model's parameters *and* of its optimizer state.
+//!
+//! Workers push gradients and pull parameters; servers hold sharded parameters, aggregate, run the optimizer themselves and
+//! hand back the new parameters. See `docs/architecture.md` for the layers and `docs/wire.md` for the bytes.
+//!
+//! Invariant: a module imports only from layers below its own (`tests/tidy.rs` holds the table).
+
+pub mod error;
+pub mod types;
+
+pub mod consistency;
+pub mod layout;
+pub mod observe;
+pub mod sys;
+pub mod wire;
+
+pub mod mem;
+
+pub mod optim;
+pub mod transport;
+
+pub mod checkpoint;
+pub mod session;
+
+pub mod server;
+pub mod worker;
+
+pub mod launch;
+pub mod tools;
+pub mod world;
+
+pub mod cli;
+
+pub use error::{Error, Result};

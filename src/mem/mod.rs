@@ -1,0 +1,10 @@
+//! Memory that every fabric can share: regions (memfd), exclusive ranges of them (leases), and where in the machine they lie.
+//!
+//! Invariant: the bytes of a region are reached through a [`Lease`] (exclusive) or a [`SharedLease`] (read-only) and through
+//! nothing else.
+
+mod lease;
+mod region;
+
+pub use lease::{Lease, SharedLease};
+pub use region::{Region, RegionOptions};
