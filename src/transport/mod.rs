@@ -1,1 +1,156 @@
-//! transport
+//! The one seam to every fabric: a reliable one-sided transport, seen from one thread.
+//!
+//! A *write* carries a note, and optionally a payload that lands in a slot which the receiver has armed. Completions give leases
+//! back. Whoever lacks one-sided writes emulates them.
+//!
+//! Invariant: bytes of a leased range are never touched by safe code between `post`/`arm` and the completion that returns the
+//! lease; nothing lands after `fence`.
+
+use std::{os::fd::BorrowedFd, time::Instant};
+
+use crate::{
+    Error, Result,
+    mem::{Lease, Region, SharedLease},
+    types::PeerId,
+    wire::Note,
+};
+
+/// A registered region: the key under which peers name it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryRegion {
+    /// The key that peers put into their writes.
+    pub rkey: u32,
+    /// Bytes from the region's start that peers may be allowed to write.
+    pub len: u64,
+}
+
+/// A place that one peer may write to, once armed by its owner.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct RemoteSlot {
+    /// The owner's key of the region.
+    pub rkey: u32,
+    /// Offset of the slot's first byte in the region.
+    pub offset: u64,
+    /// Bytes that fit.
+    pub len: u32,
+}
+
+/// What a peer needs to reach us: opaque to all but the driver that made it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Endpoint {
+    /// The fabric's name ("tcp", "sim").
+    pub fabric: String,
+    /// Where, in that fabric's own words ("127.0.0.1:4711"); empty means "I shall call you".
+    pub address: String,
+}
+
+/// A note, and what it says about a payload.
+#[derive(Debug)]
+pub struct WorkRequest {
+    /// Chosen by the caller; comes back in the completion.
+    pub id: u64,
+    /// To whom.
+    pub peer: PeerId,
+    /// What the write means. `note.length` must be the payload's length.
+    pub note: Note,
+    /// The bytes and where they go; `None` for a note alone.
+    pub payload: Option<(SharedLease, RemoteSlot)>,
+}
+
+/// `post` had no room; here is the request again. Room comes with the next completions of that peer.
+#[derive(Debug)]
+pub struct QueueFull(pub WorkRequest);
+
+/// What a driver has to tell.
+#[derive(Debug)]
+pub enum Completion {
+    /// A `connect` succeeded.
+    Connected {
+        /// The other end.
+        peer: PeerId,
+    },
+    /// A posted write no longer needs its source. It says nothing about the peer having seen it.
+    Sent {
+        /// The request's id.
+        id: u64,
+        /// The payload's bytes.
+        source: Option<SharedLease>,
+    },
+    /// A peer's write is here, all of it.
+    Arrived {
+        /// Who wrote.
+        from: PeerId,
+        /// What it means.
+        note: Note,
+        /// The slot it landed in, disarmed now; `None` for a note alone.
+        lease: Option<Lease>,
+    },
+    /// A posted write will not be completed; whether it landed is unknown.
+    Failed {
+        /// The request's id.
+        id: u64,
+        /// The payload's bytes.
+        source: Option<SharedLease>,
+        /// Why.
+        error: Error,
+    },
+    /// The path to a peer is gone, or never came to be. Its `Failed` completions precede this; nothing of that peer follows.
+    Broken {
+        /// The other end.
+        peer: PeerId,
+        /// Why.
+        error: Error,
+    },
+}
+
+/// A reliable one-sided fabric, seen from one thread.
+///
+/// Per peer, writes arrive in the order in which they were posted, or the path breaks. A peer that writes where it may not, or
+/// sends what cannot be decoded, has its path broken; the others are not disturbed.
+pub trait Transport {
+    /// Makes a region known to the fabric. For start, join and rebuild; never on the data path.
+    fn register(&mut self, region: &Region) -> Result<MemoryRegion>;
+
+    /// What *this* peer needs to reach us.
+    fn offer(&mut self, peer: PeerId) -> Result<Endpoint>;
+
+    /// Begins a path; ends as `Connected` or `Broken` before `deadline`. Both ends call it.
+    fn connect(&mut self, peer: PeerId, remote: &Endpoint, deadline: Instant) -> Result<()>;
+
+    /// Opens a slot (a range of a registered region) to one write by `peer`.
+    fn arm(&mut self, peer: PeerId, slot: Lease) -> Result<RemoteSlot>;
+
+    /// Ends our side of the path. Armed leases come back; nothing lands after this, and no completion of that peer follows but
+    /// the `Failed` ones of requests still queued.
+    fn fence(&mut self, peer: PeerId) -> Vec<Lease>;
+
+    /// Queues a write. Takes the payload's lease until the completion.
+    fn post(&mut self, request: WorkRequest) -> Result<(), QueueFull>;
+
+    /// Sends what was posted since the last flush.
+    fn flush(&mut self) -> Result<()>;
+
+    /// Collects what has happened. Never blocks.
+    fn poll(&mut self, now: Instant, completions: &mut Vec<Completion>) -> Result<()>;
+}
+
+/// Whether a driver may sleep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Armed {
+    /// The fd will become readable when there is something to poll.
+    Sleep,
+    /// There is something to poll right now.
+    Ready,
+}
+
+/// What a sleeping thread needs of a driver.
+pub trait Wakeup {
+    /// Becomes readable when `poll` has something to do.
+    fn fd(&self) -> BorrowedFd<'_>;
+
+    /// Asks for the fd to become readable at the next event.
+    fn arm_wakeup(&mut self) -> Result<Armed>;
+
+    /// When `poll` wants to be called even if nothing happens.
+    fn next_deadline(&self) -> Option<Instant>;
+}
