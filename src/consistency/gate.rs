@@ -1,0 +1,79 @@
+//! The staleness gate: is a worker too far ahead to be answered yet?
+//!
+//! Invariant: a reply for clock c is released only when every contributor's updates of all clocks up to c - bound have been
+//! applied (Ho et al. 2013, section 3: a worker at clock c+1 sees all updates up to c - bound).
+
+use crate::types::Clock;
+
+/// The clocks of one chunk's contributors and how far apart they may be.
+#[derive(Clone, Debug)]
+pub struct StalenessGate {
+    /// By contributor: how many clocks of its have been applied.
+    applied: Vec<Clock>,
+    bound: Option<u64>,
+}
+
+impl StalenessGate {
+    /// A gate over `contributors` that have all applied `start` clocks; `bound` `None` never holds anyone back.
+    pub fn new(contributors: usize, bound: Option<u64>, start: Clock) -> StalenessGate {
+        StalenessGate { applied: vec![start; contributors], bound }
+    }
+
+    /// Contributor `index`'s update of `clock` has been applied.
+    pub fn on_applied(&mut self, index: usize, clock: Clock) {
+        self.applied[index] = self.applied[index].max(clock + 1);
+    }
+
+    /// Contributor `index` will never push again and holds nobody back.
+    pub fn on_finished(&mut self, index: usize) {
+        self.applied[index] = Clock::MAX;
+    }
+
+    /// Whether a worker that pushed `clock` may have the parameters and go on to the next one.
+    pub fn released(&self, clock: Clock) -> bool {
+        match self.bound {
+            Some(bound) => self.slowest().saturating_add(bound) > clock,
+            None => true,
+        }
+    }
+
+    /// The number of clocks that every contributor has applied.
+    pub fn slowest(&self) -> Clock {
+        self.applied.iter().copied().min().unwrap_or(Clock::MAX)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bound_zero_waits_for_all() {
+        let mut gate = StalenessGate::new(2, Some(0), 0);
+        gate.on_applied(0, 0);
+        assert!(!gate.released(0));
+        gate.on_applied(1, 0);
+        assert!(gate.released(0));
+        assert!(!gate.released(1));
+    }
+
+    #[test]
+    fn a_bound_is_reached_and_not_passed() {
+        let mut gate = StalenessGate::new(2, Some(2), 0);
+        for clock in 0..5 {
+            gate.on_applied(0, clock);
+        }
+        // The slow one has applied nothing: the fast one may finish clocks 0 and 1 and hold there.
+        assert!(gate.released(0) && gate.released(1) && !gate.released(2));
+        gate.on_applied(1, 0);
+        assert!(gate.released(2) && !gate.released(3));
+        gate.on_finished(1);
+        assert!(gate.released(4));
+    }
+
+    #[test]
+    fn no_bound_never_waits() {
+        let gate = StalenessGate::new(2, None, 0);
+        assert!(gate.released(1_000_000));
+    }
+}
