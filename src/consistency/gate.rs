@@ -24,6 +24,11 @@ impl StalenessGate {
         self.applied[index] = self.applied[index].max(clock + 1);
     }
 
+    /// Every contributor's update of `clock` has been applied.
+    pub fn on_all_applied(&mut self, clock: Clock) {
+        self.applied.iter_mut().for_each(|applied| *applied = (*applied).max(clock + 1));
+    }
+
     /// Contributor `index` will never push again and holds nobody back.
     pub fn on_finished(&mut self, index: usize) {
         self.applied[index] = Clock::MAX;
@@ -35,6 +40,11 @@ impl StalenessGate {
             Some(bound) => self.slowest().saturating_add(bound) > clock,
             None => true,
         }
+    }
+
+    /// How many clocks of contributor `index` have been applied.
+    pub fn clock_of(&self, index: usize) -> Clock {
+        self.applied[index]
     }
 
     /// The number of clocks that every contributor has applied.

@@ -1,1 +1,11 @@
-//! server
+//! The server: shards of the parameters and of the optimizer state, and the thread around each.
+//!
+//! [`Shard`] is the protocol, a pure state machine; [`Memory`] holds the bytes and runs the optimizer; [`EventLoop`] joins the
+//! two over any transport.
+//!
+//! Invariant: the simulator and the binary run the same `Shard`, `Memory` and `EventLoop`.
+#![forbid(unsafe_code)]
+
+mod shard;
+
+pub use shard::{Contribution, Effect, Shard, ShardConfig, Task, Work};

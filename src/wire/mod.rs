@@ -4,8 +4,10 @@
 //! The byte tables stand in docs/wire.md.
 #![forbid(unsafe_code)]
 
+mod attachment;
 mod note;
 
+pub use attachment::Attachment;
 pub use note::{Note, NoteFlags, NoteKind};
 
 /// Why bytes could not be decoded.
