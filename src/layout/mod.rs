@@ -5,5 +5,8 @@
 #![forbid(unsafe_code)]
 
 mod init;
+mod philox;
+mod span;
 
 pub use init::Init;
+pub use span::Span;
