@@ -6,6 +6,10 @@
 //! Invariant: the simulator and the binary run the same `Shard`, `Memory` and `EventLoop`.
 #![forbid(unsafe_code)]
 
+mod event_loop;
+mod memory;
 mod shard;
 
+pub use event_loop::{EventLoop, Progress, Snapshot};
+pub use memory::{ChunkImage, InitialValues, Memory, MemoryOptions, Running, Seeded};
 pub use shard::{Contribution, Effect, Shard, ShardConfig, Task, Work};
