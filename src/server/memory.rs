@@ -33,8 +33,6 @@ pub struct MemoryOptions {
     pub parameter_dtype: Dtype,
     /// Whether reduce and apply are separate.
     pub two_step: bool,
-    /// Seed of the initial values.
-    pub seed: u64,
     /// How the state is allocated.
     pub region: RegionOptions,
 }

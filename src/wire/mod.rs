@@ -6,9 +6,12 @@
 
 mod attachment;
 mod note;
+mod token;
 
 pub use attachment::Attachment;
 pub use note::{Note, NoteFlags, NoteKind};
+pub(crate) use token::random_bytes;
+pub use token::{JobToken, job_id};
 
 /// Why bytes could not be decoded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]

@@ -263,6 +263,11 @@ impl Client {
         self.events.pop_front()
     }
 
+    /// Whether every lane has said where gradients land.
+    pub fn is_attached(&self) -> bool {
+        self.lanes.iter().all(|lane| lane.landing.is_some())
+    }
+
     /// Whether the lane of `peer` owes nothing any more.
     pub fn has_parted(&self, peer: PeerId) -> bool {
         self.lanes.iter().any(|lane| lane.peer == peer && lane.goodbye)

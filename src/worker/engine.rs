@@ -89,6 +89,11 @@ impl<T: Transport> Engine<T> {
         self.paths.connect(lane, remote, deadline)
     }
 
+    /// Whether every lane has said where gradients land.
+    pub fn is_attached(&self) -> bool {
+        self.client.is_attached()
+    }
+
     /// The first thing that this worker waits for.
     pub fn awaited(&self) -> Option<Awaited> {
         self.client.awaited(None)

@@ -22,6 +22,14 @@ pub(super) struct PendingPull {
     pub expires: Option<Instant>,
 }
 
+impl ChunkState {
+    /// Whether consistency lets this reply go.
+    fn releases(&self, reply: &PendingReply) -> bool {
+        let contributor = self.contributors.binary_search(&reply.worker).expect("only contributors ask");
+        self.gate.released(contributor, reply.clock)
+    }
+}
+
 impl Shard {
     pub(super) fn want_reply(&mut self, worker: u16, index: usize, note: &Note) {
         if note.flags.contains(NoteFlags::WANTS_REPLY) {
@@ -54,7 +62,7 @@ impl Shard {
     /// Answers whoever may be answered.
     pub(super) fn answer(&mut self, index: usize) -> Turn {
         let chunk = &self.chunks[index];
-        let reply_due = chunk.replies.iter().any(|reply| chunk.gate.released(reply.clock));
+        let reply_due = chunk.replies.iter().any(|reply| chunk.releases(reply));
         let pull_due = chunk.pulls.iter().any(|pull| pull.min_version <= chunk.version);
         if !reply_due && !pull_due {
             return Turn::Idle;
@@ -77,10 +85,10 @@ impl Shard {
     fn send_replies(&mut self, index: usize) {
         let mut next = 0;
         while next < self.chunks[index].replies.len() {
-            let PendingReply { worker, clock } = self.chunks[index].replies[next];
-            if self.chunks[index].gate.released(clock) {
+            let reply = self.chunks[index].replies[next];
+            if self.chunks[index].releases(&reply) {
                 self.chunks[index].replies.remove(next);
-                self.send_parameters(index, worker, clock);
+                self.send_parameters(index, reply.worker, reply.clock);
             } else {
                 next += 1;
             }
