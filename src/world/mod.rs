@@ -17,7 +17,7 @@ use crate::{
     Error, Result,
     consistency::Consistency,
     layout::{Layout, LayoutOptions, TensorSpec},
-    mem::RegionOptions,
+    mem::{HugePages, Locking, RegionOptions},
     optim::{OptimizerConfig, Reduction},
     server::{EventLoop, Memory, MemoryOptions, Progress, Seeded, ShardConfig, Snapshot},
     session::Paths,
@@ -215,8 +215,7 @@ impl<'a> World<'a> {
             let first = self.random.below(nodes as u64) as usize;
             for offset in 0..nodes {
                 if self.random.once_in(4) {
-                    busy = true; // it is slow this time
-                    continue;
+                    continue; // it is slow this time
                 }
                 match self.turn((first + offset) % nodes, program)? {
                     Ok(more) => busy |= more,
@@ -266,9 +265,9 @@ impl<'a> World<'a> {
         }
     }
 
-    /// A little time passes while anybody is busy; otherwise it jumps to the next thing that happens.
+    /// A little time passes while anybody is busy; otherwise, mostly, it jumps to the next thing that happens.
     fn pass_time(&mut self, busy: bool) {
-        if busy || !self.network.is_quiet() {
+        if busy || !self.network.is_quiet() || self.random.once_in(8) {
             self.now += Duration::from_micros(self.random.below(50));
             return;
         }
@@ -353,7 +352,7 @@ fn build_server(
         parameter_dtype: Dtype::F32,
         checkpoint_every: options.checkpoint_every,
     };
-    let region = RegionOptions { name: me.to_string(), ..RegionOptions::default() };
+    let region = region(me.to_string());
     let memory = MemoryOptions {
         optimizer: options.optimizer.clone(),
         reduction: options.reduction,
@@ -365,4 +364,9 @@ fn build_server(
     let memory = Memory::new(memory, layout.clone(), ShardId(server), &Seeded(options.seed))?;
     let paths = Paths::new(network.transport(me), 0, HEARTBEAT, DEADLINE);
     EventLoop::new(config, layout.clone(), memory, paths, &region, None)
+}
+
+/// Small regions that ask the machine for nothing special.
+fn region(name: String) -> RegionOptions {
+    RegionOptions { name, huge_pages: HugePages::Never, lock: Locking::None, ..RegionOptions::default() }
 }

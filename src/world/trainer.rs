@@ -12,7 +12,7 @@ use super::{At, DEADLINE, HEARTBEAT, Program, WorldOptions};
 use crate::{
     Result,
     layout::{Layout, WorkerView},
-    mem::{Lease, Region, RegionOptions},
+    mem::{Lease, Region},
     session::Paths,
     transport::sim::{SimNetwork, SimRandom, SimTransport},
     types::{ChunkId, Clock, Dtype, PeerId, Version},
@@ -45,6 +45,7 @@ pub(super) struct Trainer {
     clock: Clock,
     clocks: Clock,
     separate_pull: bool,
+    aggregates: bool,
     chunks: Vec<Chunk>,
     /// Chunks whose gradient has not been pushed at this clock, in the order in which backward finishes them.
     backward: Vec<usize>,
@@ -58,7 +59,7 @@ impl Trainer {
     pub fn new(options: &WorldOptions, layout: &Arc<Layout>, network: &SimNetwork, worker: u16) -> Result<Trainer> {
         let me = PeerId::worker(worker);
         let view = WorkerView::new(layout, worker);
-        let region = |name: &str| RegionOptions { name: format!("{me}-{name}"), ..RegionOptions::default() };
+        let region = |name: &str| super::region(format!("{me}-{name}"));
         let bytes = view.elements as usize * 4;
         let (parameters, mut parameter_rest) = Region::allocate(bytes, &region("parameters"))?;
         let (gradients, mut gradient_rest) = Region::allocate(bytes, &region("gradients"))?;
@@ -86,6 +87,7 @@ impl Trainer {
             clock: 0,
             clocks: options.clocks,
             separate_pull: options.separate_pull,
+            aggregates: options.consistency.aggregates(),
             chunks,
             backward: Vec::new(),
             backward_at: Instant::now(),
@@ -158,7 +160,9 @@ impl Trainer {
             let Some(index) = self.backward.pop() else {
                 self.phase = Phase::Waiting;
                 if self.separate_pull {
-                    self.pull_all(self.clock + 1);
+                    // A version counts clocks under `Aggregate` only.
+                    let min_version = if self.aggregates { self.clock + 1 } else { 0 };
+                    self.pull_all(min_version);
                 }
                 return;
             };

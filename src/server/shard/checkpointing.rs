@@ -40,9 +40,15 @@ impl Checkpointing {
         self.next().is_some_and(|next| clock >= next) || self.stop.is_some_and(|stop| clock >= stop)
     }
 
-    /// Whether everything must wait: all chunks have reached the clock, and the state is about to be stored.
-    pub fn holds_all(&self) -> bool {
-        self.taking || (self.behind == 0 && self.next().is_some())
+    /// Whether everything must wait: all chunks have reached the clock, and the state is about to be stored. `clock_max` is how
+    /// far anybody has got: a shard whose workers have all finished has not thereby reached every clock to come.
+    pub fn holds_all(&self, clock_max: Clock) -> bool {
+        self.taking || (self.behind == 0 && self.next().is_some_and(|next| next <= clock_max))
+    }
+
+    /// No worker is left: the state at the end is stored by whoever ends the job, and nothing waits any more.
+    pub fn cancel(&mut self) {
+        (self.every, self.periodic, self.requested, self.stop) = (None, None, None, None);
     }
 }
 
@@ -89,8 +95,8 @@ impl Shard {
     }
 
     pub(super) fn advance_checkpoint(&mut self) {
-        let finished = self.contributors.iter().all(|contributor| contributor.finished);
-        if self.checkpointing.taking || !self.checkpointing.holds_all() || self.computing > 0 || finished {
+        let due = !self.checkpointing.taking && self.checkpointing.holds_all(self.clock_max);
+        if !due || self.computing > 0 {
             return;
         }
         if let Some(clock) = self.checkpointing.next() {

@@ -11,7 +11,7 @@ pub(super) struct Contributor {
     /// By the shard's chunk order: the chunk's place in this worker's own order. `None` if it does not contribute.
     places: Vec<Option<u32>>,
     /// Chunks that it contributes to.
-    own: usize,
+    pub own: usize,
     /// By the shard's chunk order: first byte of the chunk's parameters in the worker's buffer.
     parameter_offsets: Vec<u64>,
     /// `Immediate`: its own window.

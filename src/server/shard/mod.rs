@@ -396,6 +396,9 @@ impl Shard {
         contributor.finished = true;
         let peer = contributor.peer;
         self.post(peer, Note::new(NoteKind::Goodbye), None);
+        if self.contributors.iter().all(|contributor| contributor.finished) {
+            self.checkpointing.cancel();
+        }
         for index in 0..self.chunks.len() {
             self.retire_finished(index);
             self.touch(index);
@@ -437,7 +440,7 @@ impl Shard {
         if self.chunks[index].busy {
             return Turn::Idle; // its computation touches it again when done
         }
-        if self.checkpointing.holds_all() {
+        if self.checkpointing.holds_all(self.clock_max) {
             return Turn::Waiting;
         }
         match self.answer(index) {

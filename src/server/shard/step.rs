@@ -76,13 +76,13 @@ impl Shard {
         self.touch(index);
     }
 
-    /// Workers that have finished complete positions by their absence. When all have, only what somebody pushed is completed:
-    /// otherwise empty positions would complete for ever.
+    /// Workers that have finished complete positions by their absence. When all that have a part in this shard have, only what
+    /// somebody pushed is completed: otherwise empty positions would complete for ever.
     pub(super) fn complete_open_positions(&mut self) {
         if !self.config.consistency.aggregates() || !self.contributors.iter().any(|contributor| contributor.finished) {
             return;
         }
-        let all_finished = self.contributors.iter().all(|contributor| contributor.finished);
+        let all_finished = self.contributors.iter().all(|contributor| contributor.finished || contributor.own == 0);
         for position in self.window.base()..self.window.end() {
             let begun = (0..self.contributors.len()).any(|worker| self.window.has(position, worker));
             if begun || !all_finished {
