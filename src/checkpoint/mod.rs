@@ -33,3 +33,5 @@ pub const CLOCK_MAX: u64 = 999_999_999_999;
 // The files hold little-endian numbers and are read in place.
 const _: () = assert!(cfg!(target_endian = "little"));
 
+#[cfg(test)]
+mod tests;
