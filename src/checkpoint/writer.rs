@@ -11,7 +11,7 @@ use std::{
 use super::{
     disk::{Disk, DiskFile, SYSTEM},
     files::encode_header,
-    manifest::{ChunkWritten, Manifest, ShardWritten},
+    manifest::{ChunkWritten, Manifest, ShardWritten, decode_manifest},
     paths::{self, MANIFEST, Stage, directory},
     reader::Checkpoint,
 };
@@ -244,7 +244,13 @@ pub(super) fn commit_on(disk: &dyn Disk, dir: &Path, manifest: &Manifest) -> Res
     let clock = manifest.state.clock;
     let [writing, complete, replaced] =
         [Stage::Writing, Stage::Complete, Stage::Replaced].map(|stage| directory(dir, clock, stage));
-    manifest.check().map_err(|defect| Error::Checkpoint { path: writing.clone(), defect })?;
+    let refused = |defect| Error::Checkpoint { path: writing.clone(), defect };
+    manifest.check().map_err(refused)?;
+    let text = manifest.encode();
+    // What cannot be read again (a setting that is no number has no JSON) is better refused now than at the resume.
+    if decode_manifest(&text).as_ref() != Ok(manifest) {
+        return Err(refused("has settings that cannot be written, such as an initial value that is not finite".into()));
+    }
     check_shards(&writing, manifest)?;
     for name in paths::files(&writing)? {
         // A crashed attempt with more shards, or with temporary files, may have left what is not ours.
@@ -255,7 +261,7 @@ pub(super) fn commit_on(disk: &dyn Disk, dir: &Path, manifest: &Manifest) -> Res
     }
     let path = writing.join(MANIFEST);
     let mut file = paths::start_file(disk, &path)?;
-    file.write(&manifest.encode()).map_err(|error| Error::file("write", &path, error))?;
+    file.write(&text).map_err(|error| Error::file("write", &path, error))?;
     paths::finish_file(disk, file, &path)?;
     let replaces = complete.exists();
     if replaces {
@@ -263,7 +269,6 @@ pub(super) fn commit_on(disk: &dyn Disk, dir: &Path, manifest: &Manifest) -> Res
             paths::remove_tree(disk, &replaced)?;
         }
         paths::rename(disk, &complete, &replaced)?;
-        paths::sync_dir(disk, dir)?;
     }
     paths::rename(disk, &writing, &complete)?;
     paths::sync_dir(disk, dir)?;

@@ -7,7 +7,12 @@ use super::{
     model_disk::{Fault, Hasty, ModelDisk, Survival},
     *,
 };
-use crate::checkpoint::{export::export_on, reader::Latest, writer::prune_on};
+use crate::checkpoint::{
+    export::export_on,
+    paths::{Stage, directory, list, rename},
+    reader::Latest,
+    writer::prune_on,
+};
 
 /// A job's directory with complete checkpoints of some clocks, and a script that a fault interrupts.
 struct Scene {
@@ -17,12 +22,25 @@ struct Scene {
     allowed: &'static [Clock],
 }
 
-const SCENES: [(&str, Scene); 5] = [
+const SCENES: [(&str, Scene); 6] = [
     ("the first", Scene { before: &[], script: |disk, dir, layout| write(disk, dir, layout, 1), allowed: &[1] }),
     ("one more", Scene { before: &[1, 2], script: |disk, dir, layout| write(disk, dir, layout, 3), allowed: &[2, 3] }),
     (
         "the same again",
         Scene { before: &[1, 2], script: |disk, dir, layout| write(disk, dir, layout, 2), allowed: &[2] },
+    ),
+    (
+        "after a crash in the same again",
+        Scene {
+            before: &[1, 2],
+            script: |disk, dir, layout| {
+                // The crash came between the two renames of a commit.
+                let [complete, replaced] = [Stage::Complete, Stage::Replaced].map(|stage| directory(dir, 2, stage));
+                rename(disk, &complete, &replaced)?;
+                write(disk, dir, layout, 3)
+            },
+            allowed: &[2, 3],
+        },
     ),
     ("pruning", Scene { before: &[1, 2, 3], script: |disk, dir, _| prune_on(disk, dir, 1).map(drop), allowed: &[3] }),
     (
@@ -60,25 +78,36 @@ impl Scene {
     fn judge(&self, root: &Path, layout: &Layout, done: bool, what: &str) {
         let dir = root.join("checkpoints");
         let Latest { checkpoint, passed_over } = latest(&dir).unwrap();
-        match checkpoint {
-            Some(checkpoint) => {
-                let clock = checkpoint.clock();
-                assert!(self.allowed.contains(&clock), "{what}: found clock {clock}");
-                assert!(!done || Some(&clock) == self.allowed.last(), "{what}: succeeded, and found clock {clock}");
-                assert_is(&checkpoint, layout, clock, 2);
-            }
-            None => assert!(self.before.is_empty() && !done, "{what}: found none, passed over {passed_over:?}"),
+        let found = checkpoint.map(|checkpoint| {
+            let clock = checkpoint.clock();
+            assert!(self.allowed.contains(&clock), "{what}: found clock {clock}");
+            assert!(!done || Some(&clock) == self.allowed.last(), "{what}: succeeded, and found clock {clock}");
+            assert_is(&checkpoint, layout, clock, 2);
+            clock
+        });
+        if found.is_none() {
+            assert!(self.before.is_empty() && !done, "{what}: found none, passed over {passed_over:?}");
         }
-        for passed in passed_over {
-            let name = passed.path.file_name().unwrap().to_str().unwrap().to_owned();
-            assert!(name.contains('.'), "{what}: {name} looks complete, but: {}", passed.why);
-        }
+        all_complete_are_whole(&dir, layout, what);
         write(&Hasty, &dir, layout, 9).unwrap();
-        let found = latest(&dir).unwrap();
-        assert_is(&found.checkpoint.unwrap(), layout, 9, 2);
+        let whole = all_complete_are_whole(&dir, layout, what);
+        let expected: Vec<_> = [9].into_iter().chain(found).collect();
+        assert!(whole.starts_with(&expected), "{what}: {found:?} was found, and after the next write {whole:?}");
         let left: Vec<_> = std::fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         assert!(left.iter().all(|name| !name.to_str().unwrap().contains('.')), "{what}: the next write left {left:?}");
     }
+}
+
+/// Asserts that every name of digits alone is that of a whole checkpoint. Returns their clocks, newest first.
+fn all_complete_are_whole(dir: &Path, layout: &Layout, what: &str) -> Vec<Clock> {
+    let complete = list(dir).unwrap().into_iter().filter(|(_, stage)| *stage == Stage::Complete);
+    complete
+        .map(|(clock, stage)| {
+            let opened = Checkpoint::open(&directory(dir, clock, stage));
+            assert_is(&opened.unwrap_or_else(|error| panic!("{what}: {error}")), layout, clock, 2);
+            clock
+        })
+        .collect()
 }
 
 #[test]

@@ -8,8 +8,7 @@ use std::fs;
 use proptest::prelude::*;
 use serde_json::Value;
 
-use super::*;
-use crate::checkpoint::disk::SYSTEM;
+use super::{model_disk::Hasty, *};
 
 const FILES: [&str; 3] = ["manifest.json", "shard-00000.safetensors", "shard-00001.safetensors"];
 
@@ -17,8 +16,8 @@ const FILES: [&str; 3] = ["manifest.json", "shard-00000.safetensors", "shard-000
 fn two() -> (tempfile::TempDir, Layout, PathBuf) {
     let root = tempfile::tempdir().unwrap();
     let layout = small_layout(2);
-    write_all(&SYSTEM, root.path(), &layout, 1, 2).unwrap();
-    let newest = write_all(&SYSTEM, root.path(), &layout, 2, 2).unwrap();
+    write_all(&Hasty, root.path(), &layout, 1, 2).unwrap();
+    let newest = write_all(&Hasty, root.path(), &layout, 2, 2).unwrap();
     Checkpoint::open(&newest).unwrap().verify().unwrap();
     (root, layout, newest)
 }

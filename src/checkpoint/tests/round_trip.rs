@@ -5,7 +5,7 @@
 use proptest::prelude::*;
 use safetensors::{Dtype, SafeTensors};
 
-use super::*;
+use super::{model_disk::Hasty, *};
 
 /// Any job: tensors, who declares them, shards, arrays that the optimizer keeps, bits (NaNs among them).
 fn job() -> impl Strategy<Value = (Layout, u32, u64)> {
@@ -82,7 +82,7 @@ proptest! {
 fn shard_files_are_ordinary_safetensors_with_aligned_data() {
     let layout = small_layout(2);
     let root = tempfile::tempdir().unwrap();
-    let path = write_all(&super::super::disk::SYSTEM, root.path(), &layout, 5, 2).unwrap();
+    let path = write_all(&Hasty, root.path(), &layout, 5, 2).unwrap();
     let mut chunks = 0;
     for shard in 0..2u16 {
         let bytes = std::fs::read(path.join(format!("shard-0000{shard}.safetensors"))).unwrap();
@@ -113,7 +113,7 @@ fn shard_files_are_ordinary_safetensors_with_aligned_data() {
 fn a_job_that_differs_is_told_how() {
     let root = tempfile::tempdir().unwrap();
     let layout = small_layout(2);
-    let path = write_all(&super::super::disk::SYSTEM, root.path(), &layout, 5, 0).unwrap();
+    let path = write_all(&Hasty, root.path(), &layout, 5, 0).unwrap();
     let checkpoint = Checkpoint::open(&path).unwrap();
     let specs: Vec<_> = layout.tensors.iter().map(|tensor| tensor.spec.clone()).collect();
     let said = |specs: &[TensorSpec], workers: usize, chunk_elements: u32| {
@@ -177,12 +177,23 @@ fn a_commit_names_the_shard_that_is_missing() {
     assert!(latest(root.path()).unwrap().checkpoint.is_none());
 }
 
+/// The bug: JSON has no infinity, so such a checkpoint was complete and could never be opened.
+#[test]
+fn what_could_not_be_read_again_is_not_committed() {
+    let tensors = vec![TensorSpec::new("w", [2]).init(Init::Constant(f32::INFINITY))];
+    let layout = Layout::build(&[tensors], LayoutOptions { chunk_elements: 16, shards: 1 }).unwrap();
+    let root = tempfile::tempdir().unwrap();
+    let error = write_all(&Hasty, root.path(), &layout, 1, 0).unwrap_err().to_string();
+    assert!(error.contains("not finite"), "{error}");
+    assert!(latest(root.path()).unwrap().checkpoint.is_none());
+}
+
 #[test]
 fn pruning_keeps_the_newest_readable_ones() {
     let layout = small_layout(1);
     let root = tempfile::tempdir().unwrap();
     for clock in 1..=5 {
-        write_all(&super::super::disk::SYSTEM, root.path(), &layout, clock, 0).unwrap();
+        write_all(&Hasty, root.path(), &layout, clock, 0).unwrap();
     }
     std::fs::write(root.path().join("notes.txt"), b"the user's").unwrap();
     std::fs::create_dir(root.path().join("clock-1")).unwrap();

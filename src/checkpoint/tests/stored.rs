@@ -2,8 +2,7 @@
 //!
 //! Invariant: tests/data/checkpoint-v1 is never written again; another version gets a directory beside it.
 
-use super::*;
-use crate::checkpoint::disk::SYSTEM;
+use super::{model_disk::Hasty, *};
 
 fn stored() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/checkpoint-v1/clock-000000000007")
@@ -53,7 +52,7 @@ fn version_1_is_read_as_it_was_written() {
 #[test]
 fn version_1_is_written_as_it_was() {
     let root = tempfile::tempdir().unwrap();
-    let path = write_all(&SYSTEM, root.path(), &small_layout(2), 7, 2).unwrap();
+    let path = write_all(&Hasty, root.path(), &small_layout(2), 7, 2).unwrap();
     for name in ["shard-00000.safetensors", "shard-00001.safetensors"] {
         assert_eq!(std::fs::read(path.join(name)).unwrap(), std::fs::read(stored().join(name)).unwrap(), "{name}");
     }
@@ -68,5 +67,5 @@ fn version_1_is_written_as_it_was() {
 #[ignore = "writes the stored checkpoint of a new format version"]
 fn store_a_checkpoint() {
     let dir = std::env::var("GRADWIRE_STORE").expect("GRADWIRE_STORE names the directory to write to");
-    write_all(&SYSTEM, Path::new(&dir), &small_layout(2), 7, 2).unwrap();
+    write_all(&Hasty, Path::new(&dir), &small_layout(2), 7, 2).unwrap();
 }

@@ -7,8 +7,7 @@ use std::{fs, process::Command};
 use half::{bf16, f16};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 
-use super::*;
-use crate::checkpoint::disk::SYSTEM;
+use super::{model_disk::Hasty, *};
 
 /// What the exported tensor must hold, by the layout's own account of where its pieces lie.
 fn expected(layout: &Layout, name: &str, clock: Clock) -> Vec<u8> {
@@ -19,7 +18,7 @@ fn expected(layout: &Layout, name: &str, clock: Clock) -> Vec<u8> {
 }
 
 fn exported(layout: &Layout, dir: &Path) -> PathBuf {
-    let path = write_all(&SYSTEM, &dir.join("checkpoints"), layout, 3, 2).unwrap();
+    let path = write_all(&Hasty, &dir.join("checkpoints"), layout, 3, 2).unwrap();
     let out = dir.join("model.safetensors");
     let bytes = export(&Checkpoint::open(&path).unwrap(), &out).unwrap();
     assert_eq!(bytes, fs::metadata(&out).unwrap().len());
@@ -73,7 +72,7 @@ fn a_tensor_named_like_the_metadata_is_not_exported() {
     let tensors = vec![TensorSpec::new("__metadata__", [2])];
     let layout = Layout::build(&[tensors], LayoutOptions { chunk_elements: 16, shards: 1 }).unwrap();
     let root = tempfile::tempdir().unwrap();
-    let path = write_all(&SYSTEM, root.path(), &layout, 1, 0).unwrap();
+    let path = write_all(&Hasty, root.path(), &layout, 1, 0).unwrap();
     let checkpoint = Checkpoint::open(&path).unwrap();
     assert!(export(&checkpoint, &root.path().join("out")).unwrap_err().to_string().contains("__metadata__"));
     assert!(export(&checkpoint, Path::new("/")).unwrap_err().to_string().contains("does not name a file"));
