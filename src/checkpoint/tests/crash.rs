@@ -1,0 +1,188 @@
+//! A failure at every single operation: whatever happens, the newest complete checkpoint before it is still readable, and the
+//! new one is there wholly or not at all.
+//!
+//! Invariant: the operations are counted by a run without a fault, so that a new one is covered the day it is added.
+
+use super::{
+    model_disk::{Fault, Hasty, ModelDisk, Survival},
+    *,
+};
+use crate::checkpoint::{
+    export::export_on,
+    paths::{Stage, directory, list, rename},
+    reader::Latest,
+    writer::prune_on,
+};
+
+/// A job's directory with complete checkpoints of some clocks, and a script that a fault interrupts.
+struct Scene {
+    before: &'static [Clock],
+    script: fn(&dyn Disk, &Path, &Layout) -> Result<()>,
+    /// The clocks that may be the newest readable one after the script was interrupted.
+    allowed: &'static [Clock],
+}
+
+const SCENES: [(&str, Scene); 6] = [
+    ("the first", Scene { before: &[], script: |disk, dir, layout| write(disk, dir, layout, 1), allowed: &[1] }),
+    ("one more", Scene { before: &[1, 2], script: |disk, dir, layout| write(disk, dir, layout, 3), allowed: &[2, 3] }),
+    (
+        "the same again",
+        Scene { before: &[1, 2], script: |disk, dir, layout| write(disk, dir, layout, 2), allowed: &[2] },
+    ),
+    (
+        "after a crash in the same again",
+        Scene {
+            before: &[1, 2],
+            script: |disk, dir, layout| {
+                // The crash came between the two renames of a commit.
+                let [complete, replaced] = [Stage::Complete, Stage::Replaced].map(|stage| directory(dir, 2, stage));
+                rename(disk, &complete, &replaced)?;
+                write(disk, dir, layout, 3)
+            },
+            allowed: &[2, 3],
+        },
+    ),
+    ("pruning", Scene { before: &[1, 2, 3], script: |disk, dir, _| prune_on(disk, dir, 1).map(drop), allowed: &[3] }),
+    (
+        "write and prune",
+        Scene {
+            before: &[1, 2],
+            script: |disk, dir, layout| {
+                write(disk, dir, layout, 3)?;
+                prune_on(disk, dir, 1).map(drop)
+            },
+            allowed: &[2, 3],
+        },
+    ),
+];
+
+fn write(disk: &dyn Disk, dir: &Path, layout: &Layout, clock: Clock) -> Result<()> {
+    write_all(disk, dir, layout, clock, 2).map(drop)
+}
+
+impl Scene {
+    /// Plays the scene with a fault. Returns the disk, its root, and what the script said.
+    fn play(&self, layout: &Layout, fault: Fault) -> (ModelDisk, tempfile::TempDir, Result<()>) {
+        let root = tempfile::tempdir().unwrap();
+        let dir = root.path().join("checkpoints");
+        let disk = ModelDisk::new(root.path(), Fault::None);
+        for clock in self.before {
+            write(&disk, &dir, layout, *clock).unwrap();
+        }
+        disk.arm(fault);
+        let said = (self.script)(&disk, &dir, layout);
+        (disk, root, said)
+    }
+
+    /// What is found later: a readable checkpoint of an allowed clock, right in every bit; with the next write, all is well.
+    fn judge(&self, root: &Path, layout: &Layout, done: bool, what: &str) {
+        let dir = root.join("checkpoints");
+        let Latest { checkpoint, passed_over } = latest(&dir).unwrap();
+        let found = checkpoint.map(|checkpoint| {
+            let clock = checkpoint.clock();
+            assert!(self.allowed.contains(&clock), "{what}: found clock {clock}");
+            assert!(!done || Some(&clock) == self.allowed.last(), "{what}: succeeded, and found clock {clock}");
+            assert_is(&checkpoint, layout, clock, 2);
+            clock
+        });
+        if found.is_none() {
+            assert!(self.before.is_empty() && !done, "{what}: found none, passed over {passed_over:?}");
+        }
+        all_complete_are_whole(&dir, layout, what);
+        write(&Hasty, &dir, layout, 9).unwrap();
+        let whole = all_complete_are_whole(&dir, layout, what);
+        let expected: Vec<_> = [9].into_iter().chain(found).collect();
+        assert!(whole.starts_with(&expected), "{what}: {found:?} was found, and after the next write {whole:?}");
+        let left: Vec<_> = std::fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert!(left.iter().all(|name| !name.to_str().unwrap().contains('.')), "{what}: the next write left {left:?}");
+    }
+}
+
+/// Asserts that every name of digits alone is that of a whole checkpoint. Returns their clocks, newest first.
+fn all_complete_are_whole(dir: &Path, layout: &Layout, what: &str) -> Vec<Clock> {
+    let complete = list(dir).unwrap().into_iter().filter(|(_, stage)| *stage == Stage::Complete);
+    complete
+        .map(|(clock, stage)| {
+            let opened = Checkpoint::open(&directory(dir, clock, stage));
+            assert_is(&opened.unwrap_or_else(|error| panic!("{what}: {error}")), layout, clock, 2);
+            clock
+        })
+        .collect()
+}
+
+#[test]
+fn a_crash_at_every_operation_loses_no_older_checkpoint() {
+    let layout = small_layout(2);
+    for (name, scene) in SCENES {
+        let (disk, _root, said) = scene.play(&layout, Fault::None);
+        said.unwrap();
+        let operations = disk.operations();
+        assert!(operations > 4, "{name} has only {operations} operations");
+        for at in 0..=operations {
+            let (disk, _root, said) = scene.play(&layout, Fault::Crash(at));
+            let survivals = (0..6).map(Survival::Some).chain([Survival::Nothing, Survival::Everything]);
+            for survival in survivals {
+                let after = tempfile::tempdir().unwrap();
+                disk.restart(survival, after.path());
+                let what = format!("{name}, crash at {at} of {operations}, {survival:?} survives");
+                scene.judge(after.path(), &layout, said.is_ok(), &what);
+            }
+        }
+    }
+}
+
+#[test]
+fn an_error_at_every_operation_loses_no_older_checkpoint() {
+    let layout = small_layout(2);
+    for (name, scene) in SCENES {
+        let (disk, _root, said) = scene.play(&layout, Fault::None);
+        said.unwrap();
+        for at in 0..disk.operations() {
+            let (_disk, root, said) = scene.play(&layout, Fault::Error(at));
+            if let Err(error) = &said {
+                assert!(error.to_string().contains("injected error"), "{name}, error at {at}: {error}");
+            }
+            scene.judge(root.path(), &layout, said.is_ok(), &format!("{name}, error at {at}"));
+        }
+    }
+}
+
+/// A test of the tests above: on a disk that only pretends to sync, they find that a checkpoint was lost.
+#[test]
+fn a_sync_that_does_nothing_would_be_noticed() {
+    let layout = small_layout(2);
+    let (_, scene) = &SCENES[1];
+    for lie in [Fault::FileSyncLies, Fault::DirectorySyncLies] {
+        let (disk, _root, said) = scene.play(&layout, lie);
+        said.unwrap();
+        let after = tempfile::tempdir().unwrap();
+        disk.restart(Survival::Nothing, after.path());
+        let judged = std::panic::catch_unwind(|| scene.judge(after.path(), &layout, true, "lies"));
+        assert!(judged.is_err(), "{lie:?} was not noticed");
+    }
+}
+
+#[test]
+fn a_failed_export_leaves_the_old_file_and_no_other() {
+    let layout = small_layout(1);
+    let root = tempfile::tempdir().unwrap();
+    let path = write_all(&Hasty, root.path(), &layout, 1, 0).unwrap();
+    let checkpoint = Checkpoint::open(&path).unwrap();
+    let mut failures = 0;
+    loop {
+        let target = tempfile::tempdir().unwrap();
+        let out = target.path().join("model.safetensors");
+        std::fs::write(&out, b"old").unwrap();
+        let disk = ModelDisk::new(target.path(), Fault::Error(failures));
+        let said = export_on(&disk, &checkpoint, &out);
+        let names: Vec<_> = std::fs::read_dir(target.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(names, ["model.safetensors"], "error at {failures}");
+        let bytes = std::fs::read(&out).unwrap();
+        match said {
+            Ok(length) => break assert_eq!(bytes.len() as u64, length),
+            Err(_) => assert!(bytes == b"old" || decode_header(&bytes).is_ok(), "error at {failures}"),
+        }
+        failures += 1;
+    }
+    assert!(failures >= 6, "only {failures} operations could fail");
+}
