@@ -70,6 +70,11 @@ impl Region {
         false
     }
 
+    /// Whether `other` is this very region, not one like it.
+    pub fn is_same(&self, other: &Region) -> bool {
+        Arc::ptr_eq(&self.mapping, &other.mapping)
+    }
+
     /// Whether `lease` is a range of this region.
     pub fn holds(&self, lease: &Lease) -> bool {
         std::ptr::eq(Arc::as_ptr(&self.mapping), lease.mapping())

@@ -6,7 +6,13 @@
 //! Invariant: bytes of a leased range are never touched by safe code between `post`/`arm` and the completion that returns the
 //! lease; nothing lands after `fence`.
 
+pub mod region_table;
+pub mod tcp;
+mod waiter;
+
 use std::{os::fd::BorrowedFd, time::Instant};
+
+pub use waiter::{Waiter, WakeHandle, Woken};
 
 use crate::{
     Error, Result,

@@ -4,9 +4,17 @@
 //! The byte tables stand in docs/wire.md.
 #![forbid(unsafe_code)]
 
+mod endpoint;
+mod frame;
+pub mod handshake;
 mod note;
+mod token;
 
+pub use endpoint::{ADDRESSES_MAX, format_addresses, parse_addresses};
+pub use frame::{FrameHeader, FrameTarget};
 pub use note::{Note, NoteFlags, NoteKind};
+pub(crate) use token::random_bytes;
+pub use token::{JobToken, job_id};
 
 /// Why bytes could not be decoded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
