@@ -10,7 +10,7 @@ use gradwire::{
     wire::{Note, NoteKind},
 };
 
-use crate::world::{Fabric, Side, World, fill, is_filled, note, write};
+use crate::world::{Fabric, World, fill, is_filled, note, write};
 
 /// Makes a test of every promise. `$make` is an expression that gives a fresh fabric.
 macro_rules! contract {
@@ -327,58 +327,40 @@ pub fn a_vanished_peer_fails_what_is_queued_then_breaks<F: Fabric>(fabric: F) {
 
 pub fn sizes_from_one_byte_to_eight_mib_both_ways<F: Fabric>(fabric: F) {
     const LARGEST: usize = 8 << 20;
-    let mut world = World::joined(fabric, 2, 2 * LARGEST + 8192);
     let mut sizes = vec![1, 63, 64, 65, 16 << 10, (16 << 10) + 1, 1 << 20, LARGEST];
-    let mut random = 0x2545_f491_4f6c_dd1du64;
-    for _ in 0..24 {
-        random = random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-        sizes.push(64 << (random >> 61) as usize | (random >> 40) as usize % (64 << (random >> 61) as usize));
-        sizes.push(((random >> 20) as usize % LARGEST).max(64));
+    let mut random = 0x2545_f491_4f6c_dd1d_u64;
+    let mut below = |limit: usize| {
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (random >> 33) as usize % limit
+    };
+    for _ in 0..12 {
+        // As many small ones as large ones.
+        let magnitude = 64 << below(17);
+        sizes.push(magnitude + below(magnitude));
     }
-    let mut slots: Vec<Lease> = Vec::new();
-    let mut sources: Vec<Lease> = Vec::new();
-    for side in &mut world.sides {
-        sources.push(side.cut(LARGEST));
-        slots.push(side.cut(LARGEST));
-    }
+    let bytes = LARGEST + sizes.iter().sum::<usize>();
+    let mut world = World::joined(fabric, 2, bytes);
+    let mut slots: Vec<Lease> = world.sides.iter_mut().map(|side| side.cut(LARGEST)).collect();
     for (turn, size) in sizes.into_iter().enumerate() {
-        let mut rests = Vec::new();
-        for from in [0, 1] {
-            let to = 1 - from;
-            let (source_peer, target_peer) = (world.peer(from), world.peer(to));
-            let slot = slots.remove(0);
-            let remote = world.sides[from].arm(target_peer, slot);
-            let (mut source, rest) = sources.remove(0).split_at(size);
-            fill(&mut source, (turn * 2 + to) as u64);
-            rests.push(rest);
-            world.sides[to].post(write(turn as u64, source_peer, source.freeze(), remote));
+        let seed = |writer: usize| (turn * 2 + writer) as u64;
+        for (owner, slot) in slots.drain(..).enumerate() {
+            let writer = 1 - owner;
+            let (owner_peer, writer_peer) = (world.peer(owner), world.peer(writer));
+            let remote = world.sides[owner].arm(writer_peer, slot);
+            let mut source = world.sides[writer].cut(size);
+            fill(&mut source, seed(writer));
+            world.sides[writer].post(write(turn as u64, owner_peer, source.freeze(), remote));
         }
         world.until("both writes", |w| w.sides.iter().all(|side| side.arrived() == 1 && side.sent() == 1));
-        for at in [0, 1] {
-            let other = world.peer(1 - at);
-            let (heard, lease) = world.sides[at].arrivals(other).pop().unwrap();
+        for owner in [0, 1] {
+            let writer_peer = world.peer(1 - owner);
+            let (heard, lease) = world.sides[owner].arrivals(writer_peer).pop().unwrap();
             let lease = lease.unwrap();
             assert_eq!(heard.length as usize, size);
-            assert!(is_filled(&lease.bytes()[..size], (turn * 2 + 1 - at) as u64), "{size} bytes");
+            assert!(is_filled(&lease.bytes()[..size], seed(1 - owner)), "{size} bytes");
             slots.push(lease);
+            assert!(world.sides[owner].outcomes().iter().all(|(.., error)| error.is_none()));
         }
-        // Sources went out in the order side 1, side 0: they are the next turn's in the order of their memory.
-        for (at, _) in rests.into_iter().enumerate().rev() {
-            let (_, source, _) = world.sides[at].outcomes().pop().unwrap();
-            assert!(source.unwrap().thaw().is_ok());
-        }
-        refill(&mut world.sides, &mut sources, LARGEST);
-    }
-}
-
-/// Sources are cut to size, and pieces are not joined again: a fresh region for each turn's two.
-fn refill<T: Transport>(sides: &mut [Side<T>], sources: &mut Vec<Lease>, bytes: usize) {
-    sources.clear();
-    for side in sides {
-        let options = gradwire::mem::RegionOptions::default();
-        let (region, lease) = gradwire::mem::Region::allocate(bytes, &options).unwrap();
-        side.transport().register(&region).unwrap();
-        sources.push(lease);
     }
 }
 

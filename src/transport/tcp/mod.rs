@@ -287,7 +287,9 @@ impl Transport for TcpTransport {
         for index in dirty.drain(..) {
             let Some(path) = &mut self.paths[index] else { continue };
             path.is_dirty = false;
-            if let Err(reason) = path.write(&self.poller, &mut self.done) {
+            if path.can_write()
+                && let Err(reason) = path.write(&self.poller, &mut self.done)
+            {
                 self.break_path(index, &reason);
             }
         }

@@ -72,6 +72,11 @@ impl Open {
 }
 
 impl Path {
+    /// Whether a flush can send anything: not while the socket is full, for then the room itself is what continues the sending.
+    pub(super) fn can_write(&self) -> bool {
+        matches!(&self.state, State::Open(open) if !open.waits_for_room)
+    }
+
     /// Whether an event under `token` is about this path's open connection.
     pub(super) fn is_open_as(&self, token: Token) -> bool {
         matches!(&self.state, State::Open(open) if open.token == token)
