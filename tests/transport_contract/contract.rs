@@ -27,6 +27,7 @@ macro_rules! contract {
             a_slot_armed_for_another_is_not_written,
             a_slot_is_armed_again_and_again,
             a_fence_returns_the_slots_and_nothing_lands_after,
+            a_fence_leaves_no_request_without_an_answer,
             a_vanished_peer_fails_what_is_queued_then_breaks,
             sizes_from_one_byte_to_eight_mib_both_ways,
             three_peers_do_not_mix,
@@ -293,6 +294,32 @@ pub fn a_fence_returns_the_slots_and_nothing_lands_after<F: Fabric>(fabric: F) {
     );
     let outcomes = world.sides[0].outcomes();
     assert_eq!(outcomes.len(), 3, "every source comes back");
+    assert!(outcomes.into_iter().all(|(_, source, _)| source.unwrap().thaw().is_ok()));
+}
+
+pub fn a_fence_leaves_no_request_without_an_answer<F: Fabric>(fabric: F) {
+    let mut world = World::joined(fabric, 2, 1 << 20);
+    let (a, b) = (world.peer(0), world.peer(1));
+    let slots: Vec<RemoteSlot> = (0..4)
+        .map(|_| {
+            let lease = world.sides[1].cut(1000);
+            world.sides[1].arm(a, lease)
+        })
+        .collect();
+    for (id, slot) in slots.into_iter().enumerate() {
+        let source = world.sides[0].cut(1000).freeze();
+        world.sides[0].post(write(id as u64, b, source, slot));
+        if id == 1 {
+            // Two may be sent by now, two are not; nobody was told of any.
+            world.sides[0].transport().flush().unwrap();
+        }
+    }
+    assert!(world.sides[0].transport().fence(b).is_empty());
+    world.for_a_while();
+    let heard = &world.sides[0].heard;
+    assert!(heard.iter().all(|completion| matches!(completion, Completion::Failed { .. })), "{heard:?}");
+    let outcomes = world.sides[0].outcomes();
+    assert!(outcomes.iter().map(|(id, ..)| *id).eq(0..4), "{outcomes:?}");
     assert!(outcomes.into_iter().all(|(_, source, _)| source.unwrap().thaw().is_ok()));
 }
 

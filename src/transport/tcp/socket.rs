@@ -32,7 +32,9 @@ pub(super) fn listen_on(ip: IpAddr, ports: Option<&RangeInclusive<u16>>) -> Resu
         let fd = open(address).map_err(|e| Error::os("socket", subject(), e))?;
         // A port whose last connections still wait for their end may be listened on again; one that is listened on may not.
         setsockopt(&fd, sockopt::ReuseAddr, &true).map_err(|e| Error::os("setsockopt(SO_REUSEADDR)", subject(), e))?;
-        let bound = bind(fd.as_raw_fd(), &SockaddrStorage::from(address)).and_then(|()| listen(&fd, Backlog::MAXCONN));
+        // As long a queue as the system allows: a job's ranks all call at once, and a caller that finds no room waits for seconds.
+        let bound =
+            bind(fd.as_raw_fd(), &SockaddrStorage::from(address)).and_then(|()| listen(&fd, Backlog::MAXALLOWABLE));
         match bound {
             Ok(()) => return Ok(TcpListener::from(fd)),
             Err(Errno::EADDRINUSE | Errno::EACCES) => taken = bound.err(),
