@@ -8,8 +8,12 @@
 
 pub mod region_table;
 pub mod sim;
+pub mod tcp;
+mod waiter;
 
 use std::{os::fd::BorrowedFd, time::Instant};
+
+pub use waiter::{Waiter, WakeHandle, Woken};
 
 use crate::{
     Error, Result,
@@ -124,10 +128,11 @@ pub trait Transport {
     fn arm(&mut self, peer: PeerId, slot: Lease) -> Result<RemoteSlot>;
 
     /// Ends our side of the path. Armed leases come back; nothing lands after this, and no completion of that peer follows but
-    /// the `Failed` ones of requests still queued.
+    /// the `Failed` ones of requests whose end was not told yet. After it `connect` may begin anew.
     fn fence(&mut self, peer: PeerId) -> Vec<Lease>;
 
-    /// Queues a write. Takes the payload's lease until the completion.
+    /// Queues a write. Takes the payload's lease until the completion. A request that contradicts itself (a note whose kind or
+    /// length does not go with the payload), or whose peer has no path, comes back as `Failed` and harms no path.
     fn post(&mut self, request: WorkRequest) -> Result<(), QueueFull>;
 
     /// Sends what was posted since the last flush.

@@ -5,10 +5,15 @@
 #![forbid(unsafe_code)]
 
 mod attachment;
+mod endpoint;
+mod frame;
+pub mod handshake;
 mod note;
 mod token;
 
 pub use attachment::Attachment;
+pub use endpoint::{ADDRESSES_MAX, format_addresses, parse_addresses};
+pub use frame::{FrameHeader, FrameTarget};
 pub use note::{Note, NoteFlags, NoteKind};
 pub(crate) use token::random_bytes;
 pub use token::{JobToken, job_id};

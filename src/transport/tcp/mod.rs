@@ -1,0 +1,396 @@
+//! The TCP driver: one-sided writes emulated over authenticated byte streams, with epoll for readiness.
+//!
+//! A write travels as a frame (header, then payload: docs/wire.md). The receiver checks the header's checksums, looks the slot up
+//! in the region table, and receives the payload straight into it. The parts: `framing` knows bytes and no socket, `epoll` and
+//! `socket` know the kernel, `connecting` and `strangers` are the two ends of a handshake, `path` is one peer's connection, and
+//! this file ties them to the transport's trait.
+//!
+//! Invariant: an error on one path ends that path and no other; `poll` and `flush` never block, and do bounded work per peer.
+#![forbid(unsafe_code)]
+
+mod connecting;
+mod epoll;
+mod framing;
+mod options;
+mod path;
+mod socket;
+mod strangers;
+
+use std::{
+    collections::HashMap,
+    net::{IpAddr, SocketAddr, TcpStream},
+    os::fd::BorrowedFd,
+    time::Instant,
+};
+
+use connecting::{Call, Outcome};
+use epoll::{Kind, Poller, Readiness, Token};
+pub use options::TcpOptions;
+use path::{Done, Open, Path, State};
+use strangers::{Guest, Strangers};
+
+use super::{
+    Armed, Completion, Endpoint, MemoryRegion, QueueFull, RemoteSlot, Transport, Wakeup, WorkRequest,
+    region_table::RegionTable,
+};
+use crate::{
+    Error, Result,
+    mem::{Lease, Region},
+    types::PeerId,
+    wire::{ADDRESSES_MAX, FrameHeader, FrameTarget, format_addresses, handshake::Refusal, parse_addresses},
+};
+
+const FABRIC: &str = "tcp";
+
+/// One-sided writes over TCP, seen from one thread.
+#[derive(Debug)]
+pub struct TcpTransport {
+    options: TcpOptions,
+    poller: Poller,
+    strangers: Option<Strangers>,
+    /// What peers are told to call; empty if we do not listen.
+    advertised: Vec<SocketAddr>,
+    table: RegionTable,
+    paths: Vec<Option<Path>>,
+    index_of: HashMap<PeerId, usize>,
+    /// Paths that are expected or being called: only they have deadlines.
+    pending: usize,
+    dirty: Vec<usize>,
+    done: Done,
+}
+
+impl TcpTransport {
+    /// A transport without paths; listens from now on if its options say so.
+    pub fn new(options: TcpOptions) -> Result<TcpTransport> {
+        let mut poller = Poller::new()?;
+        let (mut strangers, mut advertised) = (None, Vec::new());
+        if options.listen {
+            let listener = socket::listen_on(options.listening_ip()?, options.ports.as_ref())?;
+            let room = strangers.insert(Strangers::new(listener, &mut poller)?);
+            let bound = room.address().map_err(|e| Error::os("getsockname", "the tcp listener", e))?;
+            advertised = reachable(bound, options.advertise)?;
+        }
+        Ok(TcpTransport {
+            options,
+            poller,
+            strangers,
+            advertised,
+            table: RegionTable::default(),
+            paths: Vec::new(),
+            index_of: HashMap::new(),
+            pending: 0,
+            dirty: Vec::new(),
+            done: Vec::new(),
+        })
+    }
+
+    fn path(&mut self, peer: PeerId) -> Option<(usize, &mut Path)> {
+        let index = *self.index_of.get(&peer)?;
+        Some((index, self.paths[index].as_mut()?))
+    }
+
+    fn on_ready(&mut self, ready: Readiness, now: Instant) -> Result<()> {
+        match ready.token.kind() {
+            Some(Kind::Listener) => match &mut self.strangers {
+                Some(strangers) => strangers.welcome(now, &mut self.poller),
+                None => Ok(()),
+            },
+            Some(Kind::Stranger) => self.on_stranger(ready.token),
+            Some(Kind::Path) => self.on_path(ready, now),
+            None => Ok(()),
+        }
+    }
+
+    fn on_stranger(&mut self, token: Token) -> Result<()> {
+        let Some(strangers) = &mut self.strangers else { return Ok(()) };
+        let (paths, index_of) = (&self.paths, &self.index_of);
+        let admit = |peer: PeerId| match index_of.get(&peer).and_then(|index| paths[*index].as_ref()).map(|p| &p.state)
+        {
+            Some(State::Expecting { .. }) => Ok(()),
+            Some(State::Open(_)) => Err(Refusal::Duplicate),
+            // Not fenced and connected again yet, or never expected: the caller may try again.
+            Some(State::Dead | State::Calling(_)) | None => Err(Refusal::UnknownPeer),
+        };
+        let guest = strangers.readable(token, &self.options.identity, &mut self.poller, admit);
+        let Some(Guest { peer, stream }) = guest else { return Ok(()) };
+        let index = self.index_of[&peer];
+        let token = self.poller.rename(&stream, Kind::Path, index)?;
+        self.open(index, stream, token);
+        Ok(())
+    }
+
+    fn on_path(&mut self, ready: Readiness, now: Instant) -> Result<()> {
+        let index = ready.token.index();
+        let Some(path) = self.paths.get_mut(index).and_then(Option::as_mut) else { return Ok(()) };
+        if let State::Calling(call) = &mut path.state {
+            let outcome = call.readable(ready.token, now, &mut self.poller, &self.options.identity)?;
+            self.conclude(index, outcome);
+            return Ok(());
+        }
+        if !path.is_open_as(ready.token) {
+            return Ok(());
+        }
+        let mut result = Ok(());
+        if ready.readable {
+            result = path.read(&mut self.table, &mut self.done);
+        }
+        if ready.writable && result.is_ok() {
+            result = path.write(&self.poller, &mut self.done);
+        }
+        if let Err(reason) = result {
+            self.break_path(index, &reason);
+        }
+        Ok(())
+    }
+
+    fn conclude(&mut self, index: usize, outcome: Outcome) {
+        match outcome {
+            Outcome::Pending => {}
+            Outcome::Open(stream, token) => self.open(index, stream, token),
+            Outcome::Ended(reason) => self.break_path(index, &reason),
+        }
+    }
+
+    fn open(&mut self, index: usize, stream: TcpStream, token: Token) {
+        let Some(path) = &mut self.paths[index] else { return };
+        let result = Open::new(stream, token).map_err(|e| e.to_string()).and_then(|open| {
+            path.state = State::Open(open);
+            self.pending -= 1;
+            self.done.push((path.peer, Completion::Connected { peer: path.peer }));
+            // What was posted and flushed before there was a connection.
+            path.write(&self.poller, &mut self.done)
+        });
+        if let Err(reason) = result {
+            self.break_path(index, &reason);
+        }
+    }
+
+    fn break_path(&mut self, index: usize, reason: &str) {
+        let Some(path) = &mut self.paths[index] else { return };
+        if is_pending(&path.state) {
+            self.pending -= 1;
+        }
+        path.end(&self.poller, &mut self.table);
+        path.fail_queued(reason, &mut self.done);
+        let error = Error::Broken { peer: path.peer, reason: reason.to_string() };
+        self.done.push((path.peer, Completion::Broken { peer: path.peer, error }));
+    }
+
+    fn tick(&mut self, now: Instant) -> Result<()> {
+        if let Some(strangers) = &mut self.strangers {
+            strangers.tick(now, &mut self.poller)?;
+        }
+        if self.pending == 0 {
+            return Ok(());
+        }
+        for index in 0..self.paths.len() {
+            match self.paths[index].as_mut().map(|path| &mut path.state) {
+                Some(State::Expecting { deadline }) if now >= *deadline => {
+                    self.break_path(index, "it did not call us before the deadline");
+                }
+                Some(State::Calling(call)) => {
+                    let outcome = call.tick(now, &mut self.poller, index)?;
+                    self.conclude(index, outcome);
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Transport for TcpTransport {
+    fn register(&mut self, region: &Region) -> Result<MemoryRegion> {
+        self.table.register(region)
+    }
+
+    fn offer(&mut self, _peer: PeerId) -> Result<Endpoint> {
+        Ok(Endpoint { fabric: FABRIC.into(), address: format_addresses(&self.advertised) })
+    }
+
+    fn connect(&mut self, peer: PeerId, remote: &Endpoint, deadline: Instant) -> Result<()> {
+        if remote.fabric != FABRIC {
+            return Err(Error::Config(format!("{peer} offers `{}`, this is {FABRIC}", remote.fabric)));
+        }
+        if self.index_of.contains_key(&peer) {
+            return Err(Error::Config(format!("there is a path to {peer} already; fence it first")));
+        }
+        // Where both listen the larger name calls, so that there is one connection and not two.
+        let they_listen = !remote.address.is_empty();
+        let state = if they_listen && (!self.options.listen || self.options.identity.me > peer) {
+            let addresses = parse_addresses(&remote.address)?;
+            State::Calling(Box::new(Call::new(peer, addresses, Instant::now(), deadline)))
+        } else if self.options.listen {
+            State::Expecting { deadline }
+        } else {
+            return Err(Error::Config(format!("neither {peer} nor {} listens", self.options.identity.me)));
+        };
+        let index = self.paths.iter().position(Option::is_none).unwrap_or(self.paths.len());
+        if index == self.paths.len() {
+            self.paths.push(None);
+        }
+        self.paths[index] = Some(Path { peer, state, outbound: Default::default(), is_dirty: false });
+        self.index_of.insert(peer, index);
+        self.pending += 1;
+        Ok(())
+    }
+
+    fn arm(&mut self, peer: PeerId, slot: Lease) -> Result<RemoteSlot> {
+        self.table.arm(peer, slot)
+    }
+
+    fn fence(&mut self, peer: PeerId) -> Vec<Lease> {
+        let mut slots = Vec::new();
+        if let Some(index) = self.index_of.remove(&peer)
+            && let Some(mut path) = self.paths[index].take()
+        {
+            if is_pending(&path.state) {
+                self.pending -= 1;
+            }
+            path.end(&self.poller, &mut self.table);
+            forget(peer, &mut self.done, &mut slots);
+            path.fail_queued("we ended it", &mut self.done);
+            self.dirty.retain(|dirty| *dirty != index);
+        }
+        slots.append(&mut self.table.fence(peer));
+        slots
+    }
+
+    fn post(&mut self, request: WorkRequest) -> Result<(), QueueFull> {
+        let queue_limit = self.options.queue_limit;
+        let peer = request.peer;
+        let defect = match self.path(peer) {
+            None => Some(Error::Broken { peer, reason: "there is none: connect comes first".into() }),
+            Some((_, Path { state: State::Dead, .. })) => {
+                Some(Error::Broken { peer, reason: "it ended before".into() })
+            }
+            Some((_, path)) if path.outbound.len() >= queue_limit => return Err(QueueFull(request)),
+            Some(_) => defect_of(&request),
+        };
+        let WorkRequest { id, note, payload, .. } = request;
+        let (source, slot) = payload.unzip();
+        if let Some(error) = defect {
+            self.done.push((peer, Completion::Failed { id, source, error }));
+            return Ok(());
+        }
+        let target = slot.map(|slot| FrameTarget { rkey: slot.rkey, offset: slot.offset });
+        let (index, path) = self.path(peer).expect("looked up above");
+        path.outbound.push(id, &FrameHeader { target, note }, source);
+        if !std::mem::replace(&mut path.is_dirty, true) {
+            self.dirty.push(index);
+        }
+        Ok(())
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        let mut dirty = std::mem::take(&mut self.dirty);
+        for index in dirty.drain(..) {
+            let Some(path) = &mut self.paths[index] else { continue };
+            path.is_dirty = false;
+            if path.can_write()
+                && let Err(reason) = path.write(&self.poller, &mut self.done)
+            {
+                self.break_path(index, &reason);
+            }
+        }
+        // The list keeps its memory.
+        self.dirty = dirty;
+        Ok(())
+    }
+
+    fn poll(&mut self, now: Instant, completions: &mut Vec<Completion>) -> Result<()> {
+        for at in 0..self.poller.collect()? {
+            self.on_ready(self.poller.ready(at), now)?;
+        }
+        self.tick(now)?;
+        completions.extend(self.done.drain(..).map(|(_, completion)| completion));
+        Ok(())
+    }
+}
+
+impl Wakeup for TcpTransport {
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.poller.fd()
+    }
+
+    fn arm_wakeup(&mut self) -> Result<Armed> {
+        Ok(if self.done.is_empty() { Armed::Sleep } else { Armed::Ready })
+    }
+
+    fn next_deadline(&self) -> Option<Instant> {
+        let mut next = self.strangers.as_ref().and_then(Strangers::next_deadline);
+        if self.pending > 0 {
+            let waits = self.paths.iter().flatten().filter_map(|path| match &path.state {
+                State::Expecting { deadline } => Some(*deadline),
+                State::Calling(call) => Some(call.next_deadline()),
+                State::Open(_) | State::Dead => None,
+            });
+            next = waits.chain(next).min();
+        }
+        next
+    }
+}
+
+impl Drop for TcpTransport {
+    fn drop(&mut self) {
+        for path in self.paths.iter_mut().flatten() {
+            path.end(&self.poller, &mut self.table);
+        }
+    }
+}
+
+fn is_pending(state: &State) -> bool {
+    matches!(state, State::Expecting { .. } | State::Calling(_))
+}
+
+/// After a fence only `Failed` may follow: a `Sent` that nobody has heard of yet becomes one, so that its source comes back.
+fn forget(peer: PeerId, done: &mut Done, slots: &mut Vec<Lease>) {
+    done.retain_mut(|(about, completion)| {
+        if *about != peer {
+            return true;
+        }
+        match completion {
+            Completion::Sent { id, source } => {
+                let error = Error::Broken { peer, reason: "we ended it".into() };
+                *completion = Completion::Failed { id: *id, source: source.take(), error };
+                true
+            }
+            Completion::Failed { .. } => true,
+            Completion::Arrived { lease, .. } => {
+                slots.extend(lease.take());
+                false
+            }
+            Completion::Connected { .. } | Completion::Broken { .. } => false,
+        }
+    });
+}
+
+/// What is wrong with a request by itself: a mistake of the caller, which costs it the request and not the path.
+fn defect_of(request: &WorkRequest) -> Option<Error> {
+    let WorkRequest { peer, note, payload, .. } = request;
+    let what = match payload {
+        None if !note.kind.has_payload() => return None,
+        None => format!("a {:?} note without payload was posted", note.kind),
+        Some(_) if !note.kind.has_payload() => format!("a {:?} note with a payload was posted", note.kind),
+        Some((source, _)) if source.len() != note.length as usize => {
+            format!("a payload of {} bytes was posted under a note that says {}", source.len(), note.length)
+        }
+        Some((source, slot)) if source.len() > slot.len as usize => {
+            format!("{} bytes were posted to a slot of {}", source.len(), slot.len)
+        }
+        Some((_, slot)) if slot.rkey == 0 => "a payload was posted to the key 0, which no region has".into(),
+        Some(_) => return None,
+    };
+    Some(Error::Config(format!("the request to {peer} cannot be sent: {what}")))
+}
+
+/// What peers are told to call, given the address that we are bound to.
+fn reachable(bound: SocketAddr, advertise: Option<IpAddr>) -> Result<Vec<SocketAddr>> {
+    let mut ips = match advertise {
+        Some(ip) => vec![ip],
+        None if bound.ip().is_unspecified() => socket::reachable_addresses(bound.ip())?,
+        None => vec![bound.ip()],
+    };
+    ips.truncate(ADDRESSES_MAX);
+    Ok(ips.into_iter().map(|ip| SocketAddr::new(ip, bound.port())).collect())
+}

@@ -1,0 +1,121 @@
+//! The frame: how a write travels on a byte stream. 64 bytes of header (where the payload goes, and the note), then the payload.
+//!
+//! Invariant: `decode(encode(header)) == header`, any change of a single bit is refused by one of the two checksums, and a frame
+//! names a target if and only if its note's kind has a payload.
+
+use super::{
+    Note, WireError,
+    note::{u32_at, u64_at},
+};
+
+const PREFIX: usize = 16;
+
+/// Where in the receiver's memory a payload goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct FrameTarget {
+    /// The receiver's key of the region; never 0.
+    pub rkey: u32,
+    /// Offset of the first byte in the region.
+    pub offset: u64,
+}
+
+/// What precedes a payload on a byte stream, or stands alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FrameHeader {
+    /// Where the `note.length` bytes that follow go; `None` if no payload follows.
+    pub target: Option<FrameTarget>,
+    /// What the write means.
+    pub note: Note,
+}
+
+impl FrameHeader {
+    /// Bytes of an encoded header.
+    pub const SIZE: usize = PREFIX + Note::SIZE;
+
+    /// Bytes of payload that follow the header.
+    pub fn payload_bytes(&self) -> usize {
+        match self.target {
+            Some(_) => self.note.length as usize,
+            None => 0,
+        }
+    }
+
+    /// The header's bytes; all integers little-endian.
+    pub fn encode(&self) -> [u8; FrameHeader::SIZE] {
+        let mut bytes = [0; FrameHeader::SIZE];
+        if let Some(target) = self.target {
+            bytes[0..4].copy_from_slice(&target.rkey.to_le_bytes());
+            bytes[4..12].copy_from_slice(&target.offset.to_le_bytes());
+        }
+        let checksum = crc32c::crc32c(&bytes[..12]);
+        bytes[12..PREFIX].copy_from_slice(&checksum.to_le_bytes());
+        bytes[PREFIX..].copy_from_slice(&self.note.encode());
+        bytes
+    }
+
+    /// Reads a header.
+    pub fn decode(bytes: &[u8; FrameHeader::SIZE]) -> Result<FrameHeader, WireError> {
+        if u32_at(bytes, 12) != crc32c::crc32c(&bytes[..12]) {
+            return Err(WireError::Checksum("frame prefix"));
+        }
+        let mut note = [0; Note::SIZE];
+        note.copy_from_slice(&bytes[PREFIX..]);
+        let note = Note::decode(&note)?;
+        let target = FrameTarget { rkey: u32_at(bytes, 0), offset: u64_at(bytes, 4) };
+        if note.kind.has_payload() {
+            if target.rkey == 0 {
+                return Err(WireError::Unassigned { field: "rkey of a note with payload", value: 0 });
+            }
+            return Ok(FrameHeader { target: Some(target), note });
+        }
+        // One encoding per meaning: bytes that nobody reads would be a place to hide a mistake in.
+        if target.rkey != 0 {
+            return Err(WireError::Unassigned { field: "rkey of a note without payload", value: target.rkey.into() });
+        }
+        if target.offset != 0 {
+            return Err(WireError::Unassigned { field: "offset of a note without payload", value: target.offset });
+        }
+        Ok(FrameHeader { target: None, note })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::wire::NoteKind;
+
+    fn any_header() -> impl Strategy<Value = FrameHeader> {
+        any::<(bool, u32, u64, u32, u64)>().prop_map(|(payload, rkey, offset, length, clock)| {
+            let kind = if payload { NoteKind::Push } else { NoteKind::Heartbeat };
+            let length = if payload { length } else { 0 };
+            let target = payload.then_some(FrameTarget { rkey: rkey.max(1), offset });
+            FrameHeader { target, note: Note { length, clock, ..Note::new(kind) } }
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn round_trip(header in any_header()) {
+            prop_assert_eq!(FrameHeader::decode(&header.encode()), Ok(header));
+        }
+
+        #[test]
+        fn any_flipped_bit_is_refused(header in any_header(), bit in 0usize..FrameHeader::SIZE * 8) {
+            let mut bytes = header.encode();
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            let part = if bit / 8 < PREFIX { "frame prefix" } else { "note" };
+            prop_assert_eq!(FrameHeader::decode(&bytes), Err(WireError::Checksum(part)));
+        }
+    }
+
+    #[test]
+    fn a_target_and_a_payload_come_together_or_not_at_all() {
+        let target = Some(FrameTarget { rkey: 1, offset: 0 });
+        let idle = FrameHeader { target, note: Note::new(NoteKind::Heartbeat) };
+        assert!(matches!(FrameHeader::decode(&idle.encode()), Err(WireError::Unassigned { value: 1, .. })));
+        let nowhere = FrameHeader { target: None, note: Note { length: 8, ..Note::new(NoteKind::Push) } };
+        assert!(matches!(FrameHeader::decode(&nowhere.encode()), Err(WireError::Unassigned { value: 0, .. })));
+    }
+}

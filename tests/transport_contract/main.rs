@@ -1,0 +1,8 @@
+//! The contract of `Transport`, written once and run on every fabric.
+//!
+//! Invariant: `contract.rs` knows no fabric; a fabric's file knows how to make its ends, and tests what is its own beside it.
+
+#[macro_use]
+mod contract;
+mod tcp;
+mod world;
