@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 mod init;
+mod philox;
 mod span;
 mod tensor;
 mod view;

@@ -1,1 +1,26 @@
-//! optim
+//! The optimizers that the servers run: hyper-parameters and schedules, the scalar oracle that defines every bit, and the CPU
+//! kernels that must agree with it.
+//!
+//! Invariant: what a step does to an element depends on that element's gradients (in rank order), its state and the step's
+//! scalars alone; never on vector width, tile, chunk or thread. NaN is one value here: that an element is NaN is defined, the
+//! payload and sign of the NaN are not (Rust and LLVM leave them open).
+#![forbid(unsafe_code)]
+
+mod chunk;
+mod config;
+mod convert;
+mod form;
+mod isa;
+mod kernel;
+mod norm;
+pub mod oracle;
+mod plan;
+mod schedule;
+
+pub use chunk::{ChunkParts, ChunkStep, Pass, StepArguments};
+pub use config::{Clip, GroupConfig, OptimizerConfig, OptimizerKind};
+pub use isa::{Isa, isa};
+pub use kernel::{Contributions, Gradients, Kernels, StateMut, Wire};
+pub use norm::{SquaredNorm, squared_norm};
+pub use plan::{Reduction, SpanStep, StepScalars};
+pub use schedule::{LearningRates, Schedule};
