@@ -5,8 +5,11 @@
 #![forbid(unsafe_code)]
 
 mod note;
+mod token;
 
 pub use note::{Note, NoteFlags, NoteKind};
+pub(crate) use token::random_bytes;
+pub use token::{JobToken, job_id};
 
 /// Why bytes could not be decoded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
