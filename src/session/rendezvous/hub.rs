@@ -5,8 +5,8 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    io::{ErrorKind, Read, Write},
-    net::{SocketAddr, TcpListener, TcpStream},
+    io::{ErrorKind, Read},
+    net::{SocketAddr, TcpListener},
     os::fd::AsFd,
     sync::{
         Arc,
@@ -21,6 +21,7 @@ use tracing::{info, warn};
 
 use super::{
     Address, VERSION, auth,
+    connection::{Connection, Stage},
     message::{
         Answer, Challenge, FromLauncher, LINE_BYTES_MAX, LineBuffer, Purpose, STRANGER_BYTES_MAX, Verdict, decode,
         encode,
@@ -158,27 +159,6 @@ impl Drop for Rendezvous {
             let _ = thread.join();
         }
     }
-}
-
-/// How far a caller has come.
-#[derive(Debug)]
-enum Stage {
-    /// It was sent this nonce and has until then to prove itself.
-    Stranger { nonce: String, until: Instant },
-    /// It holds a seat.
-    Seated(Rank),
-    /// It may ask and order.
-    Control,
-    /// It was refused or has broken the protocol: what is queued still leaves, nothing more is read.
-    Leaving { until: Instant },
-}
-
-struct Connection {
-    stream: TcpStream,
-    from: SocketAddr,
-    stage: Stage,
-    incoming: LineBuffer,
-    outgoing: Vec<u8>,
 }
 
 struct Hub {
@@ -493,30 +473,4 @@ impl Hub {
 struct Ready {
     listener: bool,
     readable: Vec<ConnectionId>,
-}
-
-impl Connection {
-    fn flush(&mut self) -> std::io::Result<()> {
-        while !self.outgoing.is_empty() {
-            match self.stream.write(&self.outgoing) {
-                Ok(n) => drop(self.outgoing.drain(..n)),
-                Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(()),
-                Err(e) if e.kind() == ErrorKind::Interrupted => {}
-                Err(e) => return Err(e),
-            }
-        }
-        Ok(())
-    }
-
-    /// Takes what the caller has sent beyond its refusal, within reason: closing with bytes unread would reset the connection
-    /// and the refusal with it.
-    fn hang_up(&mut self) {
-        let _ = self.stream.shutdown(std::net::Shutdown::Write);
-        let mut bytes = [0; STRANGER_BYTES_MAX];
-        for _ in 0..16 {
-            if !matches!(self.stream.read(&mut bytes), Ok(n) if n > 0) {
-                break;
-            }
-        }
-    }
 }

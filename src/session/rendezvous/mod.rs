@@ -7,6 +7,7 @@
 
 mod auth;
 mod checkpoints;
+mod connection;
 mod hub;
 mod member;
 mod message;
