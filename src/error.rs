@@ -32,15 +32,19 @@ pub enum Error {
     },
     /// The limit on locked memory is too small for a region that a device must reach.
     #[error(
-        "cannot lock {needed_bytes} bytes: the limit on locked memory (RLIMIT_MEMLOCK) is {limit_bytes} bytes; raise it with \
-         `ulimit -l {needed_kib}` (shell), a `memlock` line in /etc/security/limits.d, or LimitMEMLOCK= (systemd)",
-        needed_kib = needed_bytes.div_ceil(1024)
+        "cannot lock {subject}: with what is locked already that needs {needed_bytes} bytes, and the limit on locked memory \
+         (RLIMIT_MEMLOCK) is {limit_bytes} bytes soft, {hard_limit_bytes} hard; {}",
+        raise_memlock(*needed_bytes, *hard_limit_bytes)
     )]
     Memlock {
-        /// What would have to be locked in all.
+        /// What was to be locked, in words.
+        subject: String,
+        /// What this process would have locked in all.
         needed_bytes: u64,
         /// The soft limit in force.
         limit_bytes: u64,
+        /// How far the soft limit can be raised without root.
+        hard_limit_bytes: u64,
     },
     /// A path to a peer ended; what was in flight on it is lost.
     #[error("the path to {peer} broke: {reason}")]
@@ -143,4 +147,40 @@ fn detail(chunk: Option<ChunkId>, clock: Option<Clock>) -> String {
         text.push_str(&format!(", clock {clock}"));
     }
     text
+}
+
+/// The line to change: the shell's own limit where the hard limit allows it, else what root has to write.
+fn raise_memlock(needed_bytes: u64, hard_limit_bytes: u64) -> String {
+    let kib = needed_bytes.div_ceil(1024);
+    if needed_bytes <= hard_limit_bytes {
+        return format!("run `ulimit -l {kib}` in the shell that starts the job");
+    }
+    format!(
+        "root must raise the hard limit: the line `* - memlock {kib}` in /etc/security/limits.d/gradwire.conf (then log in \
+         again), or `LimitMEMLOCK={needed_bytes}` in the [Service] section of the systemd unit, or `--ulimit \
+         memlock={needed_bytes}` for a container, or CAP_IPC_LOCK for the process"
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_small_memlock_limit_is_told_with_the_line_to_change() {
+        let text = |hard_limit_bytes| {
+            let subject = "region `slots`".to_owned();
+            Error::Memlock { subject, needed_bytes: 4097, limit_bytes: 1024, hard_limit_bytes }.to_string()
+        };
+        let soft = text(8192);
+        for part in ["region `slots`", "needs 4097 bytes", "1024 bytes soft", "8192 hard", "`ulimit -l 5`"] {
+            assert!(soft.contains(part), "{soft}");
+        }
+        assert!(!soft.contains("root"), "{soft}");
+        let hard = text(2048);
+        for part in ["`* - memlock 5`", "LimitMEMLOCK=4097", "CAP_IPC_LOCK"] {
+            assert!(hard.contains(part), "{hard}");
+        }
+        assert!(!hard.contains("ulimit -l"), "the shell cannot help here: {hard}");
+    }
 }

@@ -4,7 +4,10 @@
 //! nothing else.
 
 mod lease;
+mod pages;
 mod region;
+pub mod topology;
 
 pub use lease::{Lease, SharedLease};
-pub use region::{Region, RegionOptions};
+pub use region::{HugePages, Locking, Region, RegionId, RegionOptions, RegionReport};
+pub use topology::Topology;

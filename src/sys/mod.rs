@@ -1,1 +1,5 @@
-//! sys
+//! Foreign libraries as raw tables of functions, each found at run time, so that one binary runs with or without them.
+//!
+//! Invariant: declarations and their lookup only; what is done with them is the business of the layers above.
+
+pub mod hwloc;
