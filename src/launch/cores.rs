@@ -1,44 +1,26 @@
 //! Dealing the machine's cores to the ranks of a job.
 //!
-//! Invariant: pure but for the one question to the kernel; no core is dealt a second time while one is unused.
+//! Invariant: ranks of this job and of others share a core only when none is free.
 #![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;
 
-use nix::{
-    sched::{CpuSet, sched_getaffinity},
-    unistd::Pid,
+use crate::{
+    mem::{Topology, topology::Demand},
+    session::JobConfig,
+    types::{Rank, Role},
 };
 
-use crate::{session::JobConfig, types::Rank};
-
-/// The cores on which this process may run.
-pub(super) fn allowed() -> Vec<usize> {
-    let set = sched_getaffinity(Pid::from_raw(0)).unwrap_or_default();
-    let cores = (0..CpuSet::count()).filter(|&core| set.is_set(core).unwrap_or(false)).collect::<Vec<_>>();
-    if cores.is_empty() { vec![0] } else { cores }
-}
-
-/// Deals `allowed` cores to the ranks: a server has one for each shard, the workers share what is left, at least one each.
-/// `taken` are the cores that other jobs use, each as often as it is used: the least used go first.
-pub(super) fn deal(job: &JobConfig, allowed: &[usize], taken: &[usize]) -> BTreeMap<Rank, Vec<usize>> {
-    let mut load: BTreeMap<usize, usize> = allowed.iter().map(|&core| (core, 0)).collect();
-    for core in taken {
-        load.entry(*core).and_modify(|count| *count += 1);
-    }
+/// Deals cores to the ranks: a server has one for each shard, the workers share what is left, at least one each. `taken` are the
+/// cores that other jobs use, each as often as it is used.
+pub(super) fn deal(job: &JobConfig, machine: &Topology, taken: &[usize]) -> BTreeMap<Rank, Vec<usize>> {
     let shards = usize::from(job.shards_per_server);
-    let left = allowed.len().saturating_sub(usize::from(job.servers) * shards);
+    let left = machine.cores.len().saturating_sub(usize::from(job.servers) * shards);
     let for_worker = (left / usize::from(job.workers)).max(1);
-    let mut dealt = BTreeMap::new();
-    for rank in job.ranks() {
-        let wanted = if rank.role == crate::types::Role::Server { shards } else { for_worker };
-        let mut least: Vec<usize> = load.keys().copied().collect();
-        least.sort_by_key(|core| (load[core], *core));
-        least.truncate(wanted.min(allowed.len()));
-        least.iter().for_each(|core| drop(load.entry(*core).and_modify(|count| *count += 1)));
-        dealt.insert(rank, least);
-    }
-    dealt
+    let cores = |rank: Rank| if rank.role == Role::Server { shards } else { for_worker };
+    let demands: Vec<Demand> = job.ranks().map(|rank| Demand { cores: cores(rank), near: None }).collect();
+    let placements = machine.assign_cores(&demands, taken);
+    job.ranks().zip(placements).map(|(rank, placement)| (rank, placement.cores)).collect()
 }
 
 /// "0,1,5": the form in which cores stand in `GRADWIRE_CORES`.
@@ -49,6 +31,12 @@ pub(super) fn text(cores: &[usize]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::mem::topology::{Core, Source};
+
+    fn machine(cores: usize) -> Topology {
+        let cores = (0..cores).map(|index| Core { os_index: index, physical: index, node: None }).collect();
+        Topology { cores, nodes: Vec::new(), devices: Vec::new(), source: Source::Flat("a test".into()) }
+    }
 
     fn job(servers: u16, workers: u16) -> JobConfig {
         JobConfig { servers, workers, ..JobConfig::default() }
@@ -56,7 +44,7 @@ mod tests {
 
     #[test]
     fn nobody_shares_while_there_is_room() {
-        let dealt = deal(&job(2, 2), &[0, 1, 2, 3, 4, 5, 6, 7], &[]);
+        let dealt = deal(&job(2, 2), &machine(8), &[]);
         let mut all: Vec<usize> = dealt.values().flatten().copied().collect();
         assert_eq!(dealt[&Rank::server(0)].len(), 1);
         assert_eq!(dealt[&Rank::worker(1)].len(), 3);
@@ -66,15 +54,17 @@ mod tests {
 
     #[test]
     fn a_small_machine_is_shared_evenly() {
-        let dealt = deal(&job(2, 2), &[4, 9], &[]);
+        let dealt = deal(&job(2, 2), &machine(2), &[]);
         let count = |core| dealt.values().flatten().filter(|&&c| c == core).count();
-        assert_eq!((count(4), count(9)), (2, 2));
+        assert_eq!((count(0), count(1)), (2, 2));
     }
 
     #[test]
     fn a_second_job_begins_where_the_first_one_is_not() {
-        let dealt = deal(&job(1, 1), &[0, 1, 2, 3], &[0, 1, 1, 99]);
-        assert_eq!(dealt[&Rank::server(0)], [2]);
-        assert_eq!(dealt[&Rank::worker(0)], [3, 0, 2]);
+        let dealt = deal(&job(1, 1), &machine(4), &[0, 1, 1, 99]);
+        let mut used: Vec<usize> = dealt.values().flatten().copied().collect();
+        used.truncate(2);
+        used.sort_unstable();
+        assert_eq!(used, [2, 3]);
     }
 }

@@ -80,12 +80,23 @@ impl JobDirectory {
         if is_running(&path) {
             return Ok(JobDirectory { path, lock: None });
         }
-        let running: Vec<String> = jobs(&home).filter_map(|path| Some(path.file_name()?.to_str()?.into())).collect();
+        let running = JobDirectory::running();
         let others = match running.len() {
             0 => "none is running".into(),
             _ => format!("running are {}", running.join(", ")),
         };
-        Err(Error::Config(format!("no job named `{name}` is running on this machine under {} ({others})", home.display())))
+        Err(Error::Config(format!(
+            "no job named `{name}` is running on this machine under {} ({others})",
+            home.display()
+        )))
+    }
+
+    /// The names of the jobs that are running.
+    pub fn running() -> Vec<String> {
+        let mut names: Vec<String> =
+            jobs(&home()).filter_map(|path| Some(path.file_name()?.to_str()?.into())).collect();
+        names.sort();
+        names
     }
 
     /// Where it is.
@@ -132,7 +143,9 @@ impl JobDirectory {
         let home = self.path.parent().unwrap_or(Path::new("/"));
         let others = jobs(home).filter(|path| *path != self.path);
         let texts = others.filter_map(|path| fs::read_to_string(path.join("cores")).ok());
-        texts.flat_map(|text| text.split_whitespace().filter_map(|core| core.parse().ok()).collect::<Vec<_>>()).collect()
+        texts
+            .flat_map(|text| text.split_whitespace().filter_map(|core| core.parse().ok()).collect::<Vec<_>>())
+            .collect()
     }
 
     /// Removes the directory.

@@ -11,6 +11,7 @@ mod directory;
 mod job;
 mod keeper;
 mod output;
+mod processes;
 #[allow(unsafe_code)]
 mod spawn;
 mod supervisor;

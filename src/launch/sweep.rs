@@ -26,7 +26,9 @@ pub(super) fn sweep(mark: &str, time: Duration) -> usize {
         let found = marked(mark);
         // A process could end, and its number be given to another, between the look at its environment and this call; numbers are
         // reused only after all others have been, which takes longer than that.
-        found.iter().for_each(|&pid| drop(kill(pid, Signal::SIGKILL)));
+        for &pid in &found {
+            let _ = kill(pid, Signal::SIGKILL);
+        }
         if found.is_empty() || Instant::now() >= deadline {
             return found.len();
         }
