@@ -39,7 +39,7 @@ struct Arguments {
 #[derive(Subcommand)]
 enum Command {
     /// Start a job on this machine and see it to its end.
-    Run(run::RunArguments),
+    Run(Box<run::RunArguments>),
     /// Join one process to a running job by hand, also from another host.
     Node(node::NodeArguments),
     /// Say what this machine offers, and why not more.
@@ -66,7 +66,7 @@ pub fn main() -> ExitCode {
     let arguments = Arguments::parse();
     start_log();
     let outcome = match arguments.command {
-        Command::Run(arguments) => run::run(arguments),
+        Command::Run(arguments) => run::run(*arguments),
         Command::Node(arguments) => node::run(arguments),
         Command::Info(arguments) => info::run(&arguments),
         Command::Status(arguments) => status::status(&arguments),

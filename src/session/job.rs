@@ -194,7 +194,7 @@ impl JobConfig {
             return refuse("`parameter_dtype` is f16; parameters travel as f32 or bf16".into());
         }
         // 64 floats are a cache line of every format; 64 MiB keeps a payload's length inside 32 bits with room to spare.
-        if self.chunk_bytes % 256 != 0 || self.chunk_bytes == 0 || self.chunk_bytes > 64 << 20 {
+        if !self.chunk_bytes.is_multiple_of(256) || self.chunk_bytes == 0 || self.chunk_bytes > 64 << 20 {
             return refuse(format!(
                 "`chunk_bytes` is {}; it must be a multiple of 256, from 256 to {}",
                 self.chunk_bytes,
@@ -297,7 +297,8 @@ mod tests {
 
     #[test]
     fn what_cannot_work_is_refused_by_its_key() {
-        let cases: [(&str, fn(&mut JobConfig)); 9] = [
+        type Spoil = fn(&mut JobConfig);
+        let cases: [(&str, Spoil); 9] = [
             ("workers", |j| j.workers = 0),
             ("servers", |j| j.servers = RANKS_MAX + 1),
             ("shards_per_server", |j| j.shards_per_server = 0),

@@ -6,12 +6,14 @@
 
 mod job;
 mod liveness;
+mod placement;
 mod rendezvous;
 mod setting;
 mod settings;
 
 pub use job::{CheckpointConfig, Fabric, JobConfig, PortRange, RANKS_MAX, check_name};
 pub use liveness::{Liveness, Pulse};
+pub use placement::cores_from_environment;
 pub use rendezvous::{
     Address, CheckpointSink, Command, Commands, Control, Member, Notice, NoticeSink, Offer, Order, RankStatus,
     Rendezvous, RendezvousOptions, Report, Reporter, Status, VERSION, View, token_from_environment,

@@ -195,7 +195,8 @@ mod tests {
 
     #[test]
     fn a_wrong_key_is_told_the_right_one() {
-        let cases: [(&[(&str, &str)], &str, &[(&str, &str)], &str); 5] = [
+        type Pairs = &'static [(&'static str, &'static str)];
+        let cases: [(Pairs, &str, Pairs, &str); 5] = [
             (&[("GRADWIRE_CHUNK_BYTE", "1")], "", &[], "GRADWIRE_CHUNK_BYTES"),
             (&[], "chunk_byte = 1", &[], "chunk_bytes"),
             (&[], "[checkpoint]\nevry = 1", &[], "checkpoint.every"),

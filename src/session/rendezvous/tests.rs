@@ -277,7 +277,7 @@ fn an_impostor_of_the_launcher_is_refused() {
         }
     });
     let token = JobToken::random().unwrap();
-    let mut refused = || Member::join(&address, &token, Role::Server, None).unwrap_err().to_string();
+    let refused = || Member::join(&address, &token, Role::Server, None).unwrap_err().to_string();
     assert!(refused().contains("does not hold the job's token"));
     assert!(refused().contains("does not speak the rendezvous protocol"));
     impostor.join().unwrap();
