@@ -1,7 +1,7 @@
 //! The staleness gate: is a worker too far ahead to be answered yet?
 //!
 //! Invariant: a reply for clock c is released only when every contributor's updates of all clocks up to c - bound have been
-//! applied (Ho et al. 2013, section 3: a worker at clock c+1 sees all updates up to c - bound).
+//! applied (Ho et al. 2013, section 3: a worker at clock c+1 sees all updates up to c - bound), and its own of clock c among them.
 
 use crate::types::Clock;
 
@@ -24,17 +24,26 @@ impl StalenessGate {
         self.applied[index] = self.applied[index].max(clock + 1);
     }
 
+    /// Every contributor's update of `clock` has been applied.
+    pub fn on_all_applied(&mut self, clock: Clock) {
+        self.applied.iter_mut().for_each(|applied| *applied = (*applied).max(clock + 1));
+    }
+
     /// Contributor `index` will never push again and holds nobody back.
     pub fn on_finished(&mut self, index: usize) {
         self.applied[index] = Clock::MAX;
     }
 
-    /// Whether a worker that pushed `clock` may have the parameters and go on to the next one.
-    pub fn released(&self, clock: Clock) -> bool {
-        match self.bound {
-            Some(bound) => self.slowest().saturating_add(bound) > clock,
-            None => true,
-        }
+    /// Whether contributor `index`, which pushed `clock`, may have the parameters and go on to the next clock. It always sees
+    /// its own update.
+    pub fn released(&self, index: usize, clock: Clock) -> bool {
+        let own = self.applied[index] > clock;
+        own && self.bound.is_none_or(|bound| self.slowest().saturating_add(bound) > clock)
+    }
+
+    /// How many clocks of contributor `index` have been applied.
+    pub fn clock_of(&self, index: usize) -> Clock {
+        self.applied[index]
     }
 
     /// The number of clocks that every contributor has applied.
@@ -51,10 +60,10 @@ mod tests {
     fn bound_zero_waits_for_all() {
         let mut gate = StalenessGate::new(2, Some(0), 0);
         gate.on_applied(0, 0);
-        assert!(!gate.released(0));
+        assert!(!gate.released(0, 0));
         gate.on_applied(1, 0);
-        assert!(gate.released(0));
-        assert!(!gate.released(1));
+        assert!(gate.released(0, 0) && gate.released(1, 0));
+        assert!(!gate.released(0, 1));
     }
 
     #[test]
@@ -64,16 +73,18 @@ mod tests {
             gate.on_applied(0, clock);
         }
         // The slow one has applied nothing: the fast one may finish clocks 0 and 1 and hold there.
-        assert!(gate.released(0) && gate.released(1) && !gate.released(2));
+        assert!(gate.released(0, 0) && gate.released(0, 1) && !gate.released(0, 2));
         gate.on_applied(1, 0);
-        assert!(gate.released(2) && !gate.released(3));
+        assert!(gate.released(0, 2) && !gate.released(0, 3));
         gate.on_finished(1);
-        assert!(gate.released(4));
+        assert!(gate.released(0, 4));
     }
 
     #[test]
     fn no_bound_never_waits() {
-        let gate = StalenessGate::new(2, None, 0);
-        assert!(gate.released(1_000_000));
+        let mut gate = StalenessGate::new(2, None, 0);
+        assert!(!gate.released(0, 7), "its own update comes first");
+        gate.on_applied(0, 7);
+        assert!(gate.released(0, 7));
     }
 }

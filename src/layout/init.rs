@@ -201,6 +201,26 @@ mod tests {
         }
     }
 
+    /// Values that jobs already started with must never change. Made by an independent program from the description: Philox, the
+    /// hash and Box-Muller written anew in Python.
+    #[test]
+    fn golden_values() {
+        const INDICES: [usize; 5] = [0, 1, 2, 1_000_003, (1 << 33) + 5];
+        let shape = [64, 96, 3, 3];
+        let golden = [
+            (Init::Normal(0.02), [0x3cad_b6a8, 0x3d19_b516, 0x3bac_2be8, 0x3c87_a0dc, 0x3b87_304e]),
+            (Init::XavierUniform, [0x3d54_8d29, 0xbd2f_7c2e, 0xbd45_6101, 0xbd18_bab1, 0xbd71_703c]),
+            (Init::KaimingNormal, [0x3d50_f1e3, 0x3db8_e199, 0x3c4f_1714, 0x3d23_22b4, 0x3c22_9b52]),
+        ];
+        for (rule, bits) in golden {
+            for (index, bits) in INDICES.into_iter().zip(bits) {
+                let mut value = [0.0];
+                rule.fill(42, "block.0.weight", &shape, index, &mut value);
+                assert_eq!(value[0].to_bits(), bits, "{rule:?}, element {index}");
+            }
+        }
+    }
+
     #[test]
     fn rules_that_cannot_apply_are_refused_by_name() {
         for (rule, word) in [

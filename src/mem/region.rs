@@ -157,6 +157,11 @@ impl Region {
         self.mapping.report
     }
 
+    /// Whether `other` is this very region, not one like it.
+    pub fn is_same(&self, other: &Region) -> bool {
+        Arc::ptr_eq(&self.mapping, &other.mapping)
+    }
+
     /// Whether `lease` is a range of this region.
     pub fn holds(&self, lease: &Lease) -> bool {
         self.id() == lease.region_id()

@@ -1,6 +1,7 @@
 //! What a user says about the optimizer: its kind, learning rate, weight decay, parameter groups, schedule and clipping.
 //!
-//! Invariant: a configuration that passed [`OptimizerConfig::validate`] gives finite step scalars for every group and step.
+//! Invariant: in a configuration that passed [`OptimizerConfig::validate`] every number is finite and in its range, as f32
+//! too.
 
 use serde::{Deserialize, Serialize};
 

@@ -5,6 +5,7 @@
 
 use std::sync::LazyLock;
 
+#[cfg(target_arch = "x86_64")]
 use multiversion::multiversion;
 
 /// An instruction set for which the kernels are compiled.

@@ -24,3 +24,6 @@ pub use kernel::{Contributions, Gradients, Kernels, StateMut, Wire};
 pub use norm::{SquaredNorm, squared_norm};
 pub use plan::{Reduction, SpanStep, StepScalars};
 pub use schedule::{LearningRates, Schedule};
+
+#[cfg(test)]
+mod tests;

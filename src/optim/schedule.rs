@@ -100,7 +100,7 @@ impl LearningRates {
     }
 
     /// Makes `learning_rate` the default group's base rate from clock `from_clock` on; a change already stored for that very
-    /// clock is replaced.
+    /// clock is replaced. The clock must lie ahead of every step that has begun, or tiles of one chunk would differ.
     ///
     /// # Errors
     ///

@@ -1,7 +1,7 @@
-//! Who has been silent for how long: heartbeats due and peers given up, as a pure function of what was heard when.
+//! Is a peer alive? Our own heartbeat on every path, so that a process that is stopped is told from one that computes, on every
+//! fabric (some acknowledge writes for a process that no longer runs).
 //!
-//! Invariant: a peer is reported dead at most once, and only when nothing was heard from it for the whole deadline.
-#![forbid(unsafe_code)]
+//! Invariant: pure; a peer is reported dead once, after a silence of at least the deadline.
 
 use std::{
     collections::BTreeMap,
@@ -10,77 +10,78 @@ use std::{
 
 use crate::types::PeerId;
 
-/// Watches over the silence of peers.
-#[derive(Debug)]
+/// What [`Liveness::poll`] found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LivenessEvent {
+    /// It is time to give `PeerId` a sign of life.
+    HeartbeatDue(PeerId),
+    /// Nothing was heard from the peer for this long.
+    Dead(PeerId, Duration),
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Peer {
+    heard: Instant,
+    heartbeat_next: Instant,
+    polled: Instant,
+}
+
+/// Keeps track of when each peer was heard.
+#[derive(Clone, Debug)]
 pub struct Liveness {
     interval: Duration,
     deadline: Duration,
     peers: BTreeMap<PeerId, Peer>,
 }
 
-#[derive(Debug)]
-struct Peer {
-    heard: Instant,
-    beat_due: Instant,
-}
-
-/// What [`Liveness::poll`] found.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub struct Pulse {
-    /// Peers that are to be sent a heartbeat now.
-    pub due: Vec<PeerId>,
-    /// Peers given up, with how long they have been silent.
-    pub dead: Vec<(PeerId, Duration)>,
-}
-
 impl Liveness {
-    /// A heartbeat to every peer each `interval`; a peer that is silent for `deadline` is dead.
+    /// Heartbeats every `interval`; a silence of `deadline` means death.
     pub fn new(interval: Duration, deadline: Duration) -> Liveness {
         Liveness { interval, deadline, peers: BTreeMap::new() }
     }
 
-    /// Begins to watch a peer, as if it had been heard now.
+    /// Begins to watch a peer.
     pub fn track(&mut self, peer: PeerId, now: Instant) {
-        self.peers.insert(peer, Peer { heard: now, beat_due: now + self.interval });
+        self.peers.insert(peer, Peer { heard: now, heartbeat_next: now + self.interval, polled: now });
     }
 
-    /// Something came from the peer: any note will do. A peer that is not watched is passed over.
+    /// Something came from a peer.
     pub fn heard(&mut self, peer: PeerId, now: Instant) {
         if let Some(peer) = self.peers.get_mut(&peer) {
-            peer.heard = peer.heard.max(now);
+            peer.heard = now;
         }
     }
 
-    /// Ends the watch over a peer.
+    /// Stops watching a peer.
     pub fn forget(&mut self, peer: PeerId) {
         self.peers.remove(&peer);
     }
 
-    /// Whom to send a heartbeat now, and who is dead; the dead are watched no more. After a pause of our own (this process was
-    /// stopped) silence says nothing about the others: see [`Liveness::resume`].
-    pub fn poll(&mut self, now: Instant) -> Pulse {
-        let mut pulse = Pulse::default();
-        for (peer, state) in &mut self.peers {
-            let silence = now.saturating_duration_since(state.heard);
+    /// Time has passed. Heartbeats that are due count as sent; dead peers are forgotten.
+    ///
+    /// If this thread itself was not running (stopped, or starved by others), a peer's silence says nothing: the gap since the
+    /// last poll is not counted against the peer.
+    pub fn poll(&mut self, now: Instant, events: &mut Vec<LivenessEvent>) {
+        for (id, peer) in &mut self.peers {
+            let gap = now.saturating_duration_since(peer.polled);
+            peer.polled = now;
+            if gap > self.deadline / 2 {
+                peer.heard = (peer.heard + gap).min(now);
+            }
+            let silence = now.saturating_duration_since(peer.heard);
             if silence >= self.deadline {
-                pulse.dead.push((*peer, silence));
-            } else if state.beat_due <= now {
-                state.beat_due = now + self.interval;
-                pulse.due.push(*peer);
+                events.push(LivenessEvent::Dead(*id, silence));
+            } else if now >= peer.heartbeat_next {
+                peer.heartbeat_next = now + self.interval;
+                events.push(LivenessEvent::HeartbeatDue(*id));
             }
         }
-        pulse.dead.iter().for_each(|(peer, _)| self.forget(*peer));
-        pulse
+        self.peers.retain(|_, peer| now.saturating_duration_since(peer.heard) < self.deadline);
     }
 
-    /// This process has been unable to listen until now: everybody's silence is counted from here on.
-    pub fn resume(&mut self, now: Instant) {
-        self.peers.values_mut().for_each(|peer| peer.heard = peer.heard.max(now));
-    }
-
-    /// When `poll` has something to say at the earliest.
+    /// When [`Liveness::poll`] has something to do next.
     pub fn next_deadline(&self) -> Option<Instant> {
-        self.peers.values().map(|peer| peer.beat_due.min(peer.heard + self.deadline)).min()
+        self.peers.values().map(|peer| peer.heartbeat_next.min(peer.heard + self.deadline)).min()
     }
 }
 
@@ -88,65 +89,51 @@ impl Liveness {
 mod tests {
     use super::*;
 
-    const A: PeerId = PeerId::worker(0);
-    const B: PeerId = PeerId::server(1, 0);
+    const SECOND: Duration = Duration::from_secs(1);
 
-    fn ms(n: u64) -> Duration {
-        Duration::from_millis(n)
+    fn poll(liveness: &mut Liveness, now: Instant) -> Vec<LivenessEvent> {
+        let mut events = Vec::new();
+        liveness.poll(now, &mut events);
+        events
     }
 
     #[test]
-    fn heartbeats_are_due_each_interval_and_the_silent_die_once() {
+    fn a_silent_peer_dies_once_and_a_heard_one_does_not() {
         let start = Instant::now();
-        let mut liveness = Liveness::new(ms(100), ms(350));
-        assert_eq!(liveness.next_deadline(), None);
-        liveness.track(A, start);
-        liveness.track(B, start);
-        assert_eq!(liveness.next_deadline(), Some(start + ms(100)));
-        assert_eq!(liveness.poll(start + ms(99)), Pulse::default());
-        assert_eq!(liveness.poll(start + ms(100)).due, [B, A]);
-        assert_eq!(liveness.poll(start + ms(100)), Pulse::default(), "sent once an interval");
-        liveness.heard(A, start + ms(300));
-        let pulse = liveness.poll(start + ms(350));
-        assert_eq!((pulse.due, pulse.dead), (vec![A], vec![(B, ms(350))]));
-        assert_eq!(liveness.poll(start + ms(449)), Pulse::default(), "B is dead once");
-        assert_eq!(liveness.poll(start + ms(650)).dead, [(A, ms(350))]);
-        assert_eq!(liveness.next_deadline(), None);
-    }
-
-    #[test]
-    fn the_next_deadline_is_never_late() {
-        let start = Instant::now();
-        let mut liveness = Liveness::new(ms(100), ms(250));
-        liveness.track(A, start);
-        let mut died_at = None;
-        while let Some(deadline) = liveness.next_deadline() {
-            if !liveness.poll(deadline).dead.is_empty() {
-                died_at = Some(deadline);
-            }
+        let (silent, alive) = (PeerId::worker(0), PeerId::worker(1));
+        let mut liveness = Liveness::new(SECOND, 3 * SECOND);
+        liveness.track(silent, start);
+        liveness.track(alive, start);
+        let mut dead = Vec::new();
+        for tick in 1..10 {
+            let now = start + tick * SECOND;
+            liveness.heard(alive, now);
+            let events = poll(&mut liveness, now);
+            assert!(events.contains(&LivenessEvent::HeartbeatDue(alive)));
+            dead.extend(events.into_iter().filter(|event| matches!(event, LivenessEvent::Dead(..))));
         }
-        assert_eq!(died_at, Some(start + ms(250)));
+        assert_eq!(dead, [LivenessEvent::Dead(silent, 3 * SECOND)]);
     }
 
     #[test]
-    fn word_that_comes_late_or_from_nobody_changes_nothing() {
+    fn our_own_absence_is_not_held_against_a_peer() {
         let start = Instant::now();
-        let mut liveness = Liveness::new(ms(100), ms(300));
-        liveness.track(A, start + ms(50));
-        liveness.heard(A, start);
-        liveness.heard(B, start);
-        assert!(liveness.poll(start + ms(300)).dead.is_empty(), "an older word does not turn time back");
-        liveness.forget(A);
+        let mut liveness = Liveness::new(SECOND, 3 * SECOND);
+        liveness.track(PeerId::worker(0), start);
+        let late = start + 100 * SECOND;
+        assert_eq!(poll(&mut liveness, late), [LivenessEvent::HeartbeatDue(PeerId::worker(0))]);
+        assert_eq!(poll(&mut liveness, late + SECOND).len(), 1);
+        poll(&mut liveness, late + 2 * SECOND);
+        let events = poll(&mut liveness, late + 3 * SECOND);
+        assert_eq!(events, [LivenessEvent::Dead(PeerId::worker(0), 3 * SECOND)]);
+    }
+
+    #[test]
+    fn the_next_deadline_is_the_earliest() {
+        let start = Instant::now();
+        let mut liveness = Liveness::new(SECOND, 3 * SECOND);
         assert_eq!(liveness.next_deadline(), None);
-    }
-
-    #[test]
-    fn our_own_pause_kills_nobody() {
-        let start = Instant::now();
-        let mut liveness = Liveness::new(ms(100), ms(300));
-        liveness.track(A, start);
-        liveness.resume(start + ms(5000));
-        assert_eq!(liveness.poll(start + ms(5001)), Pulse { due: vec![A], dead: vec![] });
-        assert_eq!(liveness.poll(start + ms(5300)).dead, [(A, ms(300))]);
+        liveness.track(PeerId::worker(0), start);
+        assert_eq!(liveness.next_deadline(), Some(start + SECOND));
     }
 }

@@ -6,13 +6,15 @@
 
 mod job;
 mod liveness;
+mod paths;
 mod placement;
 mod rendezvous;
 mod setting;
 mod settings;
 
 pub use job::{CheckpointConfig, Fabric, JobConfig, PortRange, RANKS_MAX, check_name};
-pub use liveness::{Liveness, Pulse};
+pub use liveness::{Liveness, LivenessEvent};
+pub use paths::Paths;
 pub use placement::cores_from_environment;
 pub use rendezvous::{
     Address, CheckpointSink, Command, Commands, Control, Member, Notice, NoticeSink, Offer, Order, RankStatus,

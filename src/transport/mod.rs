@@ -6,6 +6,9 @@
 //! Invariant: bytes of a leased range are never touched by safe code between `post`/`arm` and the completion that returns the
 //! lease; nothing lands after `fence`.
 
+pub mod region_table;
+pub mod sim;
+
 use std::{os::fd::BorrowedFd, time::Instant};
 
 use crate::{

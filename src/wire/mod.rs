@@ -4,9 +4,11 @@
 //! The byte tables stand in docs/wire.md.
 #![forbid(unsafe_code)]
 
+mod attachment;
 mod note;
 mod token;
 
+pub use attachment::Attachment;
 pub use note::{Note, NoteFlags, NoteKind};
 pub(crate) use token::random_bytes;
 pub use token::{JobToken, job_id};

@@ -19,29 +19,26 @@ pub enum NoteKind {
     Absent = 4,
     /// The parameters of one chunk; the payload lies in the worker's tensor.
     Parameters = 5,
-    /// Asks for a chunk at a minimum version, before a deadline.
+    /// Asks for a chunk at a minimum version; when its time is up, what there is comes back, whatever its version.
     Pull = 6,
-    /// A pull's deadline passed before the version was there.
-    PullExpired = 7,
     /// The window moved: positions below `credit` may be pushed.
-    Credit = 8,
+    Credit = 7,
     /// A new learning rate from a clock on.
-    SetLearningRate = 9,
+    SetLearningRate = 8,
     /// The worker has pushed all that it ever will.
-    Finished = 10,
+    Finished = 9,
     /// The server has taken note of `Finished` and owes the worker nothing more.
-    Goodbye = 11,
+    Goodbye = 10,
 }
 
 impl NoteKind {
-    const ALL: [NoteKind; 11] = [
+    const ALL: [NoteKind; 10] = [
         NoteKind::Attach,
         NoteKind::Heartbeat,
         NoteKind::Push,
         NoteKind::Absent,
         NoteKind::Parameters,
         NoteKind::Pull,
-        NoteKind::PullExpired,
         NoteKind::Credit,
         NoteKind::SetLearningRate,
         NoteKind::Finished,

@@ -1,1 +1,13 @@
-//! worker
+//! The worker: pushes gradients, pulls parameters, waits.
+//!
+//! [`Client`] is the protocol, a pure state machine; [`Engine`] joins it to a transport and runs on the worker's progress
+//! thread; [`Worker`] is what a training program holds.
+//!
+//! Invariant: the simulator and the binary run the same `Client` and `Engine`.
+#![forbid(unsafe_code)]
+
+mod client;
+mod engine;
+
+pub use client::{Awaited, Client, ClientConfig, Effect, Event};
+pub use engine::{Command, Engine};

@@ -1,1 +1,368 @@
-//! world
+//! The simulator's world: a whole job in one thread, over the simulated fabric, under a seed.
+//!
+//! It builds the same `EventLoop` and `Engine` that the binary runs, decides who runs when and what breaks, and plays the part of
+//! the training programs. What is right is for the [`Program`] to judge: it sees every parameter that a worker receives.
+//!
+//! Invariant: no protocol code here; nothing is decided by anything but the seed.
+#![forbid(unsafe_code)]
+
+mod trainer;
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use crate::{
+    Error, Result,
+    consistency::Consistency,
+    layout::{Layout, LayoutOptions, TensorSpec},
+    mem::RegionOptions,
+    optim::{OptimizerConfig, Reduction},
+    server::{EventLoop, Memory, MemoryOptions, Progress, Seeded, ShardConfig, Snapshot},
+    session::Paths,
+    transport::{
+        Endpoint,
+        sim::{SimNetwork, SimOptions, SimRandom, SimTransport},
+    },
+    types::{ChunkId, Clock, Dtype, PeerId, ShardId, Version},
+};
+use trainer::Trainer;
+
+/// Where a training program is.
+#[derive(Clone, Copy, Debug)]
+pub struct At {
+    /// Which worker.
+    pub worker: u16,
+    /// Its clock: the one that the gradient is for, or whose reply the parameters are (start clock - 1, wrapped, at the start).
+    pub clock: Clock,
+    /// Which chunk.
+    pub chunk: ChunkId,
+    /// The parameters' version.
+    pub version: Version,
+}
+
+/// What the workers of a world compute, and what they check.
+pub trait Program {
+    /// Fills in the gradient of a chunk; false if this worker has none at this clock.
+    fn gradient(&mut self, at: At, parameters: &[f32], gradient: &mut [f32]) -> bool;
+
+    /// Looks at parameters that have arrived.
+    fn received(&mut self, at: At, parameters: &[f32]) -> Result<(), String>;
+}
+
+/// What goes wrong in a world.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Chaos {
+    /// Delays only.
+    Calm,
+    /// Paths stand still for up to this long now and then.
+    Partitions(Duration),
+    /// One path breaks.
+    BrokenPath,
+    /// One process dies and its paths break.
+    Death,
+    /// One process stops running; its paths stay up.
+    Stop,
+}
+
+/// A job to be simulated.
+#[derive(Clone, Debug)]
+pub struct WorldOptions {
+    /// Decides everything that is left to chance.
+    pub seed: u64,
+    /// Servers of one shard each.
+    pub servers: u16,
+    /// By worker: its tensors.
+    pub declarations: Vec<Vec<TensorSpec>>,
+    /// Elements of a chunk.
+    pub chunk_elements: u32,
+    /// Window positions.
+    pub slots: u32,
+    /// What an update is and who waits for whom.
+    pub consistency: Consistency,
+    /// Sum or mean.
+    pub reduction: Reduction,
+    /// The optimizer.
+    pub optimizer: OptimizerConfig,
+    /// Reduce and apply in two steps.
+    pub two_step: bool,
+    /// Clocks that every worker trains.
+    pub clocks: Clock,
+    /// Push and pull apart, instead of asking for the reply with the push.
+    pub separate_pull: bool,
+    /// A snapshot every so many clocks.
+    pub checkpoint_every: Option<u64>,
+    /// What goes wrong.
+    pub chaos: Chaos,
+    /// Longest delay of a message.
+    pub delay_max: Duration,
+}
+
+/// How a simulated job ended.
+#[derive(Debug)]
+pub struct Outcome {
+    /// The first error, and who reported it.
+    pub failure: Option<(PeerId, Error)>,
+    /// The two ends of what was broken, if anything was; one end twice for a death.
+    pub victims: Option<(PeerId, PeerId)>,
+    /// By shard: the state at the end.
+    pub finals: Vec<Snapshot>,
+    /// By shard: what was stored on the way.
+    pub snapshots: Vec<Vec<Snapshot>>,
+    /// Simulated time.
+    pub elapsed: Duration,
+}
+
+/// Heartbeats of a simulated job.
+pub const HEARTBEAT: Duration = Duration::from_secs(1);
+/// Silence after which a simulated peer is dead.
+pub const DEADLINE: Duration = Duration::from_secs(10);
+/// Nothing got on for this long: a deadlock.
+const STALL: Duration = Duration::from_secs(60);
+
+struct World<'a> {
+    options: &'a WorldOptions,
+    random: SimRandom,
+    network: SimNetwork,
+    start: Instant,
+    now: Instant,
+    servers: Vec<EventLoop<SimTransport>>,
+    trainers: Vec<Trainer>,
+    snapshots: Vec<Vec<Snapshot>>,
+    /// Nodes that do not run any more.
+    halted: Vec<PeerId>,
+    victims: Option<(PeerId, PeerId)>,
+    chaos_at: Option<u64>,
+    progressed: Instant,
+}
+
+/// Runs a job to its end.
+///
+/// # Errors
+///
+/// What the program found wrong, or a deadlock, in words. A job that ends by an error of its own is an [`Outcome`].
+pub fn run(options: &WorldOptions, program: &mut dyn Program) -> Result<Outcome, String> {
+    let mut world = World::new(options).map_err(|error| error.to_string())?;
+    let failure = world.run(program)?;
+    let finals = world.servers.iter().map(|server| server.snapshot(options.clocks)).collect();
+    Ok(Outcome {
+        failure,
+        victims: world.victims,
+        finals,
+        snapshots: world.snapshots,
+        elapsed: world.now - world.start,
+    })
+}
+
+impl<'a> World<'a> {
+    fn new(options: &'a WorldOptions) -> Result<World<'a>> {
+        let mut random = SimRandom::new(options.seed);
+        let start = Instant::now();
+        let sim = SimOptions { delay_max: options.delay_max, queue_max: 1 + random.below(12) as usize };
+        let network = SimNetwork::new(random.bits(), sim, start);
+        let layout_options = LayoutOptions { chunk_elements: options.chunk_elements, shards: options.servers };
+        let layout = Arc::new(Layout::build(&options.declarations, layout_options)?);
+        let workers = options.declarations.len() as u16;
+        let servers = (0..options.servers).map(|server| build_server(options, &layout, &network, server));
+        let servers = servers.collect::<Result<Vec<_>>>()?;
+        let trainers = (0..workers).map(|worker| Trainer::new(options, &layout, &network, worker));
+        let trainers = trainers.collect::<Result<Vec<_>>>()?;
+        let chaos_at = match options.chaos {
+            Chaos::Calm => None,
+            Chaos::Partitions(_) => Some(1 + random.below(50)),
+            _ => Some(1 + random.below(400)),
+        };
+        let snapshots = vec![Vec::new(); servers.len()];
+        let mut world = World {
+            options,
+            random,
+            network,
+            start,
+            now: start,
+            servers,
+            trainers,
+            snapshots,
+            halted: Vec::new(),
+            victims: None,
+            chaos_at,
+            progressed: start,
+        };
+        world.connect()?;
+        Ok(world)
+    }
+
+    fn connect(&mut self) -> Result<()> {
+        let deadline = self.now + DEADLINE;
+        let nowhere = Endpoint::default();
+        for server in 0..self.servers.len() {
+            for worker in 0..self.trainers.len() {
+                let (lane, peer) = (PeerId::server(server as u16, 0), PeerId::worker(worker as u16));
+                self.servers[server].connect(peer, &nowhere, deadline)?;
+                self.trainers[worker].engine.connect(lane, &nowhere, deadline)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Turns until every worker has finished and every server is done, or somebody fails.
+    fn run(&mut self, program: &mut dyn Program) -> Result<Option<(PeerId, Error)>, String> {
+        for round in 0u64.. {
+            self.network.advance(self.now);
+            self.wreak(round);
+            let mut busy = false;
+            let nodes = self.servers.len() + self.trainers.len();
+            let first = self.random.below(nodes as u64) as usize;
+            for offset in 0..nodes {
+                if self.random.once_in(4) {
+                    busy = true; // it is slow this time
+                    continue;
+                }
+                match self.turn((first + offset) % nodes, program)? {
+                    Ok(more) => busy |= more,
+                    Err(failure) => return Ok(Some(failure)),
+                }
+            }
+            let done = self.trainers.iter().all(Trainer::is_finished) && self.servers.iter().all(EventLoop::is_done);
+            if done {
+                return Ok(None);
+            }
+            if self.now - self.progressed > STALL {
+                return Err(format!("deadlock: nothing got on for {} s; {}", STALL.as_secs(), self.waits()));
+            }
+            self.pass_time(busy);
+        }
+        unreachable!("the loop ends by a return")
+    }
+
+    /// One node's turn: whether it has more to do, or how it failed.
+    fn turn(&mut self, node: usize, program: &mut dyn Program) -> Result<Result<bool, (PeerId, Error)>, String> {
+        let now = self.now;
+        if let Some(server) = self.servers.get_mut(node) {
+            let me = PeerId::server(node as u16, 0);
+            if self.halted.contains(&me) {
+                return Ok(Ok(false));
+            }
+            let turned = server.turn(now);
+            while let Some(snapshot) = server.take_snapshot() {
+                self.snapshots[node].push(snapshot);
+            }
+            return Ok(turned.map(|progress| progress == Progress::Busy).map_err(|error| (me, error)));
+        }
+        let worker = node - self.servers.len();
+        let me = PeerId::worker(worker as u16);
+        if self.halted.contains(&me) {
+            return Ok(Ok(false));
+        }
+        let trainer = &mut self.trainers[worker];
+        match trainer.turn(now, &mut self.random, program) {
+            Ok(got_on) => {
+                if got_on? {
+                    self.progressed = now;
+                }
+                Ok(Ok(false))
+            }
+            Err(error) => Ok(Err((me, error))),
+        }
+    }
+
+    /// A little time passes while anybody is busy; otherwise it jumps to the next thing that happens.
+    fn pass_time(&mut self, busy: bool) {
+        if busy || !self.network.is_quiet() {
+            self.now += Duration::from_micros(self.random.below(50));
+            return;
+        }
+        let servers = self.servers.iter().filter_map(EventLoop::next_deadline);
+        let trainers = self.trainers.iter().filter_map(Trainer::next_deadline);
+        let next = self.network.next_due().into_iter().chain(servers).chain(trainers).min();
+        let soon = self.now + Duration::from_micros(1);
+        self.now = next.map_or(soon, |next| next.max(soon));
+    }
+
+    /// Breaks what is to be broken.
+    fn wreak(&mut self, round: u64) {
+        if self.chaos_at.is_none_or(|at| round < at) {
+            return;
+        }
+        let lane = PeerId::server(self.random.below(self.servers.len() as u64) as u16, 0);
+        let worker = PeerId::worker(self.random.below(self.trainers.len() as u64) as u16);
+        let victim = if self.random.once_in(2) { lane } else { worker };
+        self.chaos_at = None;
+        match self.options.chaos {
+            Chaos::Calm => {}
+            Chaos::Partitions(longest) => {
+                let length = Duration::from_micros(self.random.below(longest.as_micros() as u64 + 1));
+                self.network.cut(lane, worker, self.now + length);
+                self.chaos_at = Some(round + 1 + self.random.below(200));
+            }
+            // An injection that hits nothing in flight proves nothing: wait for a moment when there is something.
+            _ if self.network.in_flight(lane, worker) == 0 => self.chaos_at = Some(round + 1),
+            Chaos::BrokenPath => {
+                self.network.break_path(lane, worker);
+                self.victims = Some((lane, worker));
+            }
+            Chaos::Death => {
+                self.halted.push(victim);
+                for peer in self.peers_of(victim) {
+                    self.network.break_path(victim, peer);
+                }
+                self.victims = Some((victim, victim));
+            }
+            Chaos::Stop => {
+                self.halted.push(victim);
+                self.victims = Some((victim, victim));
+            }
+        }
+    }
+
+    fn peers_of(&self, node: PeerId) -> Vec<PeerId> {
+        if self.is_server(node) {
+            (0..self.trainers.len()).map(|worker| PeerId::worker(worker as u16)).collect()
+        } else {
+            (0..self.servers.len()).map(|server| PeerId::server(server as u16, 0)).collect()
+        }
+    }
+
+    fn is_server(&self, node: PeerId) -> bool {
+        node.rank.role == crate::types::Role::Server
+    }
+
+    fn waits(&self) -> String {
+        let waits = self.trainers.iter().filter_map(|trainer| trainer.engine.awaited());
+        waits.map(|awaited| format!("{awaited:?}")).collect::<Vec<_>>().join("; ")
+    }
+}
+
+fn build_server(
+    options: &WorldOptions,
+    layout: &Arc<Layout>,
+    network: &SimNetwork,
+    server: u16,
+) -> Result<EventLoop<SimTransport>> {
+    let me = PeerId::server(server, 0);
+    let config = ShardConfig {
+        me,
+        shard: ShardId(server),
+        workers: options.declarations.len() as u16,
+        consistency: options.consistency,
+        slots: options.slots,
+        two_step: options.two_step,
+        epoch: 0,
+        start_clock: 0,
+        gradient_dtype: Dtype::F32,
+        parameter_dtype: Dtype::F32,
+        checkpoint_every: options.checkpoint_every,
+    };
+    let region = RegionOptions { name: me.to_string(), ..RegionOptions::default() };
+    let memory = MemoryOptions {
+        optimizer: options.optimizer.clone(),
+        reduction: options.reduction,
+        gradient_dtype: Dtype::F32,
+        parameter_dtype: Dtype::F32,
+        two_step: options.two_step,
+        region: region.clone(),
+    };
+    let memory = Memory::new(memory, layout.clone(), ShardId(server), &Seeded(options.seed))?;
+    let paths = Paths::new(network.transport(me), 0, HEARTBEAT, DEADLINE);
+    EventLoop::new(config, layout.clone(), memory, paths, &region, None)
+}

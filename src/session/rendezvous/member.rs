@@ -40,14 +40,21 @@ const WRITE_TIME: Duration = Duration::from_secs(10);
 /// How long a leaving rank waits for the launcher to hang up.
 const FAREWELL_TIME: Duration = Duration::from_secs(1);
 
-/// A seat in the job. Dropping it leaves the job; the launcher takes that for a failure unless [`Report::Finished`] was sent.
+/// A seat in the job. It is left when the member and all its [`Reporter`]s have been dropped, so that a reporter can still tell
+/// how the member's work ended; the launcher takes leaving for a failure unless [`Report::Finished`] was sent.
 #[derive(Debug)]
 pub struct Member {
     rank: Rank,
     config: JobConfig,
     token: JobToken,
-    link: Arc<Link>,
+    seat: Arc<Seat>,
     commands: Commands,
+}
+
+/// What keeps a rank in the job.
+#[derive(Debug)]
+struct Seat {
+    link: Arc<Link>,
     reader: Option<JoinHandle<()>>,
 }
 
@@ -182,7 +189,8 @@ impl Member {
             .name("rendezvous".into())
             .spawn(move || for_reader.read(buffer))
             .map_err(|e| Error::os("pthread_create", "the rendezvous reader", e))?;
-        Ok(Member { rank, config, token: token.clone(), link, commands, reader: Some(reader) })
+        let seat = Arc::new(Seat { link, reader: Some(reader) });
+        Ok(Member { rank, config, token: token.clone(), seat, commands })
     }
 
     /// Takes the seat that the environment names: `GRADWIRE_RENDEZVOUS`, `GRADWIRE_ROLE` (worker if absent), `GRADWIRE_RANK` (any
@@ -226,7 +234,7 @@ impl Member {
 
     /// A worker says which tensors it has, and waits until all workers have.
     pub fn declare(&mut self, tensors: Vec<TensorSpec>) -> Result<View> {
-        self.link.send(&ToLauncher::Declare(tensors))?;
+        self.seat.link.send(&ToLauncher::Declare(tensors))?;
         self.view()
     }
 
@@ -242,7 +250,7 @@ impl Member {
 
     /// Offers the ways to reach this rank's lanes and waits until every rank has; gives the offers made to this rank.
     pub fn exchange(&mut self, offers: Vec<Offer>) -> Result<Vec<Offer>> {
-        self.link.send(&ToLauncher::Offer(offers))?;
+        self.seat.link.send(&ToLauncher::Offer(offers))?;
         match self.answer("every rank's endpoints", self.setup_time())? {
             FromLauncher::Offers(offers) => Ok(offers),
             other => Err(unexpected(&format!("{other:?}"))),
@@ -251,7 +259,7 @@ impl Member {
 
     /// Waits until every rank of the job has come to the barrier of this name.
     pub fn barrier(&mut self, name: &str) -> Result<()> {
-        self.link.send(&ToLauncher::Barrier(name.into()))?;
+        self.seat.link.send(&ToLauncher::Barrier(name.into()))?;
         match self.answer("every rank at a barrier", self.setup_time())? {
             FromLauncher::BarrierPassed(passed) if passed == name => Ok(()),
             other => Err(unexpected(&format!("{other:?}"))),
@@ -264,7 +272,7 @@ impl Member {
 
     fn answer(&self, awaited: &'static str, time: Duration) -> Result<FromLauncher> {
         let since = Instant::now();
-        let mut state = self.link.state();
+        let mut state = self.seat.link.state();
         loop {
             if let Some(answer) = state.answers.pop_front() {
                 return Ok(answer);
@@ -283,14 +291,14 @@ impl Member {
                 let from = "the launcher".into();
                 return Err(Error::Deadline { from, awaited, chunk: None, clock: None, waited: time });
             };
-            let waited = self.link.changed.wait_timeout(state, left);
+            let waited = self.seat.link.changed.wait_timeout(state, left);
             state = waited.unwrap_or_else(|poisoned| poisoned.into_inner()).0;
         }
     }
 
     /// A handle to report with, for any thread.
     pub fn reporter(&self) -> Reporter {
-        Reporter { rank: self.rank, link: Arc::clone(&self.link) }
+        Reporter { rank: self.rank, seat: Arc::clone(&self.seat) }
     }
 
     /// The launcher's next command, if there is one. Never blocks.
@@ -309,11 +317,11 @@ impl Member {
 
     /// A further stream of the launcher's commands, from the first one on, for another thread.
     pub fn commands(&self) -> Result<Commands> {
-        Commands::subscribe(&self.link)
+        Commands::subscribe(&self.seat.link)
     }
 }
 
-impl Drop for Member {
+impl Drop for Seat {
     fn drop(&mut self) {
         // The last report must arrive: a full shutdown with unread bytes about would reset the connection and lose it. So we end
         // our direction, and give the launcher a moment to end its own.
@@ -383,7 +391,7 @@ impl Commands {
 #[derive(Clone, Debug)]
 pub struct Reporter {
     rank: Rank,
-    link: Arc<Link>,
+    seat: Arc<Seat>,
 }
 
 impl Reporter {
@@ -398,7 +406,7 @@ impl Reporter {
     ///
     /// [`Error::JobFailed`] when the launcher is gone.
     pub fn report(&self, report: Report) -> Result<()> {
-        self.link.send(&ToLauncher::Report(report))
+        self.seat.link.send(&ToLauncher::Report(report))
     }
 }
 

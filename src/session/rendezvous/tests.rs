@@ -213,8 +213,9 @@ fn a_rank_that_speaks_nonsense_fails_by_name_and_a_vanished_one_is_lost() {
     let member = job.join(Role::Worker, 1);
     drop(member);
     assert_eq!(job.notice(|notice| matches!(notice, Notice::Lost(_))), Notice::Lost(Rank::worker(1)));
-    let member = job.join(Role::Worker, 0);
-    member.reporter().report(Report::Failed { text: "disk full".into(), elsewhere: false }).unwrap();
+    // A reporter outlives its member, and can say how it ended.
+    let reporter = job.join(Role::Worker, 0).reporter();
+    reporter.report(Report::Failed { text: "disk full".into(), elsewhere: false }).unwrap();
     let failed = job.notice(|notice| matches!(notice, Notice::Failed { .. }));
     assert!(matches!(failed, Notice::Failed { rank, text, .. } if rank == Rank::worker(0) && text == "disk full"));
 }

@@ -1,0 +1,251 @@
+//! The event loop around a shard: completions in, effects out, computing in tiles in between. It never sleeps and reads no
+//! clock: whoever drives it (the shard's thread, or the simulator) says what time it is and decides when to wait.
+//!
+//! Invariant: every effect of the shard is carried out in order, and computing never keeps the transport waiting for longer than
+//! a tile.
+
+use std::{collections::VecDeque, sync::Arc, time::Instant};
+
+use super::{
+    ChunkImage, Effect, Memory, Shard, ShardConfig, Work,
+    memory::{Running, elements_max},
+};
+use crate::{
+    Error, Result,
+    layout::Layout,
+    mem::{Lease, Region, RegionOptions},
+    optim::LearningRates,
+    session::Paths,
+    transport::{Completion, Endpoint, Transport},
+    types::{Clock, PeerId, Version},
+    wire::Attachment,
+};
+
+/// Whether there is more to do at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Progress {
+    /// Call `turn` again.
+    Busy,
+    /// Nothing to do until a completion or a deadline.
+    Idle,
+}
+
+/// The state of a shard between two clocks, copied for a checkpoint.
+#[derive(Clone, Debug)]
+pub struct Snapshot {
+    /// The clock.
+    pub clock: Clock,
+    /// The chunks, in shard order.
+    pub chunks: Vec<ChunkImage>,
+    /// The learning rates with their live changes.
+    pub rates: LearningRates,
+}
+
+/// One shard at work over a transport.
+pub struct EventLoop<T> {
+    paths: Paths<T>,
+    shard: Shard,
+    memory: Memory,
+    /// Landing slots by worker, until the worker is connected.
+    landing: Vec<Vec<Lease>>,
+    slots: u32,
+    queue: VecDeque<Work>,
+    running: Option<Running>,
+    completions: Vec<Completion>,
+    snapshots: VecDeque<Snapshot>,
+    me: PeerId,
+}
+
+impl<T: Transport> EventLoop<T> {
+    /// Allocates and registers the shard's landing and reply memory.
+    pub fn new(
+        config: ShardConfig,
+        layout: Arc<Layout>,
+        memory: Memory,
+        mut paths: Paths<T>,
+        region: &RegionOptions,
+        versions: Option<&[Version]>,
+    ) -> Result<EventLoop<T>> {
+        let order = &layout.shards[usize::from(config.shard.0)];
+        let elements = elements_max(&layout, config.shard);
+        let landing_bytes = elements * config.gradient_dtype.size();
+        let reply_bytes = elements * config.parameter_dtype.size();
+        let (workers, slots) = (usize::from(config.workers), config.slots as usize);
+        let named = |name: &str| RegionOptions { name: format!("{}-{name}", region.name), ..region.clone() };
+        let (landing, lease) = Region::allocate(workers * slots * landing_bytes, &named("landing"))?;
+        paths.register(&landing)?;
+        let mut pieces = lease.chunks(landing_bytes.max(1)).into_iter();
+        let landing = (0..workers).map(|_| pieces.by_ref().take(slots).collect()).collect();
+        // Two a chunk: one being read by slow workers while the next is being written.
+        let copies = (2 * order.len()).max(1);
+        let (replies, lease) = Region::allocate(copies * reply_bytes, &named("replies"))?;
+        paths.register(&replies)?;
+        let mut pool = lease.chunks(reply_bytes.max(1));
+        pool.truncate(copies);
+        Ok(EventLoop {
+            me: config.me,
+            slots: config.slots,
+            shard: Shard::new(config, layout, pool, versions),
+            paths,
+            memory,
+            landing,
+            queue: VecDeque::new(),
+            running: None,
+            completions: Vec::new(),
+            snapshots: VecDeque::new(),
+        })
+    }
+
+    /// The transport and what belongs to it.
+    pub fn paths(&mut self) -> &mut Paths<T> {
+        &mut self.paths
+    }
+
+    /// The protocol's state, to be looked at.
+    pub fn shard(&self) -> &Shard {
+        &self.shard
+    }
+
+    /// Begins the path to a worker.
+    pub fn connect(&mut self, worker: PeerId, remote: &Endpoint, deadline: Instant) -> Result<()> {
+        self.paths.connect(worker, remote, deadline)
+    }
+
+    /// Does what can be done now.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Broken`] or [`Error::Protocol`] with what was awaited, when a worker is lost before it has finished.
+    pub fn turn(&mut self, now: Instant) -> Result<Progress> {
+        let mut completions = std::mem::take(&mut self.completions);
+        self.paths.poll(now, &mut completions)?;
+        for completion in completions.drain(..) {
+            self.handle(now, completion)?;
+        }
+        self.completions = completions;
+        self.shard.handle_timeout(now);
+        self.carry_out()?;
+        self.compute();
+        self.carry_out()?;
+        self.paths.flush()?;
+        let busy = self.running.is_some() || !self.queue.is_empty();
+        Ok(if busy { Progress::Busy } else { Progress::Idle })
+    }
+
+    /// When `turn` wants to be called even if nothing happens.
+    pub fn next_deadline(&self) -> Option<Instant> {
+        [self.paths.next_deadline(), self.shard.next_deadline()].into_iter().flatten().min()
+    }
+
+    /// Whether every worker has finished and everything has been applied.
+    pub fn is_done(&self) -> bool {
+        self.shard.is_done() && self.queue.is_empty() && self.running.is_none()
+    }
+
+    /// See [`Shard::request_checkpoint`].
+    pub fn request_checkpoint(&mut self, clock: Clock, stop: bool) -> Result<(), Clock> {
+        self.shard.request_checkpoint(clock, stop)
+    }
+
+    /// The oldest snapshot that nobody has taken.
+    pub fn take_snapshot(&mut self) -> Option<Snapshot> {
+        self.snapshots.pop_front()
+    }
+
+    /// The state as it is now; exact once the loop is done.
+    pub fn snapshot(&self, clock: Clock) -> Snapshot {
+        let chunks = self.memory.images(self.shard.versions());
+        Snapshot { clock, chunks, rates: self.memory.rates().clone() }
+    }
+
+    fn handle(&mut self, now: Instant, completion: Completion) -> Result<()> {
+        match completion {
+            Completion::Connected { peer } => self.attach(peer),
+            Completion::Sent { source, .. } => {
+                self.shard.handle_sent(source);
+                Ok(())
+            }
+            // Its path's `Broken` follows and says why.
+            Completion::Failed { source, .. } => {
+                self.shard.handle_sent(source);
+                Ok(())
+            }
+            Completion::Arrived { from, note, lease } => {
+                if let Err(error) = self.shard.handle_arrived(now, from, note, lease) {
+                    self.paths.fence(from);
+                    return self.lost(from, error);
+                }
+                if self.shard.has_finished(from.rank.index) {
+                    self.paths.release(from);
+                }
+                Ok(())
+            }
+            Completion::Broken { peer, error } => self.lost(peer, error),
+        }
+    }
+
+    /// A worker is connected: its landing slots are opened and it is told of them.
+    fn attach(&mut self, peer: PeerId) -> Result<()> {
+        let worker = peer.rank.index;
+        let mut first = None;
+        for slot in std::mem::take(&mut self.landing[usize::from(worker)]) {
+            let remote = self.paths.arm(peer, slot)?;
+            first.get_or_insert(remote);
+        }
+        let first = first.expect("a window has at least one slot");
+        let (slot_bytes, slots) = (first.len, self.slots);
+        let landing = Attachment { rkey: first.rkey, offset: first.offset, slot_bytes, slots, credit: 0 };
+        self.shard.attach(worker, landing);
+        Ok(())
+    }
+
+    /// A worker's path is gone: harmless if it has finished, the end of the job otherwise.
+    fn lost(&mut self, peer: PeerId, error: Error) -> Result<()> {
+        if self.shard.has_finished(peer.rank.index) {
+            return Ok(());
+        }
+        let awaited = match self.shard.awaited_from(peer.rank.index) {
+            Some((chunk, clock)) => format!(" ({} waits for its chunk {} of clock {clock})", self.me, chunk.0),
+            None => String::new(),
+        };
+        let reason = match error {
+            Error::Broken { reason, .. } => reason,
+            other => other.to_string(),
+        };
+        Err(Error::Broken { peer, reason: format!("{reason}{awaited}") })
+    }
+
+    fn carry_out(&mut self) -> Result<()> {
+        while let Some(effect) = self.shard.poll_effect() {
+            match effect {
+                Effect::Arm { peer, slot } => {
+                    self.paths.arm(peer, slot)?;
+                }
+                Effect::Post(request) => self.paths.post(request),
+                Effect::Compute(work) => self.queue.push_back(work),
+                Effect::Snapshot { clock } => {
+                    let snapshot = self.snapshot(clock);
+                    self.snapshots.push_back(snapshot);
+                    self.shard.handle_snapshotted(clock);
+                }
+                Effect::SetLearningRate { rate, clock } => self.memory.set_learning_rate(rate, clock)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// One tile.
+    fn compute(&mut self) {
+        let running = match self.running.take() {
+            Some(running) => running,
+            None => match self.queue.pop_front() {
+                Some(work) => self.memory.begin(work),
+                None => return,
+            },
+        };
+        match self.memory.advance(running) {
+            Ok(work) => self.shard.handle_computed(work),
+            Err(running) => self.running = Some(running),
+        }
+    }
+}

@@ -1,0 +1,101 @@
+//! When a shard is stored: at every N-th clock, on demand, and before a stop.
+//!
+//! Under `Aggregate` no step of the checkpoint's clock or a later one starts before the state has been stored, so that it is
+//! exactly the state between two clocks. Under `Immediate` it is stored when the slowest worker has reached the clock; faster
+//! ones may be ahead by the bound.
+//!
+//! Invariant: a snapshot is asked for only while nothing is being computed, and nothing starts until it has been taken.
+
+use super::*;
+
+#[derive(Debug, Default)]
+pub(super) struct Checkpointing {
+    every: Option<u64>,
+    /// The next clock of the periodic checkpoint.
+    periodic: Option<Clock>,
+    /// The clock of a checkpoint asked for.
+    requested: Option<Clock>,
+    /// The clock at which the job stops: nothing of it or later is applied.
+    stop: Option<Clock>,
+    /// Chunks that have not reached the next clock to be stored.
+    behind: usize,
+    /// A snapshot has been asked for and not been taken yet.
+    taking: bool,
+}
+
+impl Checkpointing {
+    pub fn new(every: Option<u64>, start: Clock, chunks: usize) -> Checkpointing {
+        let every = every.filter(|every| *every > 0);
+        let periodic = every.map(|every| (start / every + 1) * every);
+        Checkpointing { every, periodic, behind: chunks, ..Checkpointing::default() }
+    }
+
+    /// The clock to be stored next.
+    fn next(&self) -> Option<Clock> {
+        self.periodic.into_iter().chain(self.requested).min()
+    }
+
+    /// Whether a step of `clock` must wait.
+    pub fn holds(&self, clock: Clock) -> bool {
+        self.next().is_some_and(|next| clock >= next) || self.stop.is_some_and(|stop| clock >= stop)
+    }
+
+    /// Whether everything must wait: all chunks have reached the clock, and the state is about to be stored.
+    pub fn holds_all(&self) -> bool {
+        self.taking || (self.behind == 0 && self.next().is_some())
+    }
+}
+
+impl Shard {
+    /// Asks for a checkpoint at `clock`, after which nothing more is applied if `stop` says so.
+    ///
+    /// # Errors
+    ///
+    /// The first clock that is still possible, if `clock` has passed here.
+    pub fn request_checkpoint(&mut self, clock: Clock, stop: bool) -> Result<(), Clock> {
+        let possible = self.clock_max + u64::from(self.computing > 0 || self.checkpointing.taking);
+        if clock < possible {
+            return Err(possible);
+        }
+        self.checkpointing.requested = Some(clock);
+        if stop {
+            self.checkpointing.stop = Some(clock);
+        }
+        self.count_behind();
+        Ok(())
+    }
+
+    /// The state of `clock` has been copied: computing may go on.
+    pub fn handle_snapshotted(&mut self, clock: Clock) {
+        let checkpointing = &mut self.checkpointing;
+        checkpointing.taking = false;
+        checkpointing.requested = checkpointing.requested.filter(|requested| *requested > clock);
+        checkpointing.periodic = checkpointing.every.map(|every| (clock / every + 1) * every);
+        self.count_behind();
+        (0..self.chunks.len()).for_each(|index| self.touch(index));
+    }
+
+    fn count_behind(&mut self) {
+        let next = self.checkpointing.next().unwrap_or(Clock::MAX);
+        self.checkpointing.behind = self.chunks.iter().filter(|chunk| chunk.gate.slowest() < next).count();
+    }
+
+    /// A chunk's slowest contributor went from `before` clocks to what its gate says now.
+    pub(super) fn note_progress(&mut self, index: usize, before: Clock) {
+        if let Some(next) = self.checkpointing.next() {
+            let after = self.chunks[index].gate.slowest();
+            self.checkpointing.behind -= usize::from(before < next && after >= next);
+        }
+    }
+
+    pub(super) fn advance_checkpoint(&mut self) {
+        let finished = self.contributors.iter().all(|contributor| contributor.finished);
+        if self.checkpointing.taking || !self.checkpointing.holds_all() || self.computing > 0 || finished {
+            return;
+        }
+        if let Some(clock) = self.checkpointing.next() {
+            self.checkpointing.taking = true;
+            self.effects.push_back(Effect::Snapshot { clock });
+        }
+    }
+}

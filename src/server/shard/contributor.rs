@@ -1,0 +1,163 @@
+//! What a shard knows of one worker: its order, its window, its credit, and where its parameters lie.
+//!
+//! Invariant: `credit_sent` never exceeds the window's end, so a worker never pushes where there is no slot.
+
+use super::*;
+use crate::layout::WorkerView;
+
+#[derive(Debug)]
+pub(super) struct Contributor {
+    pub peer: PeerId,
+    /// By the shard's chunk order: the chunk's place in this worker's own order. `None` if it does not contribute.
+    places: Vec<Option<u32>>,
+    /// Chunks that it contributes to.
+    own: usize,
+    /// By the shard's chunk order: first byte of the chunk's parameters in the worker's buffer.
+    parameter_offsets: Vec<u64>,
+    /// `Immediate`: its own window.
+    pub window: Window,
+    pub landing_offset: u64,
+    pub slot_bytes: u32,
+    pub credit_sent: u64,
+    pub parameters: Option<Attachment>,
+    pub finished: bool,
+}
+
+impl Contributor {
+    pub fn new(worker: u16, layout: &Layout, config: &ShardConfig) -> Contributor {
+        let view = WorkerView::new(layout, worker);
+        let order = &layout.shards[usize::from(config.shard.0)];
+        let mut own = 0;
+        let mut places = Vec::with_capacity(order.len());
+        let mut parameter_offsets = Vec::with_capacity(order.len());
+        for chunk in order {
+            let start = view.start(*chunk);
+            places.push(start.map(|_| {
+                own += 1;
+                own as u32 - 1
+            }));
+            parameter_offsets.push(start.unwrap_or(0) * config.parameter_dtype.size() as u64);
+        }
+        Contributor {
+            peer: PeerId { rank: Rank::worker(worker), lane: 0 },
+            places,
+            own,
+            parameter_offsets,
+            window: Window::new(config.slots, 1, position(config.start_clock, own, 0)),
+            landing_offset: 0,
+            slot_bytes: 0,
+            credit_sent: 0,
+            parameters: None,
+            finished: false,
+        }
+    }
+}
+
+impl Shard {
+    /// The index in shard order of a chunk to which `worker` may push.
+    pub(super) fn own_chunk(&self, worker: u16, id: ChunkId) -> Result<usize> {
+        let contributor = &self.contributors[usize::from(worker)];
+        if contributor.parameters.is_none() {
+            return Err(protocol(contributor.peer, "it has not said where its parameters lie"));
+        }
+        let chunk = self.layout.chunks.get(id.index()).filter(|chunk| chunk.shard == self.config.shard);
+        let index = chunk.map(|chunk| chunk.position as usize);
+        match index {
+            Some(index) if contributor.places[index].is_some() => Ok(index),
+            _ => Err(protocol(contributor.peer, format!("chunk {} is not its to push or pull here", id.0))),
+        }
+    }
+
+    /// The window position of a chunk at a clock: in the shard's order under `Aggregate`, in the worker's own otherwise.
+    pub(super) fn position_of(&self, worker: u16, index: usize, clock: Clock) -> Result<u64> {
+        let contributor = &self.contributors[usize::from(worker)];
+        let (place, chunks) = if self.config.consistency.aggregates() {
+            (index, self.chunks.len())
+        } else {
+            (contributor.places[index].expect("checked by own_chunk") as usize, contributor.own)
+        };
+        clock
+            .checked_mul(chunks as u64)
+            .and_then(|start| start.checked_add(place as u64))
+            .ok_or_else(|| protocol(contributor.peer, format!("clock {clock} is beyond all reason")))
+    }
+
+    /// Records an arrival in the window that applies.
+    pub(super) fn record(&mut self, worker: u16, position: u64) -> Result<()> {
+        let aggregates = self.config.consistency.aggregates();
+        let contributor = &mut self.contributors[usize::from(worker)];
+        let outcome = if aggregates {
+            self.window.record(position, worker.into())
+        } else {
+            contributor.window.record(position, 0)
+        };
+        outcome.map_err(|refusal| protocol(contributor.peer, refusal))
+    }
+
+    /// The slot of `position` is free again.
+    pub(super) fn finish_position(&mut self, worker: u16, position: u64) {
+        let moved = if self.config.consistency.aggregates() {
+            self.queued[self.window.slot(position)] = false;
+            let moved = self.window.finish(position);
+            if moved {
+                self.complete_open_positions();
+            }
+            moved
+        } else {
+            self.contributors[usize::from(worker)].window.finish(position)
+        };
+        self.credits_dirty |= moved;
+    }
+
+    /// The first position that `worker` may not yet push.
+    pub(super) fn credit_of(&self, worker: u16) -> u64 {
+        if self.config.consistency.aggregates() {
+            self.window.end()
+        } else {
+            self.contributors[usize::from(worker)].window.end()
+        }
+    }
+
+    /// Tells those workers of their credit that no reply has told lately.
+    pub(super) fn flush_credits(&mut self) {
+        self.credits_dirty = false;
+        let worthwhile = (u64::from(self.config.slots) / 2).max(1);
+        for worker in 0..self.config.workers {
+            let credit = self.credit_of(worker);
+            let contributor = &mut self.contributors[usize::from(worker)];
+            let attached = contributor.slot_bytes > 0 && !contributor.finished;
+            if attached && credit - contributor.credit_sent >= worthwhile {
+                contributor.credit_sent = credit;
+                let peer = contributor.peer;
+                self.post(peer, Note { credit, ..Note::new(NoteKind::Credit) }, None);
+            }
+        }
+    }
+
+    /// The credit to put on a note to `worker`, which thereby knows of it.
+    pub(super) fn take_credit(&mut self, worker: u16) -> u64 {
+        let credit = self.credit_of(worker);
+        self.contributors[usize::from(worker)].credit_sent = credit;
+        credit
+    }
+
+    /// Whether `lease` is the landing slot that belongs to `position` of `worker`.
+    pub(super) fn lands_in(&self, worker: u16, position: u64, lease: &Lease) -> bool {
+        let contributor = &self.contributors[usize::from(worker)];
+        let slot = position % u64::from(self.config.slots);
+        contributor.slot_bytes > 0
+            && lease.offset() as u64 == contributor.landing_offset + slot * u64::from(contributor.slot_bytes)
+    }
+
+    /// Where the parameters of a chunk lie in the memory of `worker`; `None` before it has said so.
+    pub(super) fn parameter_slot(&self, worker: u16, index: usize) -> Option<RemoteSlot> {
+        let contributor = &self.contributors[usize::from(worker)];
+        let parameters = contributor.parameters?;
+        let len = self.chunks[index].len * self.config.parameter_dtype.size() as u32;
+        Some(RemoteSlot {
+            rkey: parameters.rkey,
+            offset: parameters.offset + contributor.parameter_offsets[index],
+            len,
+        })
+    }
+}

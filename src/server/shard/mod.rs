@@ -1,0 +1,459 @@
+//! A shard's protocol as a pure state machine: `handle_*` in, `poll_effect` out.
+//!
+//! It knows which contributions have arrived (`Window`), who may be answered (`StalenessGate`), and what has to be computed
+//! next; it never touches the bytes behind a lease, does no I/O and reads no clock.
+//!
+//! Invariant: a contribution takes part in exactly one step, a chunk is in at most one computation at a time, and a reply is
+//! posted only when the gate releases it.
+
+mod checkpointing;
+mod contributor;
+mod reply;
+mod step;
+#[cfg(test)]
+mod tests;
+
+use std::{collections::VecDeque, sync::Arc, time::Instant};
+
+use crate::{
+    Error, Result,
+    consistency::{Consistency, StalenessGate, Window, position},
+    layout::Layout,
+    mem::{Lease, SharedLease},
+    transport::{RemoteSlot, WorkRequest},
+    types::{ChunkId, Clock, Dtype, Epoch, PeerId, Rank, Role, ShardId, Version},
+    wire::{Attachment, Note, NoteFlags, NoteKind},
+};
+use checkpointing::Checkpointing;
+use contributor::Contributor;
+use reply::{PendingPull, PendingReply};
+use step::Arrival;
+
+/// What a shard is told at birth.
+#[derive(Clone, Debug)]
+pub struct ShardConfig {
+    /// This lane.
+    pub me: PeerId,
+    /// The shard it owns.
+    pub shard: ShardId,
+    /// Workers of the job.
+    pub workers: u16,
+    /// What an update is and who waits for whom.
+    pub consistency: Consistency,
+    /// Window positions, which is landing slots a contributor.
+    pub slots: u32,
+    /// Whether every chunk of a clock is reduced before any is applied (needed where a decision lies between the two).
+    pub two_step: bool,
+    /// Membership.
+    pub epoch: Epoch,
+    /// The first clock: 0, or that of the checkpoint.
+    pub start_clock: Clock,
+    /// Number format of pushed gradients.
+    pub gradient_dtype: Dtype,
+    /// Number format of parameters in replies.
+    pub parameter_dtype: Dtype,
+    /// A checkpoint every so many clocks.
+    pub checkpoint_every: Option<u64>,
+}
+
+/// One worker's gradient of one chunk, landed.
+#[derive(Debug)]
+pub struct Contribution {
+    /// Which worker.
+    pub worker: u16,
+    /// How many workers' gradients it sums.
+    pub weight: u16,
+    /// The landing slot.
+    pub lease: Lease,
+}
+
+/// What is to be computed over a chunk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Task {
+    /// Sum the contributions, run the optimizer, store the wire copy if there is a lease for it: one pass.
+    Step,
+    /// Sum the contributions into the chunk's accumulator.
+    Reduce,
+    /// Run the optimizer on the accumulator, store the wire copy if there is a lease for it.
+    Apply,
+    /// Store the wire copy of the present parameters.
+    Encode,
+}
+
+/// A computation over one chunk; goes to [`Memory`](super::Memory) and comes back in [`Shard::handle_computed`].
+#[derive(Debug)]
+pub struct Work {
+    /// What to do.
+    pub task: Task,
+    /// To which chunk.
+    pub chunk: ChunkId,
+    /// The clock that schedules go by.
+    pub clock: Clock,
+    /// The window position whose contributions these are.
+    position: u64,
+    /// What landed, in rank order.
+    pub contributions: Vec<Contribution>,
+    /// The number of gradients that the mean divides by.
+    pub weight: u32,
+    /// Where the wire copy goes.
+    pub wire: Option<Lease>,
+}
+
+/// What a shard wants done.
+#[derive(Debug)]
+pub enum Effect {
+    /// Open a landing slot to one more write by `peer`.
+    Arm {
+        /// Whose slot it is.
+        peer: PeerId,
+        /// The slot.
+        slot: Lease,
+    },
+    /// Send this.
+    Post(WorkRequest),
+    /// Compute this and hand it to [`Shard::handle_computed`].
+    Compute(Work),
+    /// Store the state of all chunks, then call [`Shard::handle_snapshotted`]. Nothing is being computed meanwhile.
+    Snapshot {
+        /// Every worker's updates of the clocks before this one are in it.
+        clock: Clock,
+    },
+    /// The default group's learning rate changes from a clock on.
+    SetLearningRate {
+        /// The new rate.
+        rate: f64,
+        /// The first clock that uses it.
+        clock: Clock,
+    },
+}
+
+#[derive(Debug)]
+struct ChunkState {
+    id: ChunkId,
+    contributors: Vec<u16>,
+    len: u32,
+    busy: bool,
+    /// Whether the chunk is in `Shard::dirty`.
+    listed: bool,
+    version: Version,
+    gate: StalenessGate,
+    published: Option<(Version, SharedLease)>,
+    replies: Vec<PendingReply>,
+    pulls: Vec<PendingPull>,
+    /// `Aggregate`: complete positions that wait for their step.
+    complete: VecDeque<u64>,
+    /// `Immediate`: arrivals that wait for their step.
+    arrived: VecDeque<Arrival>,
+    /// Two-step: the clock and weight of what lies in the accumulator (weight 0: nothing).
+    reduced: Option<(Clock, u32)>,
+}
+
+/// How far a chunk got when it was its turn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Turn {
+    /// Nothing to do until something happens to it.
+    Idle,
+    /// It got on, and may have more to do.
+    Progressed,
+    /// It has something to do and lacks room in the pool, or a checkpoint holds it.
+    Waiting,
+}
+
+/// The protocol of one shard.
+#[derive(Debug)]
+pub struct Shard {
+    config: ShardConfig,
+    layout: Arc<Layout>,
+    chunks: Vec<ChunkState>,
+    contributors: Vec<Contributor>,
+    /// `Aggregate`: the window all contributors share.
+    window: Window,
+    /// `Aggregate`: what landed, by slot and worker.
+    landed: Vec<Option<Contribution>>,
+    /// `Aggregate`: whether the position in a slot is on its way to its step.
+    queued: Vec<bool>,
+    /// Chunks that may have something to do.
+    dirty: VecDeque<usize>,
+    /// Free wire-format slots for replies.
+    pool: Vec<Lease>,
+    /// Emptied vectors, to be used again.
+    spare: Vec<Vec<Contribution>>,
+    /// Two-step: chunks reduced at the present clock.
+    reduced: usize,
+    /// Two-step: clocks whose decision has been taken.
+    decided: Clock,
+    computing: usize,
+    effects: VecDeque<Effect>,
+    request_next: u64,
+    credits_dirty: bool,
+    checkpointing: Checkpointing,
+    clock_max: Clock,
+    /// The earliest time at which a pull's patience ends.
+    pull_deadline: Option<Instant>,
+}
+
+impl Shard {
+    /// A shard at the start of a job. `pool` are the slots for replies, each large enough for any chunk in wire format;
+    /// `versions` are the chunks' versions in shard order if a checkpoint is resumed.
+    pub fn new(config: ShardConfig, layout: Arc<Layout>, pool: Vec<Lease>, versions: Option<&[Version]>) -> Shard {
+        let order = &layout.shards[usize::from(config.shard.0)];
+        let (bound, start) = (config.consistency.bound(), config.start_clock);
+        let chunks: Vec<ChunkState> = order
+            .iter()
+            .enumerate()
+            .map(|(place, id)| {
+                let chunk = layout.chunk(*id);
+                let version = versions.map_or(start, |versions| versions[place]);
+                ChunkState {
+                    id: *id,
+                    contributors: chunk.contributors.clone(),
+                    len: chunk.len,
+                    busy: false,
+                    listed: false,
+                    version,
+                    gate: StalenessGate::new(chunk.contributors.len(), bound, start),
+                    published: None,
+                    replies: Vec::with_capacity(chunk.contributors.len()),
+                    pulls: Vec::new(),
+                    complete: VecDeque::new(),
+                    arrived: VecDeque::new(),
+                    reduced: None,
+                }
+            })
+            .collect();
+        let slots = config.slots;
+        let base = position(start, chunks.len(), 0);
+        let contributors = (0..config.workers).map(|worker| Contributor::new(worker, &layout, &config)).collect();
+        let cells = slots as usize * usize::from(config.workers);
+        Shard {
+            window: Window::new(slots, config.workers.into(), base),
+            landed: (0..cells).map(|_| None).collect(),
+            queued: vec![false; slots as usize],
+            dirty: VecDeque::with_capacity(chunks.len()),
+            pool,
+            spare: Vec::new(),
+            reduced: 0,
+            decided: start,
+            computing: 0,
+            effects: VecDeque::new(),
+            request_next: 0,
+            credits_dirty: false,
+            checkpointing: Checkpointing::new(config.checkpoint_every, start, chunks.len()),
+            clock_max: start,
+            pull_deadline: None,
+            chunks,
+            contributors,
+            config,
+            layout,
+        }
+    }
+
+    /// Tells worker `worker` where it may write; `landing` names its slots.
+    pub fn attach(&mut self, worker: u16, landing: Attachment) {
+        let credit = self.credit_of(worker);
+        let contributor = &mut self.contributors[usize::from(worker)];
+        contributor.landing_offset = landing.offset;
+        contributor.slot_bytes = landing.slot_bytes;
+        contributor.credit_sent = credit;
+        let note = Attachment { credit, ..landing }.to_note();
+        let peer = contributor.peer;
+        self.post(peer, note, None);
+    }
+
+    /// A peer's write has arrived.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Protocol`] when the peer did what it may not; its path must be fenced then.
+    pub fn handle_arrived(&mut self, now: Instant, from: PeerId, note: Note, lease: Option<Lease>) -> Result<()> {
+        if from.rank.role != Role::Worker || usize::from(from.rank.index) >= self.contributors.len() {
+            return Err(protocol(from, "it is not a worker of this job"));
+        }
+        if note.epoch != self.config.epoch {
+            return Err(protocol(from, format!("epoch {} instead of {}", note.epoch, self.config.epoch)));
+        }
+        let worker = from.rank.index;
+        match (note.kind, lease) {
+            (NoteKind::Push, Some(lease)) => self.on_push(worker, &note, lease),
+            (NoteKind::Absent, None) => self.on_absent(worker, &note),
+            (NoteKind::Pull, None) => self.on_pull(now, worker, &note),
+            (NoteKind::Attach, None) => self.on_attach(worker, &note),
+            (NoteKind::Finished, None) => self.on_finished(worker),
+            (NoteKind::SetLearningRate, None) => self.on_learning_rate(from, &note),
+            (kind, _) => Err(protocol(from, format!("a {kind:?} note has no place here"))),
+        }
+    }
+
+    /// A post no longer needs its source.
+    pub fn handle_sent(&mut self, source: Option<SharedLease>) {
+        if let Some(source) = source {
+            self.retire(source);
+        }
+    }
+
+    /// Time has passed: pulls whose time is up are answered with what there is.
+    pub fn handle_timeout(&mut self, now: Instant) {
+        if self.pull_deadline.is_none_or(|deadline| now < deadline) {
+            return;
+        }
+        self.pull_deadline = None;
+        for index in 0..self.chunks.len() {
+            for pull in &mut self.chunks[index].pulls {
+                match pull.expires {
+                    Some(expires) if expires <= now => (pull.min_version, pull.expires) = (0, None),
+                    Some(expires) => {
+                        self.pull_deadline = Some(self.pull_deadline.map_or(expires, |least| least.min(expires)));
+                    }
+                    None => {}
+                }
+            }
+            self.touch(index);
+        }
+    }
+
+    /// When [`Shard::handle_timeout`] wants to be called next.
+    pub fn next_deadline(&self) -> Option<Instant> {
+        self.pull_deadline
+    }
+
+    /// What is to be done next.
+    pub fn poll_effect(&mut self) -> Option<Effect> {
+        while self.effects.is_empty() && self.advance_all() {}
+        if self.effects.is_empty() && self.credits_dirty {
+            self.flush_credits();
+        }
+        self.effects.pop_front()
+    }
+
+    /// Whether every worker has finished and all that arrived has been applied and stored.
+    pub fn is_done(&self) -> bool {
+        self.contributors.iter().all(|contributor| contributor.finished)
+            && self.computing == 0
+            && self.effects.is_empty()
+            && self.dirty.is_empty()
+    }
+
+    /// The number of clocks begun to be applied, over all contributors.
+    pub fn clock_max(&self) -> Clock {
+        self.clock_max
+    }
+
+    /// The number of clocks whose updates are applied on every chunk of the shard.
+    pub fn clock_done(&self) -> Clock {
+        let slowest = self.chunks.iter().map(|chunk| chunk.gate.slowest()).min();
+        slowest.unwrap_or(self.clock_max).min(self.clock_max)
+    }
+
+    /// Version and id of every chunk, in shard order.
+    pub fn versions(&self) -> impl Iterator<Item = (ChunkId, Version)> + '_ {
+        self.chunks.iter().map(|chunk| (chunk.id, chunk.version))
+    }
+
+    /// What the shard waits for from `worker`, if anything: the first chunk and clock it lacks.
+    pub fn awaited_from(&self, worker: u16) -> Option<(ChunkId, Clock)> {
+        let contributor = &self.contributors[usize::from(worker)];
+        if contributor.finished {
+            return None;
+        }
+        let mut lacking: Option<(Clock, u32, ChunkId)> = None;
+        for (place, chunk) in self.chunks.iter().enumerate() {
+            let Ok(index) = chunk.contributors.binary_search(&worker) else { continue };
+            let waits = !chunk.replies.is_empty() || self.config.consistency.aggregates();
+            let clock = chunk.gate.clock_of(index);
+            if waits && lacking.is_none_or(|(least, at, _)| (clock, place as u32) < (least, at)) {
+                lacking = Some((clock, place as u32, chunk.id));
+            }
+        }
+        lacking.map(|(clock, _, chunk)| (chunk, clock))
+    }
+
+    /// Whether the path of `worker` may end without harm.
+    pub fn has_finished(&self, worker: u16) -> bool {
+        self.contributors[usize::from(worker)].finished
+    }
+
+    fn on_attach(&mut self, worker: u16, note: &Note) -> Result<()> {
+        let peer = self.contributors[usize::from(worker)].peer;
+        let parameters = Attachment::from_note(note).map_err(|error| protocol(peer, error))?;
+        self.contributors[usize::from(worker)].parameters = Some(parameters);
+        Ok(())
+    }
+
+    fn on_learning_rate(&mut self, from: PeerId, note: &Note) -> Result<()> {
+        let rate = f64::from_bits(note.version);
+        if !rate.is_finite() || rate < 0.0 {
+            return Err(protocol(from, format!("learning rate {rate}")));
+        }
+        self.effects.push_back(Effect::SetLearningRate { rate, clock: note.clock });
+        Ok(())
+    }
+
+    fn on_finished(&mut self, worker: u16) -> Result<()> {
+        let contributor = &mut self.contributors[usize::from(worker)];
+        if contributor.finished {
+            return Err(protocol(contributor.peer, "it finished twice"));
+        }
+        contributor.finished = true;
+        let peer = contributor.peer;
+        self.post(peer, Note::new(NoteKind::Goodbye), None);
+        for index in 0..self.chunks.len() {
+            self.retire_finished(index);
+            self.touch(index);
+        }
+        self.complete_open_positions();
+        Ok(())
+    }
+
+    /// Puts a chunk on the list of those that may have something to do.
+    fn touch(&mut self, index: usize) {
+        let chunk = &mut self.chunks[index];
+        if !chunk.listed {
+            chunk.listed = true;
+            self.dirty.push_back(index);
+        }
+    }
+
+    /// Lets every listed chunk do what it can; those that must wait for something stay listed. `true` if any got on.
+    fn advance_all(&mut self) -> bool {
+        let mut progress = false;
+        for _ in 0..self.dirty.len() {
+            let Some(index) = self.dirty.pop_front() else { break };
+            self.chunks[index].listed = false;
+            match self.advance(index) {
+                Turn::Idle => {}
+                Turn::Waiting => self.touch(index),
+                Turn::Progressed => {
+                    self.touch(index);
+                    progress = true;
+                }
+            }
+        }
+        self.advance_checkpoint();
+        progress
+    }
+
+    /// One chunk does what it can.
+    fn advance(&mut self, index: usize) -> Turn {
+        if self.chunks[index].busy {
+            return Turn::Idle; // its computation touches it again when done
+        }
+        if self.checkpointing.holds_all() {
+            return Turn::Waiting;
+        }
+        match self.answer(index) {
+            Turn::Idle => self.start_next(index),
+            turn => turn,
+        }
+    }
+
+    fn post(&mut self, peer: PeerId, note: Note, payload: Option<(SharedLease, RemoteSlot)>) {
+        let id = self.request_next;
+        self.request_next += 1;
+        let note = Note { epoch: self.config.epoch, ..note };
+        self.effects.push_back(Effect::Post(WorkRequest { id, peer, note, payload }));
+    }
+}
+
+fn protocol(peer: PeerId, what: impl ToString) -> Error {
+    Error::Protocol { peer, what: what.to_string() }
+}

@@ -1,0 +1,153 @@
+//! The paths of one thread over its transport: posts that had no room wait here, heartbeats are sent and taken out, and silence
+//! becomes a broken path.
+//!
+//! Invariant: whoever uses this sees each path end exactly once, as `Broken`, and nothing of it afterwards; heartbeats are seen
+//! by nobody above.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    time::{Duration, Instant},
+};
+
+use super::{Liveness, LivenessEvent};
+use crate::{
+    Error, Result,
+    mem::{Lease, Region},
+    transport::{Completion, Endpoint, MemoryRegion, RemoteSlot, Transport, WorkRequest},
+    types::{Epoch, PeerId},
+    wire::{Note, NoteKind},
+};
+
+/// The id of requests that nobody above asked for.
+const HEARTBEAT: u64 = u64::MAX;
+
+/// A transport with everything that belongs to the life of its paths.
+#[derive(Debug)]
+pub struct Paths<T> {
+    transport: T,
+    liveness: Liveness,
+    epoch: Epoch,
+    /// Requests that found no room, in order.
+    waiting: BTreeMap<PeerId, VecDeque<WorkRequest>>,
+    events: Vec<LivenessEvent>,
+    arrivals: Vec<Completion>,
+}
+
+impl<T: Transport> Paths<T> {
+    /// Paths over `transport`, with a heartbeat every `interval`; a peer silent for `deadline` is dead.
+    pub fn new(transport: T, epoch: Epoch, interval: Duration, deadline: Duration) -> Paths<T> {
+        Paths {
+            transport,
+            liveness: Liveness::new(interval, deadline),
+            epoch,
+            waiting: BTreeMap::new(),
+            events: Vec::new(),
+            arrivals: Vec::new(),
+        }
+    }
+
+    /// The transport, for what concerns the driver alone (waking up).
+    pub fn transport(&mut self) -> &mut T {
+        &mut self.transport
+    }
+
+    /// See [`Transport::register`].
+    pub fn register(&mut self, region: &Region) -> Result<MemoryRegion> {
+        self.transport.register(region)
+    }
+
+    /// See [`Transport::offer`].
+    pub fn offer(&mut self, peer: PeerId) -> Result<Endpoint> {
+        self.transport.offer(peer)
+    }
+
+    /// See [`Transport::connect`].
+    pub fn connect(&mut self, peer: PeerId, remote: &Endpoint, deadline: Instant) -> Result<()> {
+        self.transport.connect(peer, remote, deadline)
+    }
+
+    /// See [`Transport::arm`].
+    pub fn arm(&mut self, peer: PeerId, slot: Lease) -> Result<RemoteSlot> {
+        self.transport.arm(peer, slot)
+    }
+
+    /// Queues a write; if the driver has no room, it waits here.
+    pub fn post(&mut self, request: WorkRequest) {
+        let peer = request.peer;
+        if let Some(queue) = self.waiting.get_mut(&peer).filter(|queue| !queue.is_empty()) {
+            queue.push_back(request);
+        } else if let Err(full) = self.transport.post(request) {
+            self.waiting.entry(peer).or_default().push_back(full.0);
+        }
+    }
+
+    /// The peer will go of its own accord: its silence or end is no failure any more.
+    pub fn release(&mut self, peer: PeerId) {
+        self.liveness.forget(peer);
+    }
+
+    /// Ends our side of a path.
+    pub fn fence(&mut self, peer: PeerId) {
+        self.liveness.forget(peer);
+        self.waiting.remove(&peer);
+        drop(self.transport.fence(peer));
+    }
+
+    /// Collects what has happened, sends heartbeats, and turns silence into `Broken`.
+    pub fn poll(&mut self, now: Instant, completions: &mut Vec<Completion>) -> Result<()> {
+        self.transport.poll(now, &mut self.arrivals)?;
+        for completion in self.arrivals.drain(..) {
+            match &completion {
+                Completion::Connected { peer } => self.liveness.track(*peer, now),
+                Completion::Arrived { from, note, .. } => {
+                    self.liveness.heard(*from, now);
+                    if note.kind == NoteKind::Heartbeat {
+                        continue;
+                    }
+                }
+                Completion::Broken { peer, .. } => self.liveness.forget(*peer),
+                Completion::Sent { id: HEARTBEAT, .. } | Completion::Failed { id: HEARTBEAT, .. } => continue,
+                Completion::Sent { .. } | Completion::Failed { .. } => {}
+            }
+            completions.push(completion);
+        }
+        self.retry();
+        self.liveness.poll(now, &mut self.events);
+        for event in std::mem::take(&mut self.events) {
+            match event {
+                LivenessEvent::HeartbeatDue(peer) => {
+                    let note = Note { epoch: self.epoch, ..Note::new(NoteKind::Heartbeat) };
+                    self.post(WorkRequest { id: HEARTBEAT, peer, note, payload: None });
+                }
+                LivenessEvent::Dead(peer, silence) => {
+                    self.fence(peer);
+                    let reason = format!("no sign of life for {:.1} s", silence.as_secs_f64());
+                    completions.push(Completion::Broken { peer, error: Error::Broken { peer, reason } });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends what was posted.
+    pub fn flush(&mut self) -> Result<()> {
+        self.transport.flush()
+    }
+
+    /// When [`Paths::poll`] wants to be called even if nothing happens.
+    pub fn next_deadline(&self) -> Option<Instant> {
+        self.liveness.next_deadline()
+    }
+
+    /// Posts what found no room earlier, each peer's in its order.
+    fn retry(&mut self) {
+        for queue in self.waiting.values_mut() {
+            while let Some(request) = queue.pop_front() {
+                if let Err(full) = self.transport.post(request) {
+                    queue.push_front(full.0);
+                    break;
+                }
+            }
+        }
+    }
+}

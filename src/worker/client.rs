@@ -1,0 +1,372 @@
+//! A worker's protocol as a pure state machine: commands and arrivals in, effects and events out.
+//!
+//! A gradient whose turn has not come waits here, in the worker's own memory: backward never blocks on a credit. A chunk's
+//! parameters are armed from the push (or pull) until they have arrived.
+//!
+//! Invariant: a position is posted only while it is below the lane's credit, and a chunk has at most one request for its
+//! parameters under way.
+
+use std::{
+    cmp::Ordering,
+    collections::{BinaryHeap, VecDeque},
+    sync::Arc,
+    time::Duration,
+};
+
+use crate::{
+    Error, Result,
+    consistency::Consistency,
+    layout::{Layout, WorkerView},
+    mem::{Lease, SharedLease},
+    transport::{RemoteSlot, WorkRequest},
+    types::{ChunkId, Clock, Dtype, Epoch, PeerId, ShardId, Version},
+    wire::{Attachment, Note, NoteFlags, NoteKind},
+};
+
+/// What a client is told at birth.
+#[derive(Clone, Debug)]
+pub struct ClientConfig {
+    /// This worker's number.
+    pub worker: u16,
+    /// By shard: the lane that owns it.
+    pub lanes: Vec<PeerId>,
+    /// Consistency of the job: it decides which order positions are counted in.
+    pub consistency: Consistency,
+    /// Membership.
+    pub epoch: Epoch,
+    /// Number format of gradients.
+    pub gradient_dtype: Dtype,
+    /// Number format of parameters.
+    pub parameter_dtype: Dtype,
+}
+
+/// What a client wants done.
+#[derive(Debug)]
+pub enum Effect {
+    /// Open the chunk's parameters to one write by `peer`.
+    Arm {
+        /// The lane that owns the chunk.
+        peer: PeerId,
+        /// The parameters.
+        slot: Lease,
+    },
+    /// Send this.
+    Post(WorkRequest),
+}
+
+/// What a client has to tell its user.
+#[derive(Debug)]
+pub enum Event {
+    /// Every lane has said where gradients land: pushing may begin.
+    Attached,
+    /// A gradient's bytes may be written again.
+    GradientSent {
+        /// Which chunk.
+        chunk: ChunkId,
+        /// The bytes.
+        lease: Lease,
+    },
+    /// A chunk's parameters are here.
+    Parameters {
+        /// Which chunk.
+        chunk: ChunkId,
+        /// Their version.
+        version: Version,
+        /// The bytes.
+        lease: Lease,
+    },
+    /// Every lane has said goodbye.
+    Finished,
+}
+
+/// What a client waits for, to be named when a deadline passes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Awaited {
+    /// From whom.
+    pub peer: PeerId,
+    /// Which chunk's parameters.
+    pub chunk: ChunkId,
+    /// Pushed at this clock; `None` for a pull.
+    pub clock: Option<Clock>,
+}
+
+#[derive(Debug)]
+struct Outgoing {
+    position: u64,
+    chunk: ChunkId,
+    clock: Clock,
+    wants_reply: bool,
+    /// `None`: absent.
+    gradient: Option<Lease>,
+}
+
+#[derive(Debug)]
+struct Lane {
+    peer: PeerId,
+    landing: Option<Attachment>,
+    credit: u64,
+    /// Chunks that positions are counted in.
+    chunks: usize,
+    /// What waits for its turn, lowest position first.
+    waiting: BinaryHeap<Outgoing>,
+    finished: bool,
+    goodbye: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct ChunkState {
+    lane: usize,
+    /// Its place in the order that positions are counted in.
+    place: usize,
+    awaits: Option<Option<Clock>>,
+}
+
+/// The protocol of one worker.
+#[derive(Debug)]
+pub struct Client {
+    config: ClientConfig,
+    layout: Arc<Layout>,
+    lanes: Vec<Lane>,
+    /// By chunk of the layout; `None` where this worker has no part.
+    chunks: Vec<Option<ChunkState>>,
+    effects: VecDeque<Effect>,
+    events: VecDeque<Event>,
+    finishing: bool,
+}
+
+impl Client {
+    /// A client at the start of a job.
+    pub fn new(config: ClientConfig, layout: Arc<Layout>) -> Client {
+        let view = WorkerView::new(&layout, config.worker);
+        let mut chunks = vec![None; layout.chunks.len()];
+        let mut lanes = Vec::with_capacity(config.lanes.len());
+        for (index, peer) in config.lanes.iter().enumerate() {
+            let own = view.order(&layout, ShardId(index as u16));
+            let all = &layout.shards[index];
+            let order = if config.consistency.aggregates() { all } else { &own };
+            for (place, id) in order.iter().enumerate().filter(|(_, id)| view.start(**id).is_some()) {
+                chunks[id.index()] = Some(ChunkState { lane: index, place, awaits: None });
+            }
+            lanes.push(Lane {
+                peer: *peer,
+                landing: None,
+                credit: 0,
+                chunks: order.len(),
+                waiting: BinaryHeap::with_capacity(2 * own.len()),
+                finished: false,
+                goodbye: false,
+            });
+        }
+        Client { config, layout, lanes, chunks, effects: VecDeque::new(), events: VecDeque::new(), finishing: false }
+    }
+
+    /// Pushes the chunk's gradient of `clock` when its turn comes. With `reply`, the parameters come into it.
+    pub fn push(&mut self, chunk: ChunkId, clock: Clock, gradient: Lease, reply: Option<Lease>) {
+        self.contribute(chunk, clock, Some(gradient), reply);
+    }
+
+    /// Says that this worker has nothing for the chunk at `clock`.
+    pub fn absent(&mut self, chunk: ChunkId, clock: Clock, reply: Option<Lease>) {
+        self.contribute(chunk, clock, None, reply);
+    }
+
+    /// Asks for a chunk's parameters at `min_version` or later. After `patience` (`None`: never) what there is comes back.
+    pub fn pull(&mut self, chunk: ChunkId, min_version: Version, patience: Option<Duration>, into: Lease) {
+        let peer = self.lanes[self.own(chunk).lane].peer;
+        self.await_parameters(chunk, None, into);
+        let patience_ms = patience.map_or(0, |patience| (patience.as_millis() as u64).max(1));
+        let note = Note { chunk, version: min_version, credit: patience_ms, ..Note::new(NoteKind::Pull) };
+        self.post(peer, u64::MAX - 1, note, None);
+    }
+
+    /// Changes the default group's learning rate from `clock` on, on every shard.
+    pub fn set_learning_rate(&mut self, rate: f64, clock: Clock) {
+        for lane in 0..self.lanes.len() {
+            let note = Note { version: rate.to_bits(), clock, ..Note::new(NoteKind::SetLearningRate) };
+            self.post(self.lanes[lane].peer, u64::MAX - 1, note, None);
+        }
+    }
+
+    /// Nothing more will be pushed; [`Event::Finished`] follows when every lane knows.
+    pub fn finish(&mut self) {
+        self.finishing = true;
+        (0..self.lanes.len()).for_each(|lane| self.pump(lane));
+    }
+
+    /// The path to a lane is there: it is told where this worker's parameters lie.
+    pub fn attach(&mut self, peer: PeerId, rkey: u32, offset: u64) {
+        let parameters = Attachment { rkey, offset, slot_bytes: 0, slots: 0, credit: 0 };
+        self.post(peer, u64::MAX - 1, parameters.to_note(), None);
+    }
+
+    /// A lane's write has arrived.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Protocol`] when the lane did what it may not; its path must be fenced then.
+    pub fn handle_arrived(&mut self, from: PeerId, note: Note, lease: Option<Lease>) -> Result<()> {
+        let protocol = |what: String| Error::Protocol { peer: from, what };
+        let Some(lane) = self.lanes.iter().position(|lane| lane.peer == from) else {
+            return Err(protocol("it is not a server lane of this job".into()));
+        };
+        if note.epoch != self.config.epoch {
+            return Err(protocol(format!("epoch {} instead of {}", note.epoch, self.config.epoch)));
+        }
+        match (note.kind, lease) {
+            (NoteKind::Attach, None) => {
+                let landing = Attachment::from_note(&note).map_err(|error| protocol(error.to_string()))?;
+                if landing.slots == 0 {
+                    return Err(protocol("a landing window without slots".into()));
+                }
+                self.lanes[lane].landing = Some(landing);
+                self.earn(lane, note.credit);
+                if self.lanes.iter().all(|lane| lane.landing.is_some()) {
+                    self.events.push_back(Event::Attached);
+                }
+            }
+            (NoteKind::Credit, None) => self.earn(lane, note.credit),
+            (NoteKind::Parameters, Some(lease)) => {
+                let state = self.chunks.get_mut(note.chunk.index()).and_then(Option::as_mut);
+                let state = state.filter(|state| state.lane == lane && state.awaits.is_some());
+                let Some(state) = state else {
+                    return Err(protocol(format!("parameters of chunk {} that nobody awaits", note.chunk.0)));
+                };
+                state.awaits = None;
+                self.events.push_back(Event::Parameters { chunk: note.chunk, version: note.version, lease });
+                self.earn(lane, note.credit);
+            }
+            (NoteKind::Goodbye, None) => {
+                self.lanes[lane].goodbye = true;
+                if self.lanes.iter().all(|lane| lane.goodbye) {
+                    self.events.push_back(Event::Finished);
+                }
+            }
+            (kind, _) => return Err(protocol(format!("a {kind:?} note has no place here"))),
+        }
+        Ok(())
+    }
+
+    /// A post no longer needs its source. `id` is the chunk of a push.
+    pub fn handle_sent(&mut self, id: u64, source: Option<SharedLease>) {
+        let Some(source) = source else { return };
+        let lease = source.thaw().expect("a gradient has one reader, and it is done");
+        self.events.push_back(Event::GradientSent { chunk: ChunkId(id as u32), lease });
+    }
+
+    /// What is to be done next.
+    pub fn poll_effect(&mut self) -> Option<Effect> {
+        self.effects.pop_front()
+    }
+
+    /// What is to be told next.
+    pub fn poll_event(&mut self) -> Option<Event> {
+        self.events.pop_front()
+    }
+
+    /// Whether every lane has said where gradients land.
+    pub fn is_attached(&self) -> bool {
+        self.lanes.iter().all(|lane| lane.landing.is_some())
+    }
+
+    /// Whether the lane of `peer` owes nothing any more.
+    pub fn has_parted(&self, peer: PeerId) -> bool {
+        self.lanes.iter().any(|lane| lane.peer == peer && lane.goodbye)
+    }
+
+    /// The first thing that is awaited, of `peer` or of anybody.
+    pub fn awaited(&self, peer: Option<PeerId>) -> Option<Awaited> {
+        self.chunks.iter().enumerate().find_map(|(index, state)| {
+            let state = state.as_ref()?;
+            let owner = self.lanes[state.lane].peer;
+            let clock = state.awaits?;
+            let wanted = peer.is_none_or(|peer| peer == owner);
+            wanted.then_some(Awaited { peer: owner, chunk: ChunkId(index as u32), clock })
+        })
+    }
+
+    fn contribute(&mut self, chunk: ChunkId, clock: Clock, gradient: Option<Lease>, reply: Option<Lease>) {
+        let ChunkState { lane, place, .. } = self.own(chunk);
+        let wants_reply = reply.is_some();
+        if let Some(reply) = reply {
+            self.await_parameters(chunk, Some(clock), reply);
+        }
+        let lane_state = &mut self.lanes[lane];
+        let position = crate::consistency::position(clock, lane_state.chunks, place);
+        lane_state.waiting.push(Outgoing { position, chunk, clock, wants_reply, gradient });
+        self.pump(lane);
+    }
+
+    fn await_parameters(&mut self, chunk: ChunkId, clock: Option<Clock>, into: Lease) {
+        let peer = self.lanes[self.own(chunk).lane].peer;
+        let state = self.chunks[chunk.index()].as_mut().expect("own has looked");
+        assert!(state.awaits.is_none(), "chunk {} is awaited already", chunk.0);
+        state.awaits = Some(clock);
+        self.effects.push_back(Effect::Arm { peer, slot: into });
+    }
+
+    fn earn(&mut self, lane: usize, credit: u64) {
+        self.lanes[lane].credit = self.lanes[lane].credit.max(credit);
+        self.pump(lane);
+    }
+
+    /// Posts whatever has its turn.
+    fn pump(&mut self, lane: usize) {
+        let Some(landing) = self.lanes[lane].landing else { return };
+        while self.lanes[lane].waiting.peek().is_some_and(|next| next.position < self.lanes[lane].credit) {
+            let next = self.lanes[lane].waiting.pop().expect("just seen");
+            self.send(lane, landing, next);
+        }
+        let lane = &mut self.lanes[lane];
+        if self.finishing && !lane.finished && lane.waiting.is_empty() {
+            lane.finished = true;
+            let peer = lane.peer;
+            self.post(peer, u64::MAX - 1, Note::new(NoteKind::Finished), None);
+        }
+    }
+
+    fn send(&mut self, lane: usize, landing: Attachment, next: Outgoing) {
+        let Outgoing { position, chunk, clock, wants_reply, gradient } = next;
+        let flags = if wants_reply { NoteFlags::WANTS_REPLY } else { NoteFlags::NONE };
+        let peer = self.lanes[lane].peer;
+        let Some(gradient) = gradient else {
+            let note = Note { chunk, clock, flags, ..Note::new(NoteKind::Absent) };
+            return self.post(peer, chunk.0.into(), note, None);
+        };
+        let slot = position % u64::from(landing.slots);
+        let offset = landing.offset + slot * u64::from(landing.slot_bytes);
+        let target = RemoteSlot { rkey: landing.rkey, offset, len: landing.slot_bytes };
+        let length = self.layout.chunk(chunk).len * self.config.gradient_dtype.size() as u32;
+        let note = Note { chunk, clock, flags, weight: 1, length, ..Note::new(NoteKind::Push) };
+        self.post(peer, chunk.0.into(), note, Some((gradient.freeze(), target)));
+    }
+
+    fn post(&mut self, peer: PeerId, id: u64, note: Note, payload: Option<(SharedLease, RemoteSlot)>) {
+        let note = Note { epoch: self.config.epoch, ..note };
+        self.effects.push_back(Effect::Post(WorkRequest { id, peer, note, payload }));
+    }
+
+    fn own(&self, chunk: ChunkId) -> ChunkState {
+        self.chunks[chunk.index()].expect("a worker pushes and pulls its own chunks only")
+    }
+}
+
+impl Ord for Outgoing {
+    /// The heap's greatest is the lowest position.
+    fn cmp(&self, other: &Outgoing) -> Ordering {
+        other.position.cmp(&self.position)
+    }
+}
+
+impl PartialOrd for Outgoing {
+    fn partial_cmp(&self, other: &Outgoing) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl PartialEq for Outgoing {
+    fn eq(&self, other: &Outgoing) -> bool {
+        self.position == other.position
+    }
+}
+
+impl Eq for Outgoing {}

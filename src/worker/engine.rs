@@ -1,0 +1,193 @@
+//! The engine of a worker: the client's protocol joined to a transport. It never sleeps and reads no clock; the progress thread
+//! or the simulator drives it.
+//!
+//! Invariant: every effect of the client is carried out in order; commands take effect in the order in which they were given.
+
+use std::{
+    collections::VecDeque,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use super::{Awaited, Client, ClientConfig, Effect, Event};
+use crate::{
+    Error, Result,
+    layout::Layout,
+    mem::{Lease, Region},
+    session::Paths,
+    transport::{Completion, Endpoint, MemoryRegion, Transport},
+    types::{ChunkId, Clock, PeerId, Version},
+};
+
+/// What the user of a worker asks for.
+#[derive(Debug)]
+pub enum Command {
+    /// See [`Client::push`].
+    Push {
+        /// Which chunk.
+        chunk: ChunkId,
+        /// The clock it belongs to.
+        clock: Clock,
+        /// The gradient; `None`: absent.
+        gradient: Option<Lease>,
+        /// Where the new parameters go, if they are wanted.
+        reply: Option<Lease>,
+    },
+    /// See [`Client::pull`].
+    Pull {
+        /// Which chunk.
+        chunk: ChunkId,
+        /// At least this version.
+        min_version: Version,
+        /// How long the server may wait for it.
+        patience: Option<Duration>,
+        /// Where the parameters go.
+        into: Lease,
+    },
+    /// See [`Client::set_learning_rate`].
+    SetLearningRate {
+        /// The new rate.
+        rate: f64,
+        /// The first clock that uses it.
+        clock: Clock,
+    },
+    /// See [`Client::finish`].
+    Finish,
+}
+
+/// A worker's protocol over a transport.
+pub struct Engine<T> {
+    paths: Paths<T>,
+    client: Client,
+    me: PeerId,
+    parameters: MemoryRegion,
+    completions: Vec<Completion>,
+}
+
+impl<T: Transport> Engine<T> {
+    /// Registers the worker's two flat buffers. The lease over all of `parameters` must begin at the region's start.
+    pub fn new(
+        config: ClientConfig,
+        layout: Arc<Layout>,
+        mut paths: Paths<T>,
+        parameters: &Region,
+        gradients: &Region,
+    ) -> Result<Engine<T>> {
+        let me = PeerId::worker(config.worker);
+        let parameters = paths.register(parameters)?;
+        paths.register(gradients)?;
+        Ok(Engine { paths, client: Client::new(config, layout), me, parameters, completions: Vec::new() })
+    }
+
+    /// The transport and what belongs to it.
+    pub fn paths(&mut self) -> &mut Paths<T> {
+        &mut self.paths
+    }
+
+    /// Begins the path to a lane.
+    pub fn connect(&mut self, lane: PeerId, remote: &Endpoint, deadline: Instant) -> Result<()> {
+        self.paths.connect(lane, remote, deadline)
+    }
+
+    /// Whether every lane has said where gradients land.
+    pub fn is_attached(&self) -> bool {
+        self.client.is_attached()
+    }
+
+    /// The first thing that this worker waits for.
+    pub fn awaited(&self) -> Option<Awaited> {
+        self.client.awaited(None)
+    }
+
+    /// Carries out commands and does what can be done now; events are appended.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Broken`] or [`Error::Protocol`] with what was awaited, when a lane is lost before it has said goodbye.
+    pub fn turn(&mut self, now: Instant, commands: &mut VecDeque<Command>, events: &mut VecDeque<Event>) -> Result<()> {
+        for command in commands.drain(..) {
+            self.command(command);
+        }
+        let mut completions = std::mem::take(&mut self.completions);
+        self.paths.poll(now, &mut completions)?;
+        for completion in completions.drain(..) {
+            self.handle(completion)?;
+        }
+        self.completions = completions;
+        while let Some(effect) = self.client.poll_effect() {
+            match effect {
+                Effect::Arm { peer, slot } => {
+                    self.paths.arm(peer, slot)?;
+                }
+                Effect::Post(request) => self.paths.post(request),
+            }
+        }
+        self.paths.flush()?;
+        while let Some(event) = self.client.poll_event() {
+            events.push_back(event);
+        }
+        Ok(())
+    }
+
+    /// When `turn` wants to be called even if nothing happens.
+    pub fn next_deadline(&self) -> Option<Instant> {
+        self.paths.next_deadline()
+    }
+
+    fn command(&mut self, command: Command) {
+        match command {
+            Command::Push { chunk, clock, gradient: Some(gradient), reply } => {
+                self.client.push(chunk, clock, gradient, reply);
+            }
+            Command::Push { chunk, clock, gradient: None, reply } => self.client.absent(chunk, clock, reply),
+            Command::Pull { chunk, min_version, patience, into } => {
+                self.client.pull(chunk, min_version, patience, into);
+            }
+            Command::SetLearningRate { rate, clock } => self.client.set_learning_rate(rate, clock),
+            Command::Finish => self.client.finish(),
+        }
+    }
+
+    fn handle(&mut self, completion: Completion) -> Result<()> {
+        match completion {
+            Completion::Connected { peer } => {
+                self.client.attach(peer, self.parameters.rkey, 0);
+                Ok(())
+            }
+            Completion::Sent { id, source } | Completion::Failed { id, source, .. } => {
+                self.client.handle_sent(id, source);
+                Ok(())
+            }
+            Completion::Arrived { from, note, lease } => {
+                if let Err(error) = self.client.handle_arrived(from, note, lease) {
+                    self.paths.fence(from);
+                    return self.lost(from, error);
+                }
+                if self.client.has_parted(from) {
+                    self.paths.release(from);
+                }
+                Ok(())
+            }
+            Completion::Broken { peer, error } => self.lost(peer, error),
+        }
+    }
+
+    /// A lane's path is gone: harmless after its goodbye, the end of the job otherwise.
+    fn lost(&mut self, peer: PeerId, error: Error) -> Result<()> {
+        if self.client.has_parted(peer) {
+            return Ok(());
+        }
+        let awaited = match self.client.awaited(Some(peer)) {
+            Some(Awaited { chunk, clock: Some(clock), .. }) => {
+                format!(" ({} waits for chunk {} of clock {clock})", self.me, chunk.0)
+            }
+            Some(Awaited { chunk, .. }) => format!(" ({} waits for a pull of chunk {})", self.me, chunk.0),
+            None => String::new(),
+        };
+        let reason = match error {
+            Error::Broken { reason, .. } => reason,
+            other => other.to_string(),
+        };
+        Err(Error::Broken { peer, reason: format!("{reason}{awaited}") })
+    }
+}

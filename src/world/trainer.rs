@@ -1,0 +1,218 @@
+//! A training program in the simulated world: it computes gradients in whatever order, pushes them, waits for parameters.
+//!
+//! Invariant: it uses the engine as a real program's worker handle does, and nothing else.
+
+use std::{
+    collections::VecDeque,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use super::{At, DEADLINE, HEARTBEAT, Program, WorldOptions};
+use crate::{
+    Result,
+    layout::{Layout, WorkerView},
+    mem::{Lease, Region, RegionOptions},
+    session::Paths,
+    transport::sim::{SimNetwork, SimRandom, SimTransport},
+    types::{ChunkId, Clock, Dtype, PeerId, Version},
+    worker::{ClientConfig, Command, Engine, Event},
+};
+
+struct Chunk {
+    id: ChunkId,
+    gradient: Option<Lease>,
+    parameters: Option<Lease>,
+    version: Version,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// Waits to be attached, then pulls the first parameters.
+    Starting,
+    /// Gradients of the clock are being computed and pushed.
+    Backward,
+    /// Everything of the clock is pushed.
+    Waiting,
+    /// All clocks are done; waits for goodbyes.
+    Finishing,
+    Finished,
+}
+
+pub(super) struct Trainer {
+    pub engine: Engine<SimTransport>,
+    worker: u16,
+    clock: Clock,
+    clocks: Clock,
+    separate_pull: bool,
+    chunks: Vec<Chunk>,
+    /// Chunks whose gradient has not been pushed at this clock, in the order in which backward finishes them.
+    backward: Vec<usize>,
+    backward_at: Instant,
+    phase: Phase,
+    commands: VecDeque<Command>,
+    events: VecDeque<Event>,
+}
+
+impl Trainer {
+    pub fn new(options: &WorldOptions, layout: &Arc<Layout>, network: &SimNetwork, worker: u16) -> Result<Trainer> {
+        let me = PeerId::worker(worker);
+        let view = WorkerView::new(layout, worker);
+        let region = |name: &str| RegionOptions { name: format!("{me}-{name}"), ..RegionOptions::default() };
+        let bytes = view.elements as usize * 4;
+        let (parameters, mut parameter_rest) = Region::allocate(bytes, &region("parameters"))?;
+        let (gradients, mut gradient_rest) = Region::allocate(bytes, &region("gradients"))?;
+        let mut chunks = Vec::new();
+        for id in &view.chunks {
+            let len = layout.chunk(*id).len as usize * 4;
+            let (parameters, tail) = parameter_rest.split_at(len);
+            parameter_rest = tail;
+            let (gradient, tail) = gradient_rest.split_at(len);
+            gradient_rest = tail;
+            chunks.push(Chunk { id: *id, gradient: Some(gradient), parameters: Some(parameters), version: 0 });
+        }
+        let config = ClientConfig {
+            worker,
+            lanes: (0..options.servers).map(|server| PeerId::server(server, 0)).collect(),
+            consistency: options.consistency,
+            epoch: 0,
+            gradient_dtype: Dtype::F32,
+            parameter_dtype: Dtype::F32,
+        };
+        let paths = Paths::new(network.transport(me), 0, HEARTBEAT, DEADLINE);
+        Ok(Trainer {
+            engine: Engine::new(config, layout.clone(), paths, &parameters, &gradients)?,
+            worker,
+            clock: 0,
+            clocks: options.clocks,
+            separate_pull: options.separate_pull,
+            chunks,
+            backward: Vec::new(),
+            backward_at: Instant::now(),
+            phase: Phase::Starting,
+            commands: VecDeque::new(),
+            events: VecDeque::new(),
+        })
+    }
+
+    pub fn is_finished(&self) -> bool {
+        self.phase == Phase::Finished
+    }
+
+    pub fn next_deadline(&self) -> Option<Instant> {
+        let backward = (self.phase == Phase::Backward).then_some(self.backward_at);
+        [self.engine.next_deadline(), backward].into_iter().flatten().min()
+    }
+
+    /// One turn of the program and its engine; whether the program got on, or what it found wrong.
+    pub fn turn(
+        &mut self,
+        now: Instant,
+        random: &mut SimRandom,
+        program: &mut dyn Program,
+    ) -> Result<Result<bool, String>> {
+        self.backward(now, random, program);
+        self.engine.turn(now, &mut self.commands, &mut self.events)?;
+        let mut got_on = false;
+        while let Some(event) = self.events.pop_front() {
+            got_on = true;
+            if let Err(wrong) = self.handle(event, program) {
+                return Ok(Err(wrong));
+            }
+        }
+        self.next_clock(now, random);
+        Ok(Ok(got_on))
+    }
+
+    fn handle(&mut self, event: Event, program: &mut dyn Program) -> Result<(), String> {
+        match event {
+            Event::Attached => self.pull_all(0),
+            Event::GradientSent { chunk, lease } => self.chunk(chunk).gradient = Some(lease),
+            Event::Parameters { chunk, version, lease } => {
+                let at = At { worker: self.worker, clock: self.clock.wrapping_sub(self.started()), chunk, version };
+                program.received(at, bytemuck::cast_slice(lease.bytes()))?;
+                let chunk = self.chunk(chunk);
+                chunk.version = version;
+                chunk.parameters = Some(lease);
+            }
+            Event::Finished => self.phase = Phase::Finished,
+        }
+        Ok(())
+    }
+
+    /// Parameters that arrive while starting are those before the first clock.
+    fn started(&self) -> Clock {
+        u64::from(self.phase == Phase::Starting)
+    }
+
+    fn pull_all(&mut self, min_version: Version) {
+        for chunk in &mut self.chunks {
+            let into = chunk.parameters.take().expect("parameters are at home between clocks");
+            self.commands.push_back(Command::Pull { chunk: chunk.id, min_version, patience: None, into });
+        }
+    }
+
+    /// Backward finishes some more chunks.
+    fn backward(&mut self, now: Instant, random: &mut SimRandom, program: &mut dyn Program) {
+        while self.phase == Phase::Backward && now >= self.backward_at {
+            let Some(index) = self.backward.pop() else {
+                self.phase = Phase::Waiting;
+                if self.separate_pull {
+                    self.pull_all(self.clock + 1);
+                }
+                return;
+            };
+            let (worker, clock, wants_reply) = (self.worker, self.clock, !self.separate_pull);
+            let Chunk { id, gradient, parameters, version } = &mut self.chunks[index];
+            let mut lease = gradient.take().expect("gradients are at home when a clock begins");
+            let at = At { worker, clock, chunk: *id, version: *version };
+            let values = bytemuck::cast_slice(parameters.as_ref().expect("as are parameters").bytes());
+            let given = program.gradient(at, values, bytemuck::cast_slice_mut(lease.bytes_mut()));
+            let reply = if wants_reply { parameters.take() } else { None };
+            if !given {
+                *gradient = Some(lease);
+                self.commands.push_back(Command::Push { chunk: *id, clock, gradient: None, reply });
+            } else {
+                self.commands.push_back(Command::Push { chunk: *id, clock, gradient: Some(lease), reply });
+            }
+            if random.once_in(3) {
+                self.backward_at = now + Duration::from_micros(random.below(20_000));
+            }
+        }
+    }
+
+    /// Once everything is home, the next clock begins.
+    fn next_clock(&mut self, now: Instant, random: &mut SimRandom) {
+        let home = self.chunks.iter().all(|chunk| chunk.gradient.is_some() && chunk.parameters.is_some());
+        match self.phase {
+            Phase::Starting if home && self.commands.is_empty() && self.engine.awaited().is_none() => {
+                if !self.chunks.is_empty() && self.engine.is_attached() {
+                    self.begin(now, random);
+                }
+            }
+            Phase::Waiting if home => {
+                self.clock += 1;
+                if self.clock == self.clocks {
+                    self.phase = Phase::Finishing;
+                    self.commands.push_back(Command::Finish);
+                } else {
+                    self.begin(now, random);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn begin(&mut self, now: Instant, random: &mut SimRandom) {
+        self.phase = Phase::Backward;
+        self.backward = (0..self.chunks.len()).collect();
+        for last in (1..self.backward.len()).rev() {
+            self.backward.swap(last, random.below(last as u64 + 1) as usize);
+        }
+        self.backward_at = now + Duration::from_micros(random.below(5_000));
+    }
+
+    fn chunk(&mut self, id: ChunkId) -> &mut Chunk {
+        self.chunks.iter_mut().find(|chunk| chunk.id == id).expect("an event about a chunk of ours")
+    }
+}

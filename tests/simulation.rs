@@ -1,0 +1,339 @@
+//! The simulator drives the real server and worker through seeds and judges by what the workers receive.
+//!
+//! The ledger: every worker's gradient is -1 in its own elements and 0 elsewhere, the servers sum and step with rate 1, so that
+//! each element counts how many updates of one worker are in it. Staleness, lost, doubled and torn updates are then read off the
+//! parameters themselves.
+//!
+//! `GRADWIRE_SEEDS` sets the number of seeds of each test, `GRADWIRE_SEED` runs one alone.
+
+use std::{collections::HashMap, time::Duration};
+
+use gradwire::{
+    consistency::Consistency,
+    layout::{Init, Layout, LayoutOptions, TensorSpec},
+    optim::{OptimizerConfig, OptimizerKind, Reduction, StepScalars, oracle},
+    transport::sim::SimRandom,
+    types::{ChunkId, Clock, Dtype},
+    world::{At, Chaos, Outcome, Program, WorldOptions, run},
+};
+
+fn seeds(default: u64) -> Vec<u64> {
+    let number = |name: &str| std::env::var(name).ok().map(|text| text.parse::<u64>().expect(name));
+    match number("GRADWIRE_SEED") {
+        Some(seed) => vec![seed],
+        None => (0..number("GRADWIRE_SEEDS").map_or(default, |seeds| seeds.min(default.max(seeds)))).collect(),
+    }
+}
+
+/// A number that depends on all of its parts.
+fn mix(parts: &[u64]) -> u64 {
+    parts.iter().fold(0x51_7c_c1_b7, |state, part| SimRandom::new(state ^ part).bits())
+}
+
+struct Ledger {
+    seed: u64,
+    workers: u64,
+    consistency: Consistency,
+    separate_pull: bool,
+    layout: Layout,
+    /// Pushed so far, by worker and chunk.
+    pushed: HashMap<(u16, u32), Clock>,
+    received: u64,
+}
+
+impl Ledger {
+    fn new(options: &WorldOptions) -> Ledger {
+        let layout = LayoutOptions { chunk_elements: options.chunk_elements, shards: options.servers };
+        Ledger {
+            seed: options.seed,
+            workers: options.declarations.len() as u64,
+            consistency: options.consistency,
+            separate_pull: options.separate_pull,
+            layout: Layout::build(&options.declarations, layout).unwrap(),
+            pushed: HashMap::new(),
+            received: 0,
+        }
+    }
+
+    fn gives(&self, worker: u16, chunk: ChunkId, clock: Clock) -> bool {
+        mix(&[self.seed, worker.into(), chunk.0.into(), clock]) % 6 != 0
+    }
+
+    /// Updates that `worker` has given to `chunk` in the clocks before `end`.
+    fn given(&self, worker: u16, chunk: ChunkId, end: Clock) -> f32 {
+        (0..end).filter(|clock| self.gives(worker, chunk, *clock)).count() as f32
+    }
+
+    fn bounds(&self, at: At, worker: u16) -> (Clock, Clock) {
+        let pushed = self.pushed.get(&(worker, at.chunk.0)).copied().unwrap_or(0);
+        let own = worker == at.worker;
+        let end = at.clock.wrapping_add(1);
+        match self.consistency {
+            Consistency::Bsp => (end, end),
+            _ if self.separate_pull => (0, pushed),
+            _ if own => (end, end),
+            Consistency::Ssp { bound } => (end.saturating_sub(bound), pushed),
+            Consistency::Asp => (0, pushed),
+        }
+    }
+}
+
+impl Program for Ledger {
+    fn gradient(&mut self, at: At, _parameters: &[f32], gradient: &mut [f32]) -> bool {
+        self.pushed.insert((at.worker, at.chunk.0), at.clock + 1);
+        for (element, value) in gradient.iter_mut().enumerate() {
+            *value = if element as u64 % self.workers == u64::from(at.worker) { -1.0 } else { 0.0 };
+        }
+        self.gives(at.worker, at.chunk, at.clock)
+    }
+
+    fn received(&mut self, at: At, parameters: &[f32]) -> Result<(), String> {
+        self.received += 1;
+        let contributors = &self.layout.chunk(at.chunk).contributors;
+        for worker in 0..self.workers as u16 {
+            let mut counts = parameters.iter().skip(worker.into()).step_by(self.workers as usize);
+            let count = *counts.next().expect("a chunk has more elements than workers");
+            if counts.any(|other| *other != count) {
+                return Err(format!("{at:?}: an update of worker {worker} is there by half"));
+            }
+            if !contributors.contains(&worker) {
+                if count != 0.0 {
+                    return Err(format!("{at:?}: worker {worker} has no part in this chunk, yet it was updated"));
+                }
+                continue;
+            }
+            let (low, high) = self.bounds(at, worker);
+            let (low, high) = (self.given(worker, at.chunk, low), self.given(worker, at.chunk, high));
+            if count < low || count > high {
+                return Err(format!("{at:?}: {count} updates of worker {worker}, not within [{low}, {high}]"));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A job that the seed thinks up.
+fn options(seed: u64) -> WorldOptions {
+    let mut random = SimRandom::new(seed.wrapping_mul(0x9e37_79b9) ^ 0xabcdef);
+    let workers = 1 + random.below(4) as usize;
+    let mut declarations = vec![Vec::new(); workers];
+    for tensor in 0..1 + random.below(6) {
+        let spec = TensorSpec::new(format!("t{tensor}"), [1 + random.below(120)]);
+        let everybody = random.once_in(2) || tensor == 0;
+        for declaration in declarations.iter_mut() {
+            if everybody || random.once_in(2) {
+                declaration.push(spec.clone());
+            }
+        }
+    }
+    let consistency = match random.below(3) {
+        0 => Consistency::Bsp,
+        1 => Consistency::Ssp { bound: random.below(4) },
+        _ => Consistency::Asp,
+    };
+    WorldOptions {
+        seed,
+        servers: 1 + random.below(3) as u16,
+        declarations,
+        chunk_elements: 16 * (1 + random.below(3)) as u32,
+        slots: 1 + random.below(5) as u32,
+        consistency,
+        reduction: Reduction::Sum,
+        optimizer: OptimizerConfig::new(OptimizerKind::SGD, 1.0),
+        two_step: random.once_in(3),
+        clocks: 1 + random.below(8),
+        separate_pull: random.once_in(4),
+        checkpoint_every: random.once_in(3).then(|| 1 + random.below(3)),
+        chaos: Chaos::Calm,
+        delay_max: Duration::from_micros(1 + random.below(30_000)),
+    }
+}
+
+fn ledger(options: &WorldOptions) -> (Outcome, Ledger) {
+    let mut ledger = Ledger::new(options);
+    match run(options, &mut ledger) {
+        Ok(outcome) => (outcome, ledger),
+        Err(wrong) => panic!("seed {}: {wrong}\n{options:#?}", options.seed),
+    }
+}
+
+/// Every update of every worker is in the final state, once.
+fn check_finals(options: &WorldOptions, outcome: &Outcome, ledger: &Ledger) {
+    for snapshot in &outcome.finals {
+        for image in &snapshot.chunks {
+            for (element, value) in image.master.iter().enumerate() {
+                let worker = (element as u64 % ledger.workers) as u16;
+                let part = ledger.layout.chunk(image.chunk).contributors.contains(&worker);
+                let expected = if part { ledger.given(worker, image.chunk, options.clocks) } else { 0.0 };
+                assert_eq!(*value, expected, "seed {}, chunk {}, worker {worker}", options.seed, image.chunk.0);
+            }
+        }
+    }
+}
+
+/// A stored state under BSP is exactly the state between two clocks.
+fn check_snapshots(options: &WorldOptions, outcome: &Outcome, ledger: &Ledger) {
+    for snapshot in outcome.snapshots.iter().flatten() {
+        for image in &snapshot.chunks {
+            for (element, value) in image.master.iter().enumerate() {
+                let worker = (element as u64 % ledger.workers) as u16;
+                if ledger.layout.chunk(image.chunk).contributors.contains(&worker) {
+                    let least = ledger.given(worker, image.chunk, snapshot.clock);
+                    let exact = options.consistency.aggregates();
+                    let right = if exact { *value == least } else { *value >= least };
+                    assert!(right, "seed {}: {value} at clock {} for {least}", options.seed, snapshot.clock);
+                }
+            }
+        }
+    }
+}
+
+fn check_undisturbed(options: &WorldOptions) {
+    let (outcome, ledger) = ledger(options);
+    if let Some((who, error)) = &outcome.failure {
+        panic!("seed {}: {who} failed: {error}\n{options:#?}", options.seed);
+    }
+    let parts: usize = ledger.layout.chunks.iter().map(|chunk| chunk.contributors.len()).sum();
+    let workers_with_parts = parts as u64;
+    assert_eq!(ledger.received, workers_with_parts * (options.clocks + 1), "seed {}", options.seed);
+    check_finals(options, &outcome, &ledger);
+    check_snapshots(options, &outcome, &ledger);
+    if let Some(every) = options.checkpoint_every.filter(|_| options.consistency.aggregates()) {
+        let stored = (options.clocks - 1) / every;
+        for (shard, snapshots) in outcome.snapshots.iter().enumerate() {
+            let empty = outcome.finals[shard].chunks.is_empty();
+            assert!(empty || snapshots.len() as u64 >= stored, "seed {}: {} stored", options.seed, snapshots.len());
+        }
+    }
+}
+
+#[test]
+fn delays_and_reordering() {
+    for seed in seeds(1000) {
+        check_undisturbed(&options(seed));
+    }
+}
+
+#[test]
+fn partitions_shorter_than_the_deadline_do_no_harm() {
+    for seed in seeds(500) {
+        let chaos = Chaos::Partitions(Duration::from_secs(4));
+        check_undisturbed(&WorldOptions { chaos, ..options(seed + 10_000) });
+    }
+}
+
+/// In this version a broken path, a death and a stopped process end the job, and the report names the one that is gone.
+#[test]
+fn what_breaks_is_reported_by_name() {
+    let mut reported = 0;
+    for seed in seeds(600) {
+        let chaos = [Chaos::BrokenPath, Chaos::Death, Chaos::Stop][seed as usize % 3];
+        let options = WorldOptions { chaos, clocks: 6, ..options(seed + 20_000) };
+        let (outcome, ledger) = ledger(&options);
+        let Some((one, other)) = outcome.victims else {
+            assert!(outcome.failure.is_none(), "seed {seed}: nothing was broken, yet {:?}", outcome.failure);
+            check_finals(&options, &outcome, &ledger);
+            continue;
+        };
+        let Some((who, error)) = outcome.failure else {
+            // It was broken when nothing more was owed over it.
+            continue;
+        };
+        reported += 1;
+        let text = error.to_string();
+        let named = if chaos == Chaos::BrokenPath {
+            (who == one && text.contains(&other.to_string())) || (who == other && text.contains(&one.to_string()))
+        } else {
+            who != one && text.contains(&one.to_string())
+        };
+        assert!(named, "seed {seed}: {one} / {other} was lost, {who} says: {text}");
+        assert!(outcome.elapsed < Duration::from_secs(60), "seed {seed}: noticed after {:?}", outcome.elapsed);
+    }
+    assert!(reported > 0 || seeds(600).len() < 50, "no injection hit anything");
+}
+
+/// Gradients that look random, and what the scalar oracle makes of them.
+struct Bits {
+    seed: u64,
+}
+
+impl Bits {
+    fn value(&self, worker: u16, chunk: u32, clock: Clock, element: usize) -> f32 {
+        let bits = mix(&[self.seed, worker.into(), chunk.into(), clock, element as u64]);
+        (bits % 2_000_001) as f32 / 1_000_000.0 - 1.0
+    }
+}
+
+impl Program for Bits {
+    fn gradient(&mut self, at: At, _parameters: &[f32], gradient: &mut [f32]) -> bool {
+        for (element, value) in gradient.iter_mut().enumerate() {
+            *value = self.value(at.worker, at.chunk.0, at.clock, element);
+        }
+        true
+    }
+
+    fn received(&mut self, _at: At, _parameters: &[f32]) -> Result<(), String> {
+        Ok(())
+    }
+}
+
+/// BSP gives the bits of the scalar oracle, whatever the network does, fused and two-step alike.
+#[test]
+fn bsp_equals_the_oracle_bit_for_bit() {
+    for seed in seeds(100) {
+        let base = options(seed + 30_000);
+        let mut optimizer = OptimizerConfig::new(OptimizerKind::ADAMW, 0.01);
+        optimizer.weight_decay = 0.1;
+        let mut options = WorldOptions {
+            consistency: Consistency::Bsp,
+            reduction: Reduction::Mean,
+            optimizer,
+            checkpoint_every: None,
+            ..base
+        };
+        for declaration in &mut options.declarations {
+            declaration.iter_mut().for_each(|spec| spec.init = Init::Normal(0.02));
+        }
+        let bits = Bits { seed };
+        for two_step in [false, true] {
+            options.two_step = two_step;
+            let outcome = run(&options, &mut Bits { seed }).unwrap_or_else(|wrong| panic!("seed {seed}: {wrong}"));
+            assert!(outcome.failure.is_none(), "seed {seed}: {:?}", outcome.failure);
+            compare_with_oracle(&options, &outcome, &bits);
+        }
+    }
+}
+
+fn compare_with_oracle(options: &WorldOptions, outcome: &Outcome, bits: &Bits) {
+    let layout_options = LayoutOptions { chunk_elements: options.chunk_elements, shards: options.servers };
+    let layout = Layout::build(&options.declarations, layout_options).unwrap();
+    for image in outcome.finals.iter().flat_map(|snapshot| &snapshot.chunks) {
+        let chunk = layout.chunk(image.chunk);
+        let mut start = vec![0.0; chunk.len as usize];
+        for tensor in layout.tensors_of(image.chunk) {
+            let shape: Vec<usize> = tensor.spec.shape.iter().map(|d| *d as usize).collect();
+            let piece = layout.pieces(tensor).find(|piece| piece.chunk == image.chunk).unwrap();
+            let out = &mut start[piece.chunk_start as usize..][..piece.len as usize];
+            tensor.spec.init.fill(options.seed, &tensor.spec.name, &shape, piece.tensor_start as usize, out);
+        }
+        for (element, mut master) in start.into_iter().enumerate() {
+            let (mut first, mut second) = (0.0, 0.0);
+            for clock in 0..options.clocks {
+                let values: Vec<[u8; 4]> = chunk
+                    .contributors
+                    .iter()
+                    .map(|worker| bits.value(*worker, image.chunk.0, clock, element).to_le_bytes())
+                    .collect();
+                let slices: Vec<&[u8]> = values.iter().map(|value| value.as_slice()).collect();
+                let sum = oracle::reduce(Dtype::F32, &slices, 0);
+                let mean = Reduction::Mean.factor(chunk.contributors.len() as u32);
+                let plan = options.optimizer.span_step(0, clock + 1, options.optimizer.learning_rate, mean);
+                let gradient = oracle::gradient(&plan, sum);
+                let scalars: &StepScalars = &plan.scalars;
+                oracle::update(scalars, gradient, &mut master, &mut first, &mut second);
+            }
+            let found = image.master[element];
+            assert_eq!(found.to_bits(), master.to_bits(), "seed {}: {found} for {master}", options.seed);
+        }
+    }
+}
