@@ -1,8 +1,95 @@
-//! The command line.
+//! The command line: `gradwire run`, `node`, `status`, `checkpoint`, `info`.
+//!
+//! Invariant: what a command prints for machines goes to standard output, everything else to standard error; a failure ends with
+//! one line that says what happened, to whom, and what to do.
 #![forbid(unsafe_code)]
-use std::process::ExitCode;
+
+mod info;
+mod node;
+mod run;
+mod status;
+
+use std::{path::PathBuf, process::ExitCode};
+
+use clap::{Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+
+use crate::Result;
+
+#[derive(Parser)]
+#[command(
+    name = "gradwire",
+    version,
+    about = "A parameter server: servers hold the parameters and run the optimizer, workers push gradients and pull parameters.",
+    after_help = "Examples:
+  gradwire run -s 2 -n 2 -- python3 train.py        two servers, two workers, on this machine
+  gradwire run -s 1 -n 4 --consistency ssp:3 -- ./train
+  gradwire status                                   what runs here
+  gradwire status myjob                             who has joined, and how far they are
+  gradwire checkpoint myjob                         write a checkpoint now
+  gradwire info                                     what this machine offers
+
+`gradwire help COMMAND` says more about one. What is logged is chosen by GRADWIRE_LOG (error, warn, info, debug)."
+)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Start a job on this machine and see it to its end.
+    Run(Box<run::RunArguments>),
+    /// Join one process to a running job by hand, also from another host.
+    Node(node::NodeArguments),
+    /// Say what this machine offers, and why not more.
+    Info(info::InfoArguments),
+    /// List the running jobs, or say who has joined one and how far it is.
+    Status(status::StatusArguments),
+    /// Have a running job write a checkpoint, and wait until it is complete.
+    Checkpoint(status::CheckpointArguments),
+    /// Clear up after a launcher that was killed; started by `gradwire run` for itself.
+    #[command(hide = true)]
+    Keep(KeepArguments),
+}
+
+#[derive(clap::Args)]
+struct KeepArguments {
+    #[arg(long)]
+    job: String,
+    #[arg(long)]
+    directory: PathBuf,
+}
 
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
-    ExitCode::SUCCESS
+    let arguments = Arguments::parse();
+    start_log();
+    let outcome = match arguments.command {
+        Command::Run(arguments) => run::run(*arguments),
+        Command::Node(arguments) => node::run(arguments),
+        Command::Info(arguments) => info::run(&arguments),
+        Command::Status(arguments) => status::status(&arguments),
+        Command::Checkpoint(arguments) => status::checkpoint(&arguments),
+        Command::Keep(arguments) => {
+            crate::launch::keep(&arguments.job, &arguments.directory);
+            Ok(ExitCode::SUCCESS)
+        }
+    };
+    finish(outcome)
+}
+
+fn finish(outcome: Result<ExitCode>) -> ExitCode {
+    outcome.unwrap_or_else(|e| {
+        eprintln!("gradwire: {e}");
+        // 2 is what clap exits with: the command line or a setting is wrong.
+        ExitCode::from(if matches!(e, crate::Error::Config(_)) { 2 } else { 1 })
+    })
+}
+
+fn start_log() {
+    let filter = EnvFilter::try_from_env("GRADWIRE_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+    // Fails only if a log is there already, which then serves.
+    let _ = log.without_time().with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).try_init();
 }

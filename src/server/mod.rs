@@ -13,3 +13,13 @@ mod shard;
 pub use event_loop::{EventLoop, Progress, Snapshot};
 pub use memory::{ChunkImage, InitialValues, Memory, MemoryOptions, Running, Seeded};
 pub use shard::{Contribution, Effect, Shard, ShardConfig, Task, Work};
+
+use crate::{Error, Result, session::Member};
+
+/// Serves this rank's shards until the job ends.
+pub fn run(member: Member) -> Result<()> {
+    Err(Error::Config(format!(
+        "{} has joined, but its process cannot serve yet: the pieces are not joined",
+        member.rank()
+    )))
+}

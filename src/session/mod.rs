@@ -1,10 +1,24 @@
-//! The job as its ranks see it: settings, rendezvous, and the life of each path.
+//! The life of a job beneath its protocol: its settings, where its processes find each other and prove who they are, and who of
+//! them is still alive.
 //!
-//! Invariant: nothing here knows parameters or gradients.
+//! Invariant: every rank holds the same settings and the same view before the first gradient moves.
 #![forbid(unsafe_code)]
 
+mod job;
 mod liveness;
 mod paths;
+mod placement;
+mod rendezvous;
+mod setting;
+mod settings;
 
+pub use job::{CheckpointConfig, Fabric, JobConfig, PortRange, RANKS_MAX, check_name};
 pub use liveness::{Liveness, LivenessEvent};
 pub use paths::Paths;
+pub use placement::cores_from_environment;
+pub use rendezvous::{
+    Address, CheckpointSink, Command, Commands, Control, Member, Notice, NoticeSink, Offer, Order, RankStatus,
+    Rendezvous, RendezvousOptions, Report, Reporter, Status, VERSION, View, token_from_environment,
+};
+pub(crate) use rendezvous::{ControlAnswer, control};
+pub use settings::gather;

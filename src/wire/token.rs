@@ -44,12 +44,12 @@ impl JobToken {
     }
 
     /// HMAC-SHA-256 under this token over `parts`, one after the other.
-    pub(super) fn sign(&self, parts: &[&[u8]]) -> [u8; 32] {
+    pub(crate) fn sign(&self, parts: &[&[u8]]) -> [u8; 32] {
         self.mac(parts).finalize().into_bytes().into()
     }
 
     /// Whether `signature` is that of `parts`; compared in constant time.
-    pub(super) fn verifies(&self, parts: &[&[u8]], signature: &[u8]) -> bool {
+    pub(crate) fn verifies(&self, parts: &[&[u8]], signature: &[u8]) -> bool {
         self.mac(parts).verify_slice(signature).is_ok()
     }
 

@@ -1,0 +1,89 @@
+//! `gradwire status` and `gradwire checkpoint`: looking at a running job, and asking something of it.
+//!
+//! Invariant: a job is found by its name through its directory, and spoken to over its rendezvous with its token.
+#![forbid(unsafe_code)]
+
+use std::{process::ExitCode, time::Duration};
+
+use clap::Args;
+
+use crate::{
+    Error, Result,
+    launch::JobDirectory,
+    session::{Control, ControlAnswer, Status, control},
+};
+
+/// How long a launcher may take to say how things stand.
+const STATUS_TIME: Duration = Duration::from_secs(10);
+
+#[derive(Args)]
+pub(super) struct StatusArguments {
+    /// The job's name; without one, the running jobs are listed.
+    name: Option<String>,
+    /// Print one JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+pub(super) struct CheckpointArguments {
+    /// The job's name.
+    name: String,
+    /// How long to wait for it to be complete, in seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    timeout: u64,
+}
+
+fn ask(name: &str, order: Control, time: Duration) -> Result<ControlAnswer> {
+    let directory = JobDirectory::open(name)?;
+    control(&directory.address()?, &directory.token()?, order, time)
+}
+
+fn unexpected() -> Error {
+    Error::JobFailed("the launcher answered something else than was asked".into())
+}
+
+/// Says how a job stands.
+pub(super) fn status(arguments: &StatusArguments) -> Result<ExitCode> {
+    let Some(name) = &arguments.name else {
+        let running = JobDirectory::running();
+        if arguments.json {
+            println!("{}", serde_json::json!(running));
+        } else if running.is_empty() {
+            eprintln!("no job is running here");
+        }
+        if !arguments.json {
+            running.iter().for_each(|name| println!("{name}"));
+        }
+        return Ok(ExitCode::SUCCESS);
+    };
+    let ControlAnswer::Status(status) = ask(name, Control::Status, STATUS_TIME)? else { return Err(unexpected()) };
+    if arguments.json {
+        println!("{}", serde_json::to_string(&status).expect("a status has text keys"));
+    } else {
+        print!("{}", table(&status));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn table(status: &Status) -> String {
+    let checkpoint = status.checkpoint.map_or("none yet".into(), |clock| format!("clock {clock}"));
+    let mut text = format!("job {}, last checkpoint: {checkpoint}\n", status.name);
+    text += &format!("{:<12} {:<11} {:>9} {:>9}  {}\n", "rank", "state", "clock", "process", "host");
+    for rank in &status.ranks {
+        let clock = rank.clock.map_or("-".into(), |clock| clock.to_string());
+        let pid = if rank.pid == 0 { "-".into() } else { rank.pid.to_string() };
+        text += &format!("{:<12} {:<11} {clock:>9} {pid:>9}  {}\n", rank.rank.to_string(), rank.state, rank.host);
+    }
+    text
+}
+
+/// Has a job write a checkpoint.
+pub(super) fn checkpoint(arguments: &CheckpointArguments) -> Result<ExitCode> {
+    let time = Duration::from_secs(arguments.timeout.max(1));
+    let ControlAnswer::CheckpointWritten(clock) = ask(&arguments.name, Control::Checkpoint, time)? else {
+        return Err(unexpected());
+    };
+    println!("checkpoint of clock {clock} is complete");
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,251 @@
+//! A job as its user holds it: started with options, waited for, signalled, and told apart by how it ended.
+//!
+//! Invariant: dropping a `Job` ends it; no process of it is left when the drop returns.
+#![forbid(unsafe_code)]
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ffi::OsString,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex,
+        mpsc::{Receiver, RecvTimeoutError, Sender, channel},
+    },
+    thread::JoinHandle,
+    time::Duration,
+};
+
+use super::{
+    directory::JobDirectory,
+    output::Printer,
+    supervisor::{Event, Supervisor},
+};
+use crate::{
+    Error, Result,
+    session::{Address, CheckpointSink, JobConfig, Rendezvous, RendezvousOptions},
+    types::Rank,
+    wire::JobToken,
+};
+
+/// Where the ranks' output goes.
+#[derive(Clone, Debug)]
+pub enum OutputTo {
+    /// This process' own standard streams.
+    Inherit,
+    /// A text that [`Job::output`] gives.
+    Collect,
+}
+
+/// What a job is started with.
+pub struct JobOptions {
+    /// The job's settings; its instance is drawn anew.
+    pub config: JobConfig,
+    /// The workers' command.
+    pub command: Vec<OsString>,
+    /// The gradwire executable, which the keeper runs.
+    pub executable: PathBuf,
+    /// The servers' command, to which `--role server --rank N --rendezvous ADDRESS` is added.
+    pub server_command: Vec<OsString>,
+    /// Ranks that somebody starts by hand.
+    pub by_hand: BTreeSet<Rank>,
+    /// Where the rendezvous listens; port 0 lets the kernel choose.
+    pub listen: SocketAddr,
+    /// Whether workers are bound to their cores, not only told which they are.
+    pub bind: bool,
+    /// Where output goes.
+    pub output: OutputTo,
+    /// Where the job's directory is made, if not in the usual place.
+    pub home: Option<PathBuf>,
+    /// How long a rank that was told to end may take before it is killed.
+    pub grace: Duration,
+    /// Writes the manifest of a checkpoint whose parts are all on the disk.
+    pub on_checkpoint: CheckpointSink,
+}
+
+impl JobOptions {
+    /// A job of these settings whose workers run this command; servers run `executable node`, the gradwire program.
+    pub fn new(config: JobConfig, command: Vec<OsString>, executable: impl Into<PathBuf>) -> JobOptions {
+        let executable = executable.into();
+        JobOptions {
+            config,
+            command,
+            server_command: vec![executable.clone().into(), "node".into()],
+            executable,
+            by_hand: BTreeSet::new(),
+            listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+            bind: false,
+            output: OutputTo::Inherit,
+            home: None,
+            grace: Duration::from_secs(3),
+            on_checkpoint: Box::new(|_, _| Err(Error::Config("this launcher writes no checkpoint manifests".into()))),
+        }
+    }
+}
+
+/// What a user of the launcher can send to a job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Signal {
+    /// End at once (SIGINT).
+    Interrupt,
+    /// End with a checkpoint at the next clock (SIGTERM, SIGUSR1); a second one ends the job without it. The number is passed on
+    /// to the ranks where no checkpoint can be written.
+    Preempt(i32),
+}
+
+/// How a job has ended.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Outcome {
+    /// What the launcher exits with.
+    pub code: u8,
+    /// Why the job failed or ended early; `None` if it went well.
+    pub reason: Option<String>,
+    /// The clock of the last complete checkpoint.
+    pub checkpoint: Option<u64>,
+    /// What ranks said when they had finished.
+    pub summaries: BTreeMap<Rank, serde_json::Value>,
+}
+
+/// A running job.
+pub struct Job {
+    path: PathBuf,
+    address: Address,
+    token: JobToken,
+    events: Sender<Event>,
+    outcomes: Receiver<Outcome>,
+    outcome: Option<Outcome>,
+    collected: Collected,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// Output that is kept instead of printed.
+#[derive(Clone, Default)]
+struct Collected(Arc<Mutex<Vec<u8>>>);
+
+impl std::io::Write for Collected {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Job {
+    /// Starts a job: its directory, its rendezvous, its servers and its workers.
+    pub fn start(mut options: JobOptions) -> Result<Job> {
+        options.config.instance = u64::from_le_bytes(crate::wire::random_bytes()?);
+        options.config.validate()?;
+        if options.command.is_empty() && options.config.ranks().any(|rank| options.starts_worker(rank)) {
+            return Err(Error::Config("no command for the workers: give it after `--`".into()));
+        }
+        let token = JobToken::random()?;
+        let directory = JobDirectory::create(options.home.as_deref(), &options.config.name)?;
+        let (events, events_in) = channel();
+        let for_notices = events.clone();
+        let rendezvous = Rendezvous::start(
+            options.config.clone(),
+            token.clone(),
+            RendezvousOptions {
+                listen: options.listen,
+                reserved: options.config.ranks().filter(|rank| !options.by_hand.contains(rank)).collect(),
+                on_notice: Box::new(move |notice| drop(for_notices.send(Event::Notice(notice)))),
+                on_checkpoint: std::mem::replace(&mut options.on_checkpoint, Box::new(|_, _| Ok(()))),
+            },
+        )?;
+        let address = rendezvous.address();
+        directory.describe(&address, &token, &options.config)?;
+        let path = directory.path().to_path_buf();
+        let collected = Collected::default();
+        let printer = match options.output {
+            OutputTo::Inherit => Printer::inherit(),
+            OutputTo::Collect => Printer::plain(Box::new(collected.clone()), Box::new(collected.clone())),
+        };
+        let (outcome_out, outcomes) = channel();
+        let for_thread = events.clone();
+        // Children are killed when the thread that started them ends; so one thread starts them and sees the job to its end.
+        let thread = std::thread::Builder::new()
+            .name("supervisor".into())
+            .spawn(move || {
+                let supervisor = Supervisor::new(options, directory, rendezvous, (for_thread, events_in), printer);
+                let _ = outcome_out.send(supervisor.run());
+            })
+            .map_err(|e| Error::os("pthread_create", "the supervisor", e))?;
+        Ok(Job { path, address, token, events, outcomes, outcome: None, collected, thread: Some(thread) })
+    }
+
+    /// The job's directory.
+    pub fn directory(&self) -> &Path {
+        &self.path
+    }
+
+    /// Where its rendezvous is.
+    pub fn address(&self) -> &Address {
+        &self.address
+    }
+
+    /// Its token.
+    pub fn token(&self) -> &JobToken {
+        &self.token
+    }
+
+    /// A handle by which another thread can signal the job.
+    pub fn signaller(&self) -> impl Fn(Signal) + Send + use<> {
+        let events = self.events.clone();
+        move |signal| drop(events.send(Event::Signal(signal)))
+    }
+
+    /// Sends a signal to the job.
+    pub fn signal(&self, signal: Signal) {
+        self.signaller()(signal);
+    }
+
+    /// Sends a signal of the operating system to one rank's process.
+    pub fn kill(&self, rank: Rank, signal: nix::sys::signal::Signal) {
+        let _ = self.events.send(Event::Kill(rank, signal));
+    }
+
+    /// What the ranks have written so far, if it is collected.
+    pub fn output(&self) -> String {
+        let bytes = self.collected.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// Waits for the job's end, at most this long.
+    pub fn wait_for(&mut self, time: Duration) -> Option<Outcome> {
+        if self.outcome.is_none() {
+            self.outcome = match self.outcomes.recv_timeout(time) {
+                Ok(outcome) => Some(outcome),
+                Err(RecvTimeoutError::Timeout) => None,
+                Err(RecvTimeoutError::Disconnected) => unreachable!("the supervisor always leaves an outcome"),
+            };
+        }
+        self.outcome.clone()
+    }
+
+    /// Waits for the job's end.
+    pub fn wait(&mut self) -> Outcome {
+        loop {
+            if let Some(outcome) = self.wait_for(Duration::from_secs(3600)) {
+                return outcome;
+            }
+        }
+    }
+}
+
+impl Drop for Job {
+    fn drop(&mut self) {
+        let _ = self.events.send(Event::Signal(Signal::Interrupt));
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl JobOptions {
+    fn starts_worker(&self, rank: Rank) -> bool {
+        rank.role == crate::types::Role::Worker && !self.by_hand.contains(&rank)
+    }
+}

@@ -1,0 +1,476 @@
+//! The launcher's end of the rendezvous: one thread, one poll, the state machine in the middle.
+//!
+//! Invariant: a caller that has not proved itself costs at most a few kilobytes and a few seconds, and there are only so many of
+//! them; what it sends reaches no state of the job.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io::{ErrorKind, Read},
+    net::{SocketAddr, TcpListener},
+    os::fd::AsFd,
+    sync::{
+        Arc,
+        mpsc::{Receiver, Sender, channel},
+    },
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use tracing::{info, warn};
+
+use super::{
+    Address, VERSION, auth,
+    connection::{Connection, Stage},
+    message::{
+        Answer, Challenge, FromLauncher, LINE_BYTES_MAX, LineBuffer, Purpose, STRANGER_BYTES_MAX, Verdict, decode,
+        encode,
+    },
+    notify::Notify,
+    peer::keep_alive,
+    roster::{ConnectionId, Effect, Notice, Roster},
+};
+use crate::{
+    Error, Result,
+    session::JobConfig,
+    types::{Clock, Rank},
+    wire::JobToken,
+};
+
+/// Callers that have not proved themselves, at once; when one more comes, the oldest goes.
+const STRANGERS_MAX: usize = 64;
+
+/// How long a caller may take to prove itself.
+const STRANGER_TIME: Duration = Duration::from_secs(5);
+
+/// Control connections at once.
+const CONTROLS_MAX: usize = 16;
+
+/// Bytes that may wait for a caller that does not read: a view and the offers, with room.
+const OUTGOING_BYTES_MAX: usize = 4 * LINE_BYTES_MAX;
+
+/// Refusals that are logged one by one; after them silence, lest a port scanner fill the disk.
+const REFUSALS_LOGGED_MAX: u32 = 200;
+
+/// How long the last messages may take to leave when the rendezvous ends.
+const FAREWELL_TIME: Duration = Duration::from_millis(500);
+
+/// Is told what happens, on the rendezvous' thread.
+pub type NoticeSink = Box<dyn FnMut(Notice) + Send>;
+
+/// Writes the manifest of a checkpoint whose parts are all on the disk, given in the order of their shards; on the rendezvous'
+/// thread.
+pub type CheckpointSink = Box<dyn FnMut(Clock, Vec<serde_json::Value>) -> Result<()> + Send>;
+
+/// What a rendezvous is started with.
+pub struct RendezvousOptions {
+    /// Where to listen; port 0 lets the kernel choose.
+    pub listen: SocketAddr,
+    /// Ranks whose processes the caller starts itself: one that joins as "any rank" never gets one of these.
+    pub reserved: BTreeSet<Rank>,
+    /// Is told what happens.
+    pub on_notice: NoticeSink,
+    /// Completes checkpoints.
+    pub on_checkpoint: CheckpointSink,
+}
+
+/// What the launcher orders.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// A checkpoint at the next clock.
+    Checkpoint,
+    /// A checkpoint at the next clock, with which every rank ends; ends without one where none can be written.
+    CheckpointAndStop(String),
+    /// Every rank ends now.
+    Stop(String),
+    /// Every rank hears why the job has failed.
+    Fail(String),
+    /// The last messages leave, then the port closes.
+    Close,
+}
+
+/// A running rendezvous. Dropping it closes the port.
+pub struct Rendezvous {
+    listening: SocketAddr,
+    orders: Sender<Order>,
+    notify: Arc<Notify>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Rendezvous {
+    /// Opens the port and starts the thread.
+    pub fn start(config: JobConfig, token: JobToken, options: RendezvousOptions) -> Result<Rendezvous> {
+        let subject = || format!("the rendezvous port {}", options.listen);
+        let listener = TcpListener::bind(options.listen).map_err(|e| Error::os("bind", subject(), e))?;
+        listener.set_nonblocking(true).map_err(|e| Error::os("fcntl", subject(), e))?;
+        let listening = listener.local_addr().map_err(|e| Error::os("getsockname", subject(), e))?;
+        let (orders, orders_in) = channel();
+        let notify = Arc::new(Notify::new()?);
+        let mut hub = Hub {
+            listener,
+            token,
+            roster: Roster::new(config, options.reserved, Instant::now()),
+            connections: BTreeMap::new(),
+            next_id: 0,
+            refusals: 0,
+            notify: Arc::clone(&notify),
+            orders: orders_in,
+            on_notice: options.on_notice,
+            on_checkpoint: options.on_checkpoint,
+            closing: None,
+        };
+        let thread = std::thread::Builder::new()
+            .name("rendezvous".into())
+            .spawn(move || hub.run())
+            .map_err(|e| Error::os("pthread_create", "the rendezvous", e))?;
+        Ok(Rendezvous { listening, orders, notify, thread: Some(thread) })
+    }
+
+    /// Where it listens.
+    pub fn listening(&self) -> SocketAddr {
+        self.listening
+    }
+
+    /// Where processes of this machine reach it.
+    pub fn address(&self) -> Address {
+        let mut address = self.listening;
+        if address.ip().is_unspecified() {
+            address.set_ip(if address.is_ipv4() {
+                std::net::Ipv4Addr::LOCALHOST.into()
+            } else {
+                std::net::Ipv6Addr::LOCALHOST.into()
+            });
+        }
+        address.into()
+    }
+
+    /// Gives an order; it is carried out on the rendezvous' thread.
+    pub fn order(&self, order: Order) {
+        // The thread ends only on `Close`, after which there is nothing left to order.
+        let _ = self.orders.send(order);
+        self.notify.wake();
+    }
+}
+
+impl Drop for Rendezvous {
+    fn drop(&mut self) {
+        self.order(Order::Close);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+struct Hub {
+    listener: TcpListener,
+    token: JobToken,
+    roster: Roster,
+    connections: BTreeMap<ConnectionId, Connection>,
+    next_id: ConnectionId,
+    refusals: u32,
+    notify: Arc<Notify>,
+    orders: Receiver<Order>,
+    on_notice: NoticeSink,
+    on_checkpoint: CheckpointSink,
+    closing: Option<Instant>,
+}
+
+impl Hub {
+    fn run(&mut self) {
+        loop {
+            let now = Instant::now();
+            let flushed = self.connections.values().all(|connection| connection.outgoing.is_empty());
+            if self.closing.is_some_and(|until| flushed || until <= now) {
+                return;
+            }
+            let ready = self.wait(now);
+            self.take_orders();
+            if ready.listener && self.closing.is_none() {
+                self.accept();
+            }
+            for id in ready.readable {
+                self.read(id);
+            }
+            self.handle_timeouts(Instant::now());
+            self.carry_out();
+            self.write();
+        }
+    }
+
+    /// Sleeps until something can be done.
+    fn wait(&self, now: Instant) -> Ready {
+        let mut fds = vec![
+            PollFd::new(self.notify.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.listener.as_fd(), PollFlags::POLLIN),
+        ];
+        for connection in self.connections.values() {
+            let mut flags = PollFlags::empty();
+            flags.set(PollFlags::POLLIN, !matches!(connection.stage, Stage::Leaving { .. }));
+            flags.set(PollFlags::POLLOUT, !connection.outgoing.is_empty());
+            fds.push(PollFd::new(connection.stream.as_fd(), flags));
+        }
+        let stages = self.connections.values().filter_map(|connection| match connection.stage {
+            Stage::Stranger { until, .. } | Stage::Leaving { until } => Some(until),
+            _ => None,
+        });
+        let deadline = stages.chain(self.roster.next_deadline()).chain(self.closing).min();
+        let timeout = deadline.map_or(PollTimeout::NONE, |deadline| {
+            // Rounded up, so that the deadline has passed when we wake.
+            let wait = deadline.saturating_duration_since(now) + Duration::from_millis(1);
+            PollTimeout::try_from(wait).unwrap_or(PollTimeout::MAX)
+        });
+        // An interrupted poll is a poll that found nothing.
+        let _ = poll(&mut fds, timeout);
+        self.notify.take();
+        let woken = |fd: &PollFd<'_>| fd.revents().is_some_and(|events| !events.is_empty());
+        let readable = self.connections.keys().zip(&fds[2..]).filter(|(_, fd)| woken(fd)).map(|(id, _)| *id);
+        Ready { listener: woken(&fds[1]), readable: readable.collect() }
+    }
+
+    fn take_orders(&mut self) {
+        while let Ok(order) = self.orders.try_recv() {
+            match order {
+                Order::Checkpoint => {
+                    if let Err(text) = self.roster.request_checkpoint(None, None) {
+                        (self.on_notice)(Notice::CheckpointFailed(text));
+                    }
+                }
+                Order::CheckpointAndStop(reason) => {
+                    if let Err(text) = self.roster.request_checkpoint(Some(reason.clone()), None) {
+                        (self.on_notice)(Notice::CheckpointFailed(text));
+                        self.roster.stop(reason);
+                    }
+                }
+                Order::Stop(reason) => self.roster.stop(reason),
+                Order::Fail(text) => self.roster.fail(text),
+                Order::Close => self.closing = self.closing.or(Some(Instant::now() + FAREWELL_TIME)),
+            }
+        }
+        self.carry_out();
+    }
+
+    fn accept(&mut self) {
+        // A failed accept concerns one caller (it hung up) or passes (no descriptors left); either way the others go on.
+        while let Ok((stream, from)) = self.listener.accept() {
+            let Ok(nonce) = auth::nonce() else { return };
+            if stream.set_nonblocking(true).is_err() || stream.set_nodelay(true).is_err() {
+                continue;
+            }
+            let _ = keep_alive(&stream);
+            self.evict_stranger();
+            let challenge = Challenge { gradwire: "rendezvous".into(), version: VERSION.into(), nonce: nonce.clone() };
+            let connection = Connection {
+                stream,
+                from,
+                stage: Stage::Stranger { nonce, until: Instant::now() + STRANGER_TIME },
+                incoming: LineBuffer::default(),
+                outgoing: encode(&challenge),
+            };
+            self.connections.insert(self.next_id, connection);
+            self.next_id += 1;
+        }
+    }
+
+    /// Makes room for one more caller that has not proved itself.
+    fn evict_stranger(&mut self) {
+        let transient = |c: &Connection| matches!(c.stage, Stage::Stranger { .. } | Stage::Leaving { .. });
+        let mut strangers = self.connections.iter().filter(|(_, c)| transient(c)).map(|(id, _)| *id);
+        let oldest = strangers.next();
+        if strangers.count() + 1 >= STRANGERS_MAX
+            && let Some(oldest) = oldest
+        {
+            self.connections.remove(&oldest);
+        }
+    }
+
+    fn read(&mut self, id: ConnectionId) {
+        let Some(connection) = self.connections.get_mut(&id) else { return };
+        if matches!(connection.stage, Stage::Leaving { .. }) {
+            return;
+        }
+        let mut bytes = [0; 16 << 10];
+        let space = match connection.stage {
+            Stage::Stranger { .. } => STRANGER_BYTES_MAX,
+            _ => bytes.len(),
+        };
+        match connection.stream.read(&mut bytes[..space]) {
+            Ok(0) => return self.drop_connection(id),
+            Ok(n) => connection.incoming.extend(&bytes[..n]),
+            Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => return,
+            Err(_) => return self.drop_connection(id),
+        }
+        while let Some(connection) = self.connections.get_mut(&id) {
+            let limit = match connection.stage {
+                Stage::Stranger { .. } => STRANGER_BYTES_MAX,
+                Stage::Leaving { .. } => return,
+                _ => LINE_BYTES_MAX,
+            };
+            match connection.incoming.next_line(limit) {
+                Ok(Some(line)) => self.line(id, &line),
+                Ok(None) => return,
+                Err(text) => return self.misspoken(id, text),
+            }
+        }
+    }
+
+    fn line(&mut self, id: ConnectionId, line: &[u8]) {
+        let Some(connection) = self.connections.get(&id) else { return };
+        match &connection.stage {
+            Stage::Stranger { nonce, .. } => match self.admit(nonce, line) {
+                Ok(answer) => self.welcome(id, answer),
+                Err(text) => self.misspoken(id, text),
+            },
+            Stage::Leaving { .. } => {}
+            Stage::Seated(_) | Stage::Control => match decode(line) {
+                Ok(message) => self.roster.handle(id, message, Instant::now()),
+                Err(text) => self.misspoken(id, text),
+            },
+        }
+    }
+
+    /// The caller's answer if it has proved itself; else what to tell it.
+    fn admit(&self, nonce: &str, line: &[u8]) -> Result<Answer, String> {
+        #[derive(serde::Deserialize)]
+        struct Version {
+            version: String,
+        }
+        // The version is looked at first and alone: another version's answer may look different in all else.
+        let strange = |_| "this is a gradwire rendezvous and that was no answer to its challenge".to_string();
+        let Version { version } = decode(line).map_err(strange)?;
+        if version != VERSION {
+            return Err(format!(
+                "the launcher speaks version {VERSION} and the caller {version:.32}; use the same gradwire on both sides"
+            ));
+        }
+        let answer: Answer = decode(line).map_err(strange)?;
+        if answer.mac.is_empty() {
+            return Err("no token: set GRADWIRE_TOKEN or GRADWIRE_TOKEN_FILE to this job's token".into());
+        }
+        if !auth::caller_holds(&self.token, nonce, &answer) {
+            return Err("wrong token: it belongs to another job, or to another run of this one".into());
+        }
+        Ok(answer)
+    }
+
+    /// Gives a proved caller what it came for.
+    fn welcome(&mut self, id: ConnectionId, answer: Answer) {
+        let controls = self.connections.values().filter(|c| matches!(c.stage, Stage::Control)).count();
+        let Some(connection) = self.connections.get_mut(&id) else { return };
+        let Stage::Stranger { nonce, .. } = &connection.stage else { return };
+        let proof = Verdict::Accepted(auth::launcher_mac(&self.token, nonce, &answer.nonce));
+        connection.outgoing.extend(encode(&proof));
+        match (answer.purpose, answer.role) {
+            (Purpose::Control, _) if controls < CONTROLS_MAX => connection.stage = Stage::Control,
+            (Purpose::Control, _) => self.refuse(id, "too many control connections; try again".into()),
+            (Purpose::Join, None) => self.refuse(id, "who joins must say whether as server or as worker".into()),
+            (Purpose::Join, Some(role)) => match self.roster.join(id, role, answer.rank, (answer.host, answer.pid)) {
+                Ok(rank) => {
+                    info!(%rank, pid = answer.pid, from = %connection.from, "joined");
+                    connection.stage = Stage::Seated(rank);
+                }
+                Err(text) => self.refuse(id, text),
+            },
+        }
+    }
+
+    /// A caller said what it may not say. A rank's slip is the job's affair, a stranger's is its own.
+    fn misspoken(&mut self, id: ConnectionId, text: String) {
+        let Some(connection) = self.connections.get_mut(&id) else { return };
+        match connection.stage {
+            Stage::Seated(rank) => {
+                connection.stage = Stage::Leaving { until: Instant::now() + STRANGER_TIME };
+                self.roster.protocol_failure(rank, text);
+            }
+            Stage::Stranger { .. } => {
+                connection.outgoing.extend(encode(&Verdict::Refused(text.clone())));
+                self.leave(id, &text);
+            }
+            _ => self.refuse(id, text),
+        }
+    }
+
+    /// Refuses a caller that has proved itself.
+    fn refuse(&mut self, id: ConnectionId, text: String) {
+        if let Some(connection) = self.connections.get_mut(&id) {
+            connection.outgoing.extend(encode(&FromLauncher::Refused(text.clone())));
+            self.leave(id, &text);
+        }
+    }
+
+    fn leave(&mut self, id: ConnectionId, text: &str) {
+        let Some(connection) = self.connections.get_mut(&id) else { return };
+        connection.stage = Stage::Leaving { until: Instant::now() + STRANGER_TIME };
+        self.refusals = self.refusals.saturating_add(1);
+        match self.refusals {
+            n if n < REFUSALS_LOGGED_MAX => warn!("refused a caller from {}: {text}", connection.from),
+            REFUSALS_LOGGED_MAX => {
+                warn!("refused a caller from {}: {text}; further refusals are not logged", connection.from)
+            }
+            _ => {}
+        }
+    }
+
+    fn handle_timeouts(&mut self, now: Instant) {
+        let late: Vec<(ConnectionId, bool)> = self
+            .connections
+            .iter()
+            .filter_map(|(id, connection)| match connection.stage {
+                Stage::Stranger { until, .. } if until <= now => Some((*id, true)),
+                Stage::Leaving { until } if until <= now => Some((*id, false)),
+                _ => None,
+            })
+            .collect();
+        for (id, stranger) in late {
+            if stranger {
+                self.misspoken(id, format!("no proof of the token within {} s", STRANGER_TIME.as_secs()));
+            } else {
+                self.drop_connection(id);
+            }
+        }
+        self.roster.handle_timeout(now);
+    }
+
+    /// Does what the state machine wants done.
+    fn carry_out(&mut self) {
+        while let Some(effect) = self.roster.poll_effect() {
+            match effect {
+                Effect::Send { to, message } => {
+                    let line = encode(&message);
+                    for id in to {
+                        self.connections.entry(id).and_modify(|connection| connection.outgoing.extend(&line));
+                    }
+                }
+                Effect::Notice(notice) => (self.on_notice)(notice),
+                Effect::Record { clock, parts } => {
+                    let outcome = (self.on_checkpoint)(clock, parts).map_err(|e| e.to_string());
+                    self.roster.checkpoint_recorded(clock, outcome);
+                }
+            }
+        }
+    }
+
+    fn write(&mut self) {
+        let mut gone = Vec::new();
+        for (id, connection) in &mut self.connections {
+            if connection.flush().is_err() || connection.outgoing.len() > OUTGOING_BYTES_MAX {
+                gone.push(*id);
+            } else if connection.outgoing.is_empty() && matches!(connection.stage, Stage::Leaving { .. }) {
+                connection.hang_up();
+                gone.push(*id);
+            }
+        }
+        gone.into_iter().for_each(|id| self.drop_connection(id));
+        self.carry_out();
+    }
+
+    fn drop_connection(&mut self, id: ConnectionId) {
+        self.connections.remove(&id);
+        self.roster.lost(id);
+    }
+}
+
+/// What a wait has found.
+struct Ready {
+    listener: bool,
+    readable: Vec<ConnectionId>,
+}

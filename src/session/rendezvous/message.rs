@@ -1,0 +1,339 @@
+//! What launcher and ranks say to each other at the rendezvous, one JSON object a line.
+//!
+//! Invariant: a line is never longer than its limit, and memory for it grows with the bytes that came, never with a length that
+//! somebody claimed.
+
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde_json::Value;
+
+use crate::{
+    Error,
+    layout::TensorSpec,
+    session::JobConfig,
+    transport::Endpoint,
+    types::{Clock, PeerId, Rank, Role, ShardId},
+};
+
+/// Longest line of a caller that has proved itself: the declarations of a large model.
+pub(super) const LINE_BYTES_MAX: usize = 16 << 20;
+
+/// Most bytes that are taken from a caller that has not.
+pub(super) const STRANGER_BYTES_MAX: usize = 4 << 10;
+
+/// What both sides must agree on: the protocol's number and the program's version, since settings travel by field name.
+pub const VERSION: &str = concat!("1/", env!("CARGO_PKG_VERSION"));
+
+/// The launcher's first line to anybody.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Challenge {
+    /// Always "rendezvous": tells a caller that it reached the right kind of port.
+    pub gradwire: String,
+    pub version: String,
+    /// Hexadecimal.
+    pub nonce: String,
+}
+
+/// What a caller wants.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum Purpose {
+    /// To take a seat in the job.
+    Join,
+    /// To ask or to order something.
+    Control,
+}
+
+/// The caller's first line.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Answer {
+    pub version: String,
+    pub purpose: Purpose,
+    pub role: Option<Role>,
+    pub rank: Option<u16>,
+    /// Hexadecimal.
+    pub nonce: String,
+    /// Hexadecimal; empty from a caller without token.
+    pub mac: String,
+    pub pid: u32,
+    pub host: String,
+}
+
+/// The launcher's second line.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Verdict {
+    /// The caller is known; this is the launcher's own proof, in hexadecimal.
+    Accepted(String),
+    /// And why.
+    Refused(String),
+}
+
+/// One end's way to be reached by another: `from` offers it to `to`.
+pub type Offer = (PeerId, PeerId, Endpoint);
+
+/// A rank's, or a control caller's, line to the launcher.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum ToLauncher {
+    Declare(Vec<TensorSpec>),
+    Offer(Vec<Offer>),
+    Barrier(String),
+    Report(Report),
+    Control(Control),
+}
+
+/// The launcher's line to a rank or a control caller.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum FromLauncher {
+    Welcome { rank: Rank, config: Box<JobConfig> },
+    View(PackedView),
+    Offers(Vec<Offer>),
+    BarrierPassed(String),
+    Command(Command),
+    Refused(String),
+    Status(Status),
+    CheckpointWritten { clock: Clock },
+}
+
+/// What a rank tells the launcher while the job runs.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Report {
+    /// A worker has begun this clock, or a server has completed it.
+    Progress {
+        /// Which clock.
+        clock: Clock,
+    },
+    /// A shard's part of a checkpoint is on the disk.
+    CheckpointWritten {
+        /// Whose part.
+        shard: ShardId,
+        /// Of which clock.
+        clock: Clock,
+        /// What the manifest must hold about it.
+        info: Value,
+    },
+    /// The clock of a requested checkpoint had passed when the request came: the launcher asks again for a later one.
+    CheckpointLate {
+        /// The clock that was asked for.
+        clock: Clock,
+        /// The clock that has been reached.
+        reached: Clock,
+    },
+    /// This rank cannot go on.
+    Failed {
+        /// Why, in the words of its error.
+        text: String,
+        /// Whether the cause lies with another rank (a broken path, silence): that rank's own report then comes first.
+        elsewhere: bool,
+    },
+    /// This rank has done its part and will leave.
+    Finished {
+        /// Whatever it wants to say about it.
+        summary: Value,
+    },
+}
+
+impl Report {
+    /// The report of an error that ends this rank.
+    pub fn failure(error: &Error) -> Report {
+        let elsewhere = matches!(error, Error::Broken { .. } | Error::Deadline { .. } | Error::JobFailed(_));
+        Report::Failed { text: error.to_string(), elsewhere }
+    }
+}
+
+/// What the launcher tells ranks while the job runs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Command {
+    /// Write a checkpoint of this clock when it is complete, and go on.
+    Checkpoint {
+        /// The first clock not contained in it: the state after `clock` steps.
+        clock: Clock,
+    },
+    /// End in order.
+    Stop {
+        /// Why.
+        reason: String,
+        /// Whether a checkpoint is to be written first.
+        checkpoint: bool,
+        /// Stop (and write) when this clock is complete; without one, now: no worker will push any more.
+        clock: Option<Clock>,
+    },
+    /// Another part of the job failed: end at once.
+    JobFailed {
+        /// Who, and why.
+        text: String,
+    },
+}
+
+/// What is asked or ordered from outside, over the rendezvous port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Control {
+    /// Who has joined, and how far they are.
+    Status,
+    /// Write a checkpoint; the answer comes when it is complete.
+    Checkpoint,
+}
+
+/// One rank, as the launcher sees it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RankStatus {
+    /// Who.
+    pub rank: Rank,
+    /// "not joined", "joined", "declared", "running", "finished" or "lost".
+    pub state: String,
+    /// Its machine; empty if it has not joined.
+    pub host: String,
+    /// Its process there; 0 if it has not joined.
+    pub pid: u32,
+    /// The last clock that it reported.
+    pub clock: Option<Clock>,
+}
+
+/// The job, as the launcher sees it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// The job's name.
+    pub name: String,
+    /// The number that tells two runs of one name apart.
+    pub instance: u64,
+    /// Every rank, servers first.
+    pub ranks: Vec<RankStatus>,
+    /// The clock of the last complete checkpoint of this run.
+    pub checkpoint: Option<Clock>,
+}
+
+/// What every rank knows once all workers have declared their tensors.
+#[derive(Clone, Debug, PartialEq)]
+pub struct View {
+    /// The declarations, by worker.
+    pub declarations: Vec<Vec<TensorSpec>>,
+    /// How many servers.
+    pub servers: u16,
+    /// How many workers.
+    pub workers: u16,
+}
+
+/// A view in which equal declarations stand once: a data-parallel job of 512 workers sends one copy, not 512.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct PackedView {
+    distinct: Vec<Vec<TensorSpec>>,
+    by_worker: Vec<u16>,
+    servers: u16,
+}
+
+impl PackedView {
+    /// Packs the declarations (by worker).
+    pub fn pack<'a>(declarations: impl Iterator<Item = &'a Vec<TensorSpec>>, servers: u16) -> PackedView {
+        let mut packed = PackedView { distinct: Vec::new(), by_worker: Vec::new(), servers };
+        for declaration in declarations {
+            let known = packed.distinct.iter().position(|other| other == declaration);
+            let index = known.unwrap_or_else(|| {
+                packed.distinct.push(declaration.clone());
+                packed.distinct.len() - 1
+            });
+            packed.by_worker.push(index as u16);
+        }
+        packed
+    }
+
+    /// The view; `None` if a worker points at a declaration that is not there.
+    pub fn unpack(self) -> Option<View> {
+        let declarations: Option<Vec<_>> =
+            self.by_worker.iter().map(|&index| self.distinct.get(usize::from(index)).cloned()).collect();
+        let declarations = declarations?;
+        Some(View { workers: u16::try_from(declarations.len()).ok()?, servers: self.servers, declarations })
+    }
+}
+
+/// A message as a line.
+pub(super) fn encode(message: &impl Serialize) -> Vec<u8> {
+    let mut line = serde_json::to_vec(message).expect("messages have text keys and finite numbers");
+    line.push(b'\n');
+    line
+}
+
+/// A line as a message; the error says what is wrong with it.
+pub(super) fn decode<M: DeserializeOwned>(line: &[u8]) -> Result<M, String> {
+    serde_json::from_slice(line).map_err(|e| e.to_string())
+}
+
+/// Bytes as they come in, taken out by line.
+#[derive(Debug, Default)]
+pub(super) struct LineBuffer {
+    bytes: Vec<u8>,
+    /// Bytes already searched for a line's end.
+    searched: usize,
+}
+
+impl LineBuffer {
+    pub fn extend(&mut self, bytes: &[u8]) {
+        self.bytes.extend_from_slice(bytes);
+    }
+
+    /// The next whole line, without its end; an error if there is none within `limit` bytes.
+    pub fn next_line(&mut self, limit: usize) -> Result<Option<Vec<u8>>, String> {
+        let end = self.bytes[self.searched..].iter().position(|&byte| byte == b'\n').map(|at| self.searched + at);
+        let too_long = || Err(format!("a line is longer than {limit} bytes"));
+        match end {
+            Some(end) if end > limit => too_long(),
+            Some(end) => {
+                let rest = self.bytes.split_off(end + 1);
+                let mut line = std::mem::replace(&mut self.bytes, rest);
+                line.pop();
+                self.searched = 0;
+                Ok(Some(line))
+            }
+            None if self.bytes.len() > limit => too_long(),
+            None => {
+                self.searched = self.bytes.len();
+                Ok(None)
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_come_out_whole_whatever_the_pieces() {
+        let mut buffer = LineBuffer::default();
+        let mut lines = Vec::new();
+        for byte in b"one\ntwo\n\nthree" {
+            buffer.extend(&[*byte]);
+            while let Some(line) = buffer.next_line(16).unwrap() {
+                lines.push(line);
+            }
+        }
+        assert_eq!(lines, [b"one".to_vec(), b"two".to_vec(), b"".to_vec()]);
+        buffer.extend(b"\n");
+        assert_eq!(buffer.next_line(16).unwrap().unwrap(), b"three");
+    }
+
+    #[test]
+    fn an_endless_line_is_refused_at_its_limit() {
+        let mut buffer = LineBuffer::default();
+        buffer.extend(&[b'x'; 16]);
+        assert_eq!(buffer.next_line(16), Ok(None));
+        buffer.extend(b"x");
+        assert!(buffer.next_line(16).unwrap_err().contains("16 bytes"));
+    }
+
+    #[test]
+    fn equal_declarations_travel_once() {
+        let (a, b) = (vec![TensorSpec::new("a", vec![2])], vec![TensorSpec::new("b", vec![3])]);
+        let all = [a.clone(), b.clone(), a.clone(), a.clone()];
+        let packed = PackedView::pack(all.iter(), 2);
+        assert_eq!(packed.distinct.len(), 2);
+        let view = decode::<PackedView>(encode(&packed).trim_ascii_end()).unwrap().unpack().unwrap();
+        assert_eq!(view, View { declarations: all.to_vec(), servers: 2, workers: 4 });
+        let broken = PackedView { distinct: vec![a], by_worker: vec![1], servers: 1 };
+        assert_eq!(broken.unpack(), None);
+    }
+}

@@ -1,0 +1,73 @@
+//! Where the processes of a job find each other: a port kept by the launcher, at which every caller proves that it holds the
+//! job's token, takes its seat, and learns the job's view; later it carries reports and commands.
+//!
+//! Invariant: nothing that comes in on the port stops the job unless it comes from a rank that has proved itself; a refused
+//! caller is told why and changes nothing.
+#![forbid(unsafe_code)]
+
+mod auth;
+mod checkpoints;
+mod connection;
+mod hub;
+mod member;
+mod message;
+mod notify;
+mod peer;
+mod roster;
+#[cfg(test)]
+mod roster_tests;
+#[cfg(test)]
+mod tests;
+
+use std::{fmt, net::SocketAddr, net::ToSocketAddrs, str::FromStr};
+
+pub use hub::{CheckpointSink, NoticeSink, Order, Rendezvous, RendezvousOptions};
+pub use member::{Commands, Member, Reporter};
+pub(crate) use member::{ControlAnswer, control};
+pub use message::{Command, Control, Offer, RankStatus, Report, Status, VERSION, View};
+pub use peer::token_from_environment;
+pub use roster::Notice;
+
+use crate::{Error, Result};
+
+/// Where a rendezvous is: `host:port`, or `[address]:port` for IPv6.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Address(String);
+
+impl Address {
+    /// What the name stands for at this moment.
+    fn resolve(&self) -> Result<Vec<SocketAddr>> {
+        let found: Vec<SocketAddr> =
+            self.0.to_socket_addrs().map_err(|e| Error::os("getaddrinfo", self.to_string(), e))?.collect();
+        if found.is_empty() {
+            return Err(Error::Config(format!("the rendezvous address `{self}` stands for no address")));
+        }
+        Ok(found)
+    }
+}
+
+impl FromStr for Address {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Address> {
+        let text = text.trim();
+        match text.rsplit_once(':') {
+            Some((host, port)) if !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port > 0) => {
+                Ok(Address(text.into()))
+            }
+            _ => Err(Error::Config(format!("`{text}` is no rendezvous address: write host:port or [address]:port"))),
+        }
+    }
+}
+
+impl From<SocketAddr> for Address {
+    fn from(address: SocketAddr) -> Address {
+        Address(address.to_string())
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}

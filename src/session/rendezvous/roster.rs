@@ -1,0 +1,486 @@
+//! The rendezvous as a state machine: who has joined, what they have declared and offered, where they wait, who is missing.
+//!
+//! Invariant: no I/O and no clock in here; time is an argument. A refusal changes nothing: the job goes on as if the caller had
+//! never come.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    time::{Duration, Instant},
+};
+
+use super::{
+    checkpoints::Checkpoints,
+    message::{Command, Control, FromLauncher, Offer, PackedView, RankStatus, Report, Status, ToLauncher},
+};
+use crate::{
+    layout::TensorSpec,
+    session::JobConfig,
+    types::{Clock, Rank, Role},
+};
+
+/// A connection of the launcher's, numbered in the order in which they came.
+pub(super) type ConnectionId = u64;
+
+/// Barriers that may be open at once; each holds a name and a set of ranks.
+const BARRIERS_MAX: usize = 64;
+
+/// What the state machine wants done.
+#[derive(Debug)]
+pub(super) enum Effect {
+    /// Send this to each of these.
+    Send { to: Vec<ConnectionId>, message: FromLauncher },
+    /// Tell the launcher.
+    Notice(Notice),
+    /// A checkpoint's parts are all there: have the manifest written, then call `checkpoint_recorded`.
+    Record { clock: Clock, parts: Vec<serde_json::Value> },
+}
+
+/// What the launcher must know.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Notice {
+    /// A rank has taken its seat.
+    Joined(Rank),
+    /// All workers have declared and every rank has offered its endpoints: the job runs.
+    Running,
+    /// A rank says that it cannot go on.
+    Failed {
+        /// Who.
+        rank: Rank,
+        /// Why, in its words.
+        text: String,
+        /// Whether it lays the cause with another rank.
+        elsewhere: bool,
+    },
+    /// A rank's connection ended before it had finished.
+    Lost(Rank),
+    /// A rank has done its part.
+    Finished {
+        /// Who.
+        rank: Rank,
+        /// What it said about it.
+        summary: serde_json::Value,
+    },
+    /// Somebody did not come in time; the text names all who are missing.
+    TimedOut(String),
+    /// A checkpoint is complete, its manifest included.
+    Checkpoint {
+        /// Of which clock.
+        clock: Clock,
+        /// Whether the job was told to end with it.
+        stopping: bool,
+    },
+    /// A checkpoint's manifest could not be written.
+    CheckpointFailed(String),
+}
+
+#[derive(Debug, Default)]
+struct Seat {
+    connection: Option<ConnectionId>,
+    taken: bool,
+    host: String,
+    pid: u32,
+    declared: Option<Vec<TensorSpec>>,
+    offered: Option<Vec<Offer>>,
+    clock: Option<Clock>,
+    finished: bool,
+}
+
+/// A set of ranks that wait for one another.
+#[derive(Debug)]
+struct Gathering {
+    here: BTreeSet<Rank>,
+    since: Instant,
+}
+
+/// The state of the rendezvous.
+#[derive(Debug)]
+pub(super) struct Roster {
+    config: JobConfig,
+    /// Ranks whose processes the launcher starts itself: "any rank" never means one of these.
+    reserved: BTreeSet<Rank>,
+    seats: BTreeMap<Rank, Seat>,
+    by_connection: BTreeMap<ConnectionId, Rank>,
+    started: Instant,
+    declaring: Option<Gathering>,
+    offering: Option<Gathering>,
+    running: bool,
+    barriers: BTreeMap<String, Gathering>,
+    checkpoints: Checkpoints,
+    ended: bool,
+    effects: VecDeque<Effect>,
+}
+
+impl Roster {
+    pub fn new(config: JobConfig, reserved: BTreeSet<Rank>, now: Instant) -> Roster {
+        let seats = config.ranks().map(|rank| (rank, Seat::default())).collect();
+        let checkpoints = Checkpoints::new(config.shard_count());
+        Roster {
+            config,
+            reserved,
+            seats,
+            by_connection: BTreeMap::new(),
+            started: now,
+            declaring: None,
+            offering: None,
+            running: false,
+            barriers: BTreeMap::new(),
+            checkpoints,
+            ended: false,
+            effects: VecDeque::new(),
+        }
+    }
+
+    /// What is to be done next.
+    pub fn poll_effect(&mut self) -> Option<Effect> {
+        self.effects.pop_front()
+    }
+
+    /// An authenticated caller wants a seat. The error is the refusal's text.
+    pub fn join(
+        &mut self,
+        connection: ConnectionId,
+        role: Role,
+        index: Option<u16>,
+        (host, pid): (String, u32),
+    ) -> Result<Rank, String> {
+        if self.ended {
+            return Err("the job is ending".into());
+        }
+        let rank = match index {
+            Some(index) => Rank { role, index },
+            None => self.free_seat(role)?,
+        };
+        let count = self.config.ranks_of(role);
+        let Some(seat) = self.seats.get_mut(&rank) else {
+            return Err(format!("there is no {rank}: this job has {count} of that role, counted from 0"));
+        };
+        if seat.taken {
+            return Err(format!(
+                "{rank} has joined already (process {} on {}); every rank joins once",
+                seat.pid, seat.host
+            ));
+        }
+        *seat = Seat { connection: Some(connection), taken: true, host, pid, ..Seat::default() };
+        self.by_connection.insert(connection, rank);
+        let config = Box::new(self.config.clone());
+        self.send(vec![connection], FromLauncher::Welcome { rank, config });
+        self.notice(Notice::Joined(rank));
+        // A server may come after the last declaration.
+        if self.declaring.is_some() {
+            self.show_view();
+        }
+        Ok(rank)
+    }
+
+    fn free_seat(&self, role: Role) -> Result<Rank, String> {
+        let mut seats = self.seats.iter().filter(|(rank, seat)| rank.role == role && !seat.taken);
+        let free = seats.find(|(rank, _)| !self.reserved.contains(rank)).map(|(rank, _)| *rank);
+        free.ok_or_else(|| "no seat of this role is free; name the rank, or start the job with more".into())
+    }
+
+    /// A rank's message.
+    pub fn handle(&mut self, connection: ConnectionId, message: ToLauncher, now: Instant) {
+        if let ToLauncher::Control(control) = message {
+            return self.control(connection, control);
+        }
+        let Some(&rank) = self.by_connection.get(&connection) else {
+            return self.send(vec![connection], FromLauncher::Refused("only a rank of the job may say that".into()));
+        };
+        let outcome = match message {
+            ToLauncher::Declare(specs) => self.declare(rank, specs, now),
+            ToLauncher::Offer(offers) => self.offer(rank, offers, now),
+            ToLauncher::Barrier(name) => self.barrier(rank, name, now),
+            ToLauncher::Report(report) => self.report(rank, report),
+            ToLauncher::Control(_) => unreachable!("answered above"),
+        };
+        if let Err(text) = outcome {
+            self.protocol_failure(rank, text);
+        }
+    }
+
+    /// A rank said what cannot be understood or must not be said.
+    pub fn protocol_failure(&mut self, rank: Rank, text: String) {
+        self.notice(Notice::Failed { rank, text: format!("broke the rendezvous protocol: {text}"), elsewhere: false });
+    }
+
+    fn declare(&mut self, rank: Rank, specs: Vec<TensorSpec>, now: Instant) -> Result<(), String> {
+        let seat = self.seat(rank);
+        if rank.role != Role::Worker || seat.declared.is_some() {
+            return Err("only a worker declares tensors, and only once".into());
+        }
+        seat.declared = Some(specs);
+        let here = self.declaring.get_or_insert_with(|| Gathering { here: BTreeSet::new(), since: now });
+        here.here.insert(rank);
+        self.show_view();
+        Ok(())
+    }
+
+    /// Sends the view to every rank once all workers have declared and every rank is there.
+    fn show_view(&mut self) {
+        let workers = || self.seats.iter().filter(|(rank, _)| rank.role == Role::Worker);
+        if !workers().all(|(_, seat)| seat.declared.is_some()) || self.seats.values().any(|seat| !seat.taken) {
+            return;
+        }
+        let declarations = workers().filter_map(|(_, seat)| seat.declared.as_ref());
+        let view = PackedView::pack(declarations, self.config.servers);
+        self.declaring = None;
+        self.send(self.everybody(), FromLauncher::View(view));
+    }
+
+    fn offer(&mut self, rank: Rank, offers: Vec<Offer>, now: Instant) -> Result<(), String> {
+        if let Some((from, to, _)) = offers.iter().find(|(from, ..)| from.rank != rank) {
+            return Err(format!("an offer of {from} to {to} can only come from {}", from.rank));
+        }
+        if let Some((_, to, _)) = offers.iter().find(|(_, to, _)| !self.seats.contains_key(&to.rank)) {
+            return Err(format!("an offer to {to}, who is not of this job"));
+        }
+        let seat = self.seat(rank);
+        if seat.offered.replace(offers).is_some() {
+            return Err("every rank offers once".into());
+        }
+        let offering = self.offering.get_or_insert_with(|| Gathering { here: BTreeSet::new(), since: now });
+        offering.here.insert(rank);
+        if offering.here.len() < self.seats.len() {
+            return Ok(());
+        }
+        self.offering = None;
+        let mut inboxes: BTreeMap<Rank, Vec<Offer>> = BTreeMap::new();
+        for offer in self.seats.values_mut().filter_map(|seat| seat.offered.as_mut()).flat_map(std::mem::take) {
+            inboxes.entry(offer.1.rank).or_default().push(offer);
+        }
+        for rank in self.seats.keys().copied().collect::<Vec<_>>() {
+            let to = self.seat(rank).connection.into_iter().collect();
+            self.send(to, FromLauncher::Offers(inboxes.remove(&rank).unwrap_or_default()));
+        }
+        self.running = true;
+        self.notice(Notice::Running);
+        Ok(())
+    }
+
+    fn barrier(&mut self, rank: Rank, name: String, now: Instant) -> Result<(), String> {
+        if name.len() > 64 || (self.barriers.len() >= BARRIERS_MAX && !self.barriers.contains_key(&name)) {
+            return Err(format!("a barrier's name has at most 64 bytes, and at most {BARRIERS_MAX} are open at once"));
+        }
+        let gathering =
+            self.barriers.entry(name.clone()).or_insert_with(|| Gathering { here: BTreeSet::new(), since: now });
+        if !gathering.here.insert(rank) {
+            return Err(format!("it waits at barrier `{name}` already"));
+        }
+        if gathering.here.len() == self.seats.len() {
+            self.barriers.remove(&name);
+            self.send(self.everybody(), FromLauncher::BarrierPassed(name));
+        }
+        Ok(())
+    }
+
+    fn report(&mut self, rank: Rank, report: Report) -> Result<(), String> {
+        match report {
+            Report::Progress { clock } => {
+                let seat = self.seat(rank);
+                seat.clock = seat.clock.max(Some(clock));
+            }
+            Report::CheckpointWritten { shard, clock, info } => {
+                if let Some(parts) = self.checkpoints.written(shard, clock, info)? {
+                    self.effects.push_back(Effect::Record { clock, parts });
+                }
+            }
+            Report::CheckpointLate { clock, reached } => {
+                if let Some(command) = self.checkpoints.late(clock, reached) {
+                    self.send(self.everybody(), FromLauncher::Command(command));
+                }
+            }
+            Report::Failed { text, elsewhere } => self.notice(Notice::Failed { rank, text, elsewhere }),
+            Report::Finished { summary } => {
+                self.seat(rank).finished = true;
+                self.notice(Notice::Finished { rank, summary });
+                self.end_servers();
+            }
+        }
+        Ok(())
+    }
+
+    /// When no worker will push any more, the servers may go.
+    fn end_servers(&mut self) {
+        let done = self.seats.iter().all(|(rank, seat)| rank.role == Role::Server || seat.finished);
+        if self.ended || !done {
+            return;
+        }
+        self.ended = true;
+        let checkpoint = self.config.checkpoint.at_end && self.config.checkpoint.dir.is_some();
+        let command = Command::Stop { reason: "all workers have finished".into(), checkpoint, clock: None };
+        self.send(self.everybody(), FromLauncher::Command(command));
+    }
+
+    fn control(&mut self, connection: ConnectionId, control: Control) {
+        match control {
+            Control::Status => {
+                let status = self.status();
+                self.send(vec![connection], FromLauncher::Status(status));
+            }
+            Control::Checkpoint => {
+                if let Err(text) = self.request_checkpoint(None, Some(connection)) {
+                    self.send(vec![connection], FromLauncher::Refused(text));
+                }
+            }
+        }
+    }
+
+    /// Asks for a checkpoint at the next clock that no shard can have passed; with a reason, the job ends with it. The error
+    /// says why there can be none.
+    pub fn request_checkpoint(&mut self, stop: Option<String>, waiting: Option<ConnectionId>) -> Result<(), String> {
+        if self.config.checkpoint.dir.is_none() {
+            return Err("this job has no checkpoint directory; start it with --checkpoint-dir DIR".into());
+        }
+        if !self.running || self.ended {
+            let when = if self.ended { "is ending" } else { "has not begun to train" };
+            return Err(format!("no checkpoint can be written now: the job {when}"));
+        }
+        self.ended = stop.is_some();
+        let reached = self.seats.values().filter_map(|seat| seat.clock).max().unwrap_or(0);
+        let command = self.checkpoints.request(reached, stop, waiting);
+        self.send(self.everybody(), FromLauncher::Command(command));
+        Ok(())
+    }
+
+    /// The manifest of a checkpoint was written, or could not be.
+    pub fn checkpoint_recorded(&mut self, clock: Clock, outcome: Result<(), String>) {
+        let recorded = self.checkpoints.recorded(clock, outcome.is_ok());
+        let answer = match &outcome {
+            Ok(()) => FromLauncher::CheckpointWritten { clock },
+            Err(text) => FromLauncher::Refused(text.clone()),
+        };
+        if !recorded.waiting.is_empty() {
+            self.send(recorded.waiting, answer);
+        }
+        self.notice(match outcome {
+            Ok(()) => Notice::Checkpoint { clock, stopping: recorded.stopping },
+            Err(text) => Notice::CheckpointFailed(text),
+        });
+    }
+
+    /// Ends the job by name: every rank is told, nobody may join any more.
+    pub fn fail(&mut self, text: String) {
+        self.ended = true;
+        self.send(self.everybody(), FromLauncher::Command(Command::JobFailed { text }));
+    }
+
+    /// Tells every rank to end now, without a checkpoint.
+    pub fn stop(&mut self, reason: String) {
+        self.ended = true;
+        let command = Command::Stop { reason, checkpoint: false, clock: None };
+        self.send(self.everybody(), FromLauncher::Command(command));
+    }
+
+    /// A connection is gone.
+    pub fn lost(&mut self, connection: ConnectionId) {
+        self.checkpoints.forget(connection);
+        let Some(rank) = self.by_connection.remove(&connection) else { return };
+        let seat = self.seat(rank);
+        seat.connection = None;
+        if !seat.finished {
+            self.notice(Notice::Lost(rank));
+        }
+    }
+
+    /// Looks whether somebody has been waited for too long.
+    pub fn handle_timeout(&mut self, now: Instant) {
+        if self.ended {
+            return;
+        }
+        if let Some((_, text)) = self.waits().into_iter().find(|(deadline, _)| *deadline <= now) {
+            self.ended = true;
+            self.notice(Notice::TimedOut(text));
+        }
+    }
+
+    /// When `handle_timeout` must be called.
+    pub fn next_deadline(&self) -> Option<Instant> {
+        if self.ended { None } else { self.waits().into_iter().map(|(deadline, _)| deadline).min() }
+    }
+
+    /// Every wait that is open: its deadline and what to say when it passes.
+    fn waits(&self) -> Vec<(Instant, String)> {
+        let mut waits = Vec::new();
+        let missing = |here: &dyn Fn(Rank, &Seat) -> bool| -> String {
+            names(self.seats.iter().filter(|(rank, seat)| !here(**rank, seat)).map(|(rank, _)| *rank))
+        };
+        let setup = Duration::from_millis(self.config.setup_ms);
+        if self.seats.values().any(|seat| !seat.taken) {
+            let join = Duration::from_millis(self.config.join_ms);
+            let who = missing(&|_, seat| seat.taken);
+            waits.push((self.started + join, format!("{who} not joined within {}", seconds(join))));
+        }
+        if let Some(gathering) = &self.declaring {
+            let who = missing(&|rank, seat| rank.role == Role::Server || seat.declared.is_some());
+            waits.push((gathering.since + setup, format!("{who} not declared any tensors within {}", seconds(setup))));
+        }
+        if let Some(gathering) = &self.offering {
+            let who = missing(&|rank, _| gathering.here.contains(&rank));
+            waits.push((gathering.since + setup, format!("{who} not offered any endpoints within {}", seconds(setup))));
+        }
+        for (name, gathering) in &self.barriers {
+            let who = missing(&|rank, _| gathering.here.contains(&rank));
+            let text = format!("{who} not reached barrier `{name}` within {}", seconds(setup));
+            waits.push((gathering.since + setup, text));
+        }
+        waits
+    }
+
+    fn status(&self) -> Status {
+        let ranks = self.seats.iter().map(|(rank, seat)| RankStatus {
+            rank: *rank,
+            state: self.state_of(seat).into(),
+            host: seat.host.clone(),
+            pid: seat.pid,
+            clock: seat.clock,
+        });
+        Status {
+            name: self.config.name.clone(),
+            instance: self.config.instance,
+            ranks: ranks.collect(),
+            checkpoint: self.checkpoints.last(),
+        }
+    }
+
+    fn state_of(&self, seat: &Seat) -> &'static str {
+        match seat {
+            Seat { finished: true, .. } => "finished",
+            Seat { taken: false, .. } => "not joined",
+            Seat { connection: None, .. } => "lost",
+            _ if self.running => "running",
+            Seat { declared: Some(_), .. } => "declared",
+            _ => "joined",
+        }
+    }
+
+    fn everybody(&self) -> Vec<ConnectionId> {
+        self.seats.values().filter_map(|seat| seat.connection).collect()
+    }
+
+    fn seat(&mut self, rank: Rank) -> &mut Seat {
+        self.seats.get_mut(&rank).expect("every rank of the job has a seat")
+    }
+
+    fn send(&mut self, to: Vec<ConnectionId>, message: FromLauncher) {
+        self.effects.push_back(Effect::Send { to, message });
+    }
+
+    fn notice(&mut self, notice: Notice) {
+        self.effects.push_back(Effect::Notice(notice));
+    }
+}
+
+/// "worker 1 has", "worker 1 and worker 2 have", and no more than eight of them by name.
+fn names(ranks: impl Iterator<Item = Rank>) -> String {
+    let all: Vec<String> = ranks.map(|rank| rank.to_string()).collect();
+    let shown = all.len().min(8);
+    match all.len() {
+        0 | 1 => format!("{} has", all.concat()),
+        n if n > shown => format!("{} and {} more have", all[..shown].join(", "), n - shown),
+        n => format!("{} and {} have", all[..n - 1].join(", "), all[n - 1]),
+    }
+}
+
+fn seconds(time: Duration) -> String {
+    format!("{} s", time.as_secs_f64())
+}
