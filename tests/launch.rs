@@ -403,7 +403,7 @@ fn a_running_job_is_found_by_its_name() {
     let table = String::from_utf8_lossy(&table.stdout).into_owned();
     assert!(table.contains("worker 0     running"), "{table}");
     assert_eq!(gradwire(home.path(), &["status"]).stdout, b"test\n");
-    let output = gradwire(home.path(), &["checkpoint", "test"]);
+    let output = gradwire(home.path(), &["checkpoint", "now", "test"]);
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(text.contains("checkpoint of clock 2 is complete"), "{text}{:?}", output.stderr);
     let output = gradwire(home.path(), &["status", "tset"]);
