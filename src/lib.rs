@@ -29,4 +29,9 @@ pub mod world;
 
 pub mod cli;
 
+pub use consistency::Consistency;
 pub use error::{Error, Result};
+pub use layout::{Init, TensorSpec};
+pub use optim::{OptimizerConfig, OptimizerKind};
+pub use types::Dtype;
+pub use worker::Worker;

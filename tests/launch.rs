@@ -152,9 +152,9 @@ fn serve() -> gradwire::Result<i32> {
             Some(session::Command::Checkpoint { clock }) => reporter.report(written(clock))?,
             Some(session::Command::Stop { clock: Some(clock), .. }) => {
                 reporter.report(written(clock))?;
-                return Ok(75);
             }
-            Some(session::Command::Stop { clock: None, .. }) => {
+            Some(session::Command::Leave { .. }) => return Ok(75),
+            Some(session::Command::Stop { clock: None, .. } | session::Command::End { .. }) => {
                 reporter.report(Report::Finished { summary: "served".into() })?;
                 return Ok(0);
             }
@@ -339,10 +339,10 @@ fn preemption_writes_a_checkpoint_and_has_a_code_of_its_own() {
     options.config.servers = 2;
     options.config.checkpoint.dir = Some(home.path().join("ckpt"));
     let (manifests, written) = std::sync::mpsc::channel();
-    options.on_checkpoint = Box::new(move |clock, parts| {
+    options.on_checkpoint = Some(Box::new(move |clock, parts, _| {
         manifests.send((clock, parts.len())).unwrap();
         Ok(())
-    });
+    }));
     let mut job = Job::start(options).unwrap();
     wait_for_text(&job, "running as worker 1");
     job.signal(Signal::Preempt(OsSignal::SIGTERM as i32));
@@ -393,7 +393,7 @@ fn a_running_job_is_found_by_its_name() {
     let home = home();
     let mut options = options(home.path(), 1, &part("hang"));
     options.config.checkpoint.dir = Some(home.path().join("ckpt"));
-    options.on_checkpoint = Box::new(|_, _| Ok(()));
+    options.on_checkpoint = Some(Box::new(|_, _, _| Ok(())));
     let mut job = Job::start(options).unwrap();
     wait_for_text(&job, "running as worker 0");
     let output = gradwire(home.path(), &["status", "test", "--json"]);

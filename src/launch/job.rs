@@ -17,6 +17,7 @@ use std::{
 };
 
 use super::{
+    checkpoints,
     directory::JobDirectory,
     output::Printer,
     supervisor::{Event, Supervisor},
@@ -59,8 +60,8 @@ pub struct JobOptions {
     pub home: Option<PathBuf>,
     /// How long a rank that was told to end may take before it is killed.
     pub grace: Duration,
-    /// Writes the manifest of a checkpoint whose parts are all on the disk.
-    pub on_checkpoint: CheckpointSink,
+    /// Writes the manifest of a checkpoint whose parts are all on the disk; `None`: as the checkpoint module does.
+    pub on_checkpoint: Option<CheckpointSink>,
 }
 
 impl JobOptions {
@@ -78,7 +79,7 @@ impl JobOptions {
             output: OutputTo::Inherit,
             home: None,
             grace: Duration::from_secs(3),
-            on_checkpoint: Box::new(|_, _| Err(Error::Config("this launcher writes no checkpoint manifests".into()))),
+            on_checkpoint: None,
         }
     }
 }
@@ -141,6 +142,8 @@ impl Job {
         if options.command.is_empty() && options.config.ranks().any(|rank| options.starts_worker(rank)) {
             return Err(Error::Config("no command for the workers: give it after `--`".into()));
         }
+        checkpoints::prepare(&mut options.config)?;
+        let on_checkpoint = options.on_checkpoint.take().unwrap_or_else(|| checkpoints::recorder(&options.config));
         let token = JobToken::random()?;
         let directory = JobDirectory::create(options.home.as_deref(), &options.config.name)?;
         let (events, events_in) = channel();
@@ -152,7 +155,7 @@ impl Job {
                 listen: options.listen,
                 reserved: options.config.ranks().filter(|rank| !options.by_hand.contains(rank)).collect(),
                 on_notice: Box::new(move |notice| drop(for_notices.send(Event::Notice(notice)))),
-                on_checkpoint: std::mem::replace(&mut options.on_checkpoint, Box::new(|_, _| Ok(()))),
+                on_checkpoint,
             },
         )?;
         let address = rendezvous.address();

@@ -6,6 +6,7 @@
 #![deny(unsafe_code)]
 
 mod cause;
+mod checkpoints;
 mod cores;
 mod directory;
 mod job;

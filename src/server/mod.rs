@@ -7,19 +7,12 @@
 #![forbid(unsafe_code)]
 
 mod event_loop;
+mod lane;
 mod memory;
+mod node;
 mod shard;
 
 pub use event_loop::{EventLoop, Progress, Snapshot};
 pub use memory::{ChunkImage, InitialValues, Memory, MemoryOptions, Running, Seeded};
+pub use node::run;
 pub use shard::{Contribution, Effect, Shard, ShardConfig, Task, Work};
-
-use crate::{Error, Result, session::Member};
-
-/// Serves this rank's shards until the job ends.
-pub fn run(member: Member) -> Result<()> {
-    Err(Error::Config(format!(
-        "{} has joined, but its process cannot serve yet: the pieces are not joined",
-        member.rank()
-    )))
-}

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     Error, Result,
     consistency::Consistency,
+    layout::LayoutOptions,
     optim::{OptimizerConfig, OptimizerKind, Reduction},
     types::{Clock, Dtype, Rank, Role},
 };
@@ -124,8 +125,12 @@ pub struct JobConfig {
     pub two_step: bool,
     /// When and where checkpoints are written.
     pub checkpoint: CheckpointConfig,
-    /// A checkpoint directory to continue from.
+    /// A checkpoint to continue from, or a directory whose newest complete one is taken.
     pub resume: Option<PathBuf>,
+    /// The first clock: 0, or that of the checkpoint. Set by the launcher.
+    pub start_clock: Clock,
+    /// A safetensors file with the first values of tensors, by name.
+    pub init_from: Option<PathBuf>,
     /// How often a silent path carries a heartbeat, in milliseconds.
     pub heartbeat_ms: u64,
     /// How long a silent peer is waited for before the job ends, in milliseconds.
@@ -135,6 +140,9 @@ pub struct JobConfig {
     /// How long, from the first rank that is there, the others may take to declare, to offer or to reach a barrier, in
     /// milliseconds.
     pub setup_ms: u64,
+    /// How long a worker waits for parameters before it gives up, naming what it waits for, in milliseconds. Long: the other
+    /// workers may be computing.
+    pub wait_ms: u64,
     /// The fabrics to use, best first.
     pub transports: Vec<Fabric>,
     /// The network interface to listen on; without one, loopback.
@@ -162,10 +170,13 @@ impl Default for JobConfig {
             two_step: false,
             checkpoint: CheckpointConfig::default(),
             resume: None,
+            start_clock: 0,
+            init_from: None,
             heartbeat_ms: 1000,
             deadline_ms: 10_000,
             join_ms: 60_000,
             setup_ms: 600_000,
+            wait_ms: 600_000,
             transports: vec![Fabric::Tcp],
             interface: None,
             ports: None,
@@ -241,6 +252,11 @@ impl JobConfig {
             )));
         }
         Ok(())
+    }
+
+    /// What decides the layout, beside the tensors.
+    pub fn layout_options(&self) -> LayoutOptions {
+        LayoutOptions { chunk_elements: (self.chunk_bytes / 4) as u32, shards: self.shard_count() as u16 }
     }
 
     /// Shards of the whole job.

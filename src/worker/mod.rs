@@ -6,8 +6,12 @@
 //! Invariant: the simulator and the binary run the same `Client` and `Engine`.
 #![forbid(unsafe_code)]
 
+mod buffers;
 mod client;
 mod engine;
+mod handle;
+mod progress;
 
 pub use client::{Awaited, Client, ClientConfig, Effect, Event};
 pub use engine::{Command, Engine};
+pub use handle::Worker;

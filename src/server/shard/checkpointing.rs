@@ -68,6 +68,8 @@ impl Shard {
             self.checkpointing.stop = Some(clock);
         }
         self.count_behind();
+        // An earlier request that came too late elsewhere may have held chunks that may go on now.
+        (0..self.chunks.len()).for_each(|index| self.touch(index));
         Ok(())
     }
 

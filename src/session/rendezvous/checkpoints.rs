@@ -56,6 +56,11 @@ impl Checkpoints {
         Checkpoints { shards, open: BTreeMap::new(), request: None, last: None }
     }
 
+    /// Only the first `shards` shards have something to store.
+    pub fn expect(&mut self, shards: u32) {
+        self.shards = shards;
+    }
+
     /// The clock of the last complete checkpoint.
     pub fn last(&self) -> Option<Clock> {
         self.last

@@ -32,6 +32,7 @@ use super::{
 };
 use crate::{
     Error, Result,
+    layout::Layout,
     session::JobConfig,
     types::{Clock, Rank},
     wire::JobToken,
@@ -58,9 +59,9 @@ const FAREWELL_TIME: Duration = Duration::from_millis(500);
 /// Is told what happens, on the rendezvous' thread.
 pub type NoticeSink = Box<dyn FnMut(Notice) + Send>;
 
-/// Writes the manifest of a checkpoint whose parts are all on the disk, given in the order of their shards; on the rendezvous'
-/// thread.
-pub type CheckpointSink = Box<dyn FnMut(Clock, Vec<serde_json::Value>) -> Result<()> + Send>;
+/// Writes the manifest of a checkpoint of this layout whose parts are all on the disk, given in the order of their shards; on the
+/// rendezvous' thread.
+pub type CheckpointSink = Box<dyn FnMut(Clock, Vec<serde_json::Value>, &Layout) -> Result<()> + Send>;
 
 /// What a rendezvous is started with.
 pub struct RendezvousOptions {
@@ -442,7 +443,10 @@ impl Hub {
                 }
                 Effect::Notice(notice) => (self.on_notice)(notice),
                 Effect::Record { clock, parts } => {
-                    let outcome = (self.on_checkpoint)(clock, parts).map_err(|e| e.to_string());
+                    let outcome = match self.roster.layout() {
+                        Some(layout) => (self.on_checkpoint)(clock, parts, layout).map_err(|e| e.to_string()),
+                        None => Err("no layout could be made of what the workers declared".into()),
+                    };
                     self.roster.checkpoint_recorded(clock, outcome);
                 }
             }

@@ -162,6 +162,18 @@ pub enum Command {
         /// Stop (and write) when this clock is complete; without one, now: no worker will push any more.
         clock: Option<Clock>,
     },
+    /// The checkpoint with which the job ends early is complete: leave.
+    Leave {
+        /// Its clock.
+        clock: Clock,
+    },
+    /// All workers have finished: end when everything has been applied.
+    End {
+        /// The clock that the furthest worker reached.
+        clock: Clock,
+        /// Whether the state is to be stored.
+        checkpoint: bool,
+    },
     /// Another part of the job failed: end at once.
     JobFailed {
         /// Who, and why.

@@ -13,7 +13,7 @@ use super::{
     message::{Command, Control, FromLauncher, Offer, PackedView, RankStatus, Report, Status, ToLauncher},
 };
 use crate::{
-    layout::TensorSpec,
+    layout::{Layout, TensorSpec},
     session::JobConfig,
     types::{Clock, Rank, Role},
 };
@@ -106,6 +106,7 @@ pub(super) struct Roster {
     running: bool,
     barriers: BTreeMap<String, Gathering>,
     checkpoints: Checkpoints,
+    layout: Option<Layout>,
     ended: bool,
     effects: VecDeque<Effect>,
 }
@@ -125,6 +126,7 @@ impl Roster {
             running: false,
             barriers: BTreeMap::new(),
             checkpoints,
+            layout: None,
             ended: false,
             effects: VecDeque::new(),
         }
@@ -223,6 +225,14 @@ impl Roster {
         }
         let declarations = workers().filter_map(|(_, seat)| seat.declared.as_ref());
         let view = PackedView::pack(declarations, self.config.servers);
+        let declarations: Vec<Vec<TensorSpec>> = workers().filter_map(|(_, seat)| seat.declared.clone()).collect();
+        // Declarations that contradict each other are refused by every rank for itself, each with the same words.
+        if let Ok(layout) = Layout::build(&declarations, self.config.layout_options()) {
+            // Chunks are dealt round, so the shards that got none are the last ones; they have nothing to store.
+            let shards = layout.shards.iter().filter(|chunks| !chunks.is_empty()).count();
+            self.checkpoints.expect(shards as u32);
+            self.layout = Some(layout);
+        }
         self.declaring = None;
         self.send(self.everybody(), FromLauncher::View(view));
     }
@@ -307,8 +317,8 @@ impl Roster {
         }
         self.ended = true;
         let checkpoint = self.config.checkpoint.at_end && self.config.checkpoint.dir.is_some();
-        let command = Command::Stop { reason: "all workers have finished".into(), checkpoint, clock: None };
-        self.send(self.everybody(), FromLauncher::Command(command));
+        let clock = self.clock_reached();
+        self.send(self.everybody(), FromLauncher::Command(Command::End { clock, checkpoint }));
     }
 
     fn control(&mut self, connection: ConnectionId, control: Control) {
@@ -336,15 +346,27 @@ impl Roster {
             return Err(format!("no checkpoint can be written now: the job {when}"));
         }
         self.ended = stop.is_some();
-        let reached = self.seats.values().filter_map(|seat| seat.clock).max().unwrap_or(0);
-        let command = self.checkpoints.request(reached, stop, waiting);
+        let command = self.checkpoints.request(self.clock_reached(), stop, waiting);
         self.send(self.everybody(), FromLauncher::Command(command));
         Ok(())
+    }
+
+    /// The furthest clock that anybody has reported.
+    fn clock_reached(&self) -> Clock {
+        self.seats.values().filter_map(|seat| seat.clock).max().unwrap_or(self.config.start_clock)
+    }
+
+    /// The model's layout, once all workers have declared their tensors.
+    pub fn layout(&self) -> Option<&Layout> {
+        self.layout.as_ref()
     }
 
     /// The manifest of a checkpoint was written, or could not be.
     pub fn checkpoint_recorded(&mut self, clock: Clock, outcome: Result<(), String>) {
         let recorded = self.checkpoints.recorded(clock, outcome.is_ok());
+        if recorded.stopping && outcome.is_ok() {
+            self.send(self.everybody(), FromLauncher::Command(Command::Leave { clock }));
+        }
         let answer = match &outcome {
             Ok(()) => FromLauncher::CheckpointWritten { clock },
             Err(text) => FromLauncher::Refused(text.clone()),

@@ -245,7 +245,7 @@ fn the_job_ends_with_the_last_worker() {
     stage.roster.lost(WORKERS[0]);
     stage.say(WORKERS[1], finished());
     let stop = |to: &(ConnectionId, FromLauncher)| {
-        matches!(&to.1, FromLauncher::Command(Command::Stop { checkpoint: true, clock: None, .. }))
+        matches!(&to.1, FromLauncher::Command(Command::End { checkpoint: true, .. }))
     };
     let sent = stage.take();
     assert!(sent.iter().all(stop) && sent[0].0 == SERVER, "{sent:?}");

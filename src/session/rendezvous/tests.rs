@@ -36,7 +36,7 @@ fn start(workers: u16, change: impl FnOnce(&mut JobConfig)) -> Job {
         listen: "127.0.0.1:0".parse().unwrap(),
         reserved: BTreeSet::new(),
         on_notice: Box::new(move |notice| drop(on_notice.send(notice))),
-        on_checkpoint: Box::new(move |clock, parts| {
+        on_checkpoint: Box::new(move |clock, parts, _| {
             on_checkpoint.send((clock, parts.len())).unwrap();
             Ok(())
         }),

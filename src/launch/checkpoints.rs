@@ -1,0 +1,94 @@
+//! Checkpoints as the launcher sees them: what a job resumes from, and the manifest that completes a checkpoint.
+//!
+//! Invariant: the manifest is written last, after every shard has reported its file; a checkpoint to be resumed is found and
+//! read before any process is started.
+#![forbid(unsafe_code)]
+
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use crate::{
+    Error, Result,
+    checkpoint::{self, Checkpoint, JobState, Manifest, ShardWritten},
+    layout::Layout,
+    session::{CheckpointSink, JobConfig},
+    types::Clock,
+};
+
+/// Resolves `resume` to one complete checkpoint and its clock, and clears up what crashed writes have left.
+pub(super) fn prepare(config: &mut JobConfig) -> Result<()> {
+    absolute(&mut config.checkpoint.dir)?;
+    absolute(&mut config.init_from)?;
+    if let Some(path) = &config.resume {
+        let checkpoint = find(path)?;
+        config.start_clock = checkpoint.clock();
+        config.resume = Some(checkpoint.path().to_path_buf());
+        absolute(&mut config.resume)?;
+    }
+    if let Some(dir) = &config.checkpoint.dir {
+        checkpoint::begin(dir, config.start_clock)?;
+    }
+    Ok(())
+}
+
+/// Servers may be started in another directory than the launcher.
+fn absolute(path: &mut Option<PathBuf>) -> Result<()> {
+    if let Some(path) = path {
+        *path = std::path::absolute(&*path).map_err(|error| Error::file("resolve", &*path, error))?;
+    }
+    Ok(())
+}
+
+/// The checkpoint at `path`, or the newest complete one in it.
+fn find(path: &Path) -> Result<Checkpoint> {
+    if path.join("manifest.json").exists() {
+        return Checkpoint::open(path);
+    }
+    let latest = checkpoint::latest(path)?;
+    for passed in &latest.passed_over {
+        eprintln!("gradwire: not resuming from {}: {}", passed.path.display(), passed.why);
+    }
+    latest.checkpoint.ok_or_else(|| Error::Checkpoint {
+        path: path.to_path_buf(),
+        defect: "there is no complete checkpoint here to resume from".into(),
+    })
+}
+
+/// Writes manifests for a job and prunes old checkpoints.
+pub(super) fn recorder(config: &JobConfig) -> CheckpointSink {
+    let config = config.clone();
+    Box::new(move |clock, parts, layout| record(&config, clock, parts, layout))
+}
+
+fn record(config: &JobConfig, clock: Clock, parts: Vec<Value>, layout: &Layout) -> Result<()> {
+    let Some(dir) = &config.checkpoint.dir else {
+        return Err(Error::Config("shards report a checkpoint, but the job has no checkpoint directory".into()));
+    };
+    let refused = |defect: String| Error::Checkpoint { path: dir.clone(), defect };
+    let mut files = Vec::with_capacity(parts.len());
+    let mut learning_rate = Value::Null;
+    for mut part in parts {
+        if let Some(text) = part.get("error").and_then(Value::as_str) {
+            return Err(refused(text.into()));
+        }
+        learning_rate = part["learning_rate"].take();
+        let file: ShardWritten = serde_json::from_value(part["file"].take())
+            .map_err(|error| refused(format!("a shard's report: {error}")))?;
+        files.push(file);
+    }
+    let optimizer = serde_json::to_value(&config.optimizer).map_err(|error| refused(error.to_string()))?;
+    let state = JobState {
+        job: config.name.clone(),
+        clock,
+        epoch: 0,
+        consistency: config.consistency,
+        seed: config.seed,
+        optimizer,
+        learning_rate,
+    };
+    let path = checkpoint::commit(dir, &Manifest::new(state, layout, files))?;
+    tracing::info!("checkpoint {} is complete", path.display());
+    checkpoint::prune(dir, config.checkpoint.keep as usize)?;
+    Ok(())
+}

@@ -1,0 +1,234 @@
+//! A shard's thread: pinned to its core, it turns the event loop, sleeps when there is nothing to do, follows the launcher's
+//! commands and hands snapshots to a writer.
+//!
+//! Invariant: nothing here blocks for longer than the event loop's next deadline; files are written by another thread.
+
+use std::{
+    os::fd::BorrowedFd,
+    path::PathBuf,
+    sync::{
+        Arc,
+        mpsc::{Receiver, Sender, channel},
+    },
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+use serde_json::json;
+
+use super::{EventLoop, Progress, Snapshot, node::Plan};
+use crate::{
+    Error, Result,
+    checkpoint::{self, ChunkState},
+    layout::Layout,
+    session::{Command, Commands, Offer, Report, Reporter},
+    transport::{Armed, Waiter, Wakeup, tcp::TcpTransport},
+    types::{Clock, PeerId, ShardId},
+};
+
+/// How often a shard reports how far it is.
+const PROGRESS_EVERY: Duration = Duration::from_millis(200);
+
+/// Turns without anything to do before the thread sleeps. Short: workers share the cores.
+const IDLE_TURNS_MAX: u32 = 20;
+
+/// What a lane's thread works with.
+pub(super) struct Lane {
+    plan: Arc<Plan>,
+    shard: ShardId,
+    event_loop: EventLoop<TcpTransport>,
+    reporter: Reporter,
+    commands: CommandWakeup,
+    writer: Option<Writer>,
+    /// The end of the job, once it is in sight: its clock, and whether the state is to be stored.
+    end: Option<(Clock, bool)>,
+    reported: (Instant, Clock),
+}
+
+/// The launcher's commands as something that wakes a sleeping thread.
+struct CommandWakeup(Commands);
+
+impl Wakeup for CommandWakeup {
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.0.fd()
+    }
+
+    fn arm_wakeup(&mut self) -> Result<Armed> {
+        Ok(Armed::Sleep) // the fd stays readable as long as there is a command
+    }
+
+    fn next_deadline(&self) -> Option<Instant> {
+        None
+    }
+}
+
+impl Lane {
+    /// A lane whose event loop is ready to be connected.
+    pub fn new(
+        plan: Arc<Plan>,
+        shard: ShardId,
+        event_loop: EventLoop<TcpTransport>,
+        reporter: Reporter,
+        commands: Commands,
+    ) -> Lane {
+        let writer =
+            plan.checkpoint_dir.clone().map(|dir| Writer::new(dir, shard, plan.layout.clone(), reporter.clone()));
+        let reported = (Instant::now(), plan.start_clock);
+        Lane { plan, shard, event_loop, reporter, commands: CommandWakeup(commands), writer, end: None, reported }
+    }
+
+    /// What each worker needs to reach this lane.
+    pub fn offers(&mut self, me: PeerId) -> Result<Vec<Offer>> {
+        let workers = (0..self.plan.workers).map(PeerId::worker);
+        workers.map(|worker| Ok((me, worker, self.event_loop.paths().offer(worker)?))).collect()
+    }
+
+    /// Serves until the job ends.
+    pub fn run(mut self, offers: Vec<Offer>) -> Result<()> {
+        let deadline = Instant::now() + self.plan.connect_time;
+        for (worker, _, endpoint) in offers {
+            self.event_loop.connect(worker, &endpoint, deadline)?;
+        }
+        let waiter = Waiter::new()?;
+        let mut idle = 0;
+        loop {
+            while let Some(command) = self.commands.0.poll()? {
+                if self.obey(command)? {
+                    return Ok(());
+                }
+            }
+            let now = Instant::now();
+            let progress = self.event_loop.turn(now)?;
+            self.store_snapshots();
+            self.report_progress(now)?;
+            if self.event_loop.is_done() && self.end.is_some() {
+                return self.finish();
+            }
+            idle = if progress == Progress::Busy { 0 } else { idle + 1 };
+            if idle > IDLE_TURNS_MAX {
+                let until = self.next_deadline();
+                waiter.wait(&mut [self.event_loop.paths().transport(), &mut self.commands], until)?;
+                idle = 0;
+            }
+        }
+    }
+
+    fn next_deadline(&self) -> Option<Instant> {
+        let (when, clock) = self.reported;
+        let progress = (self.event_loop.shard().clock_done() > clock).then_some(when + PROGRESS_EVERY);
+        self.event_loop.next_deadline().into_iter().chain(progress).min()
+    }
+
+    /// Follows a command; `true` if it is to leave at once.
+    fn obey(&mut self, command: Command) -> Result<bool> {
+        match command {
+            Command::Checkpoint { clock } => self.request_checkpoint(clock, false)?,
+            Command::Stop { checkpoint: true, clock: Some(clock), .. } => self.request_checkpoint(clock, true)?,
+            Command::Stop { .. } => return Ok(true),
+            Command::Leave { clock } => return Err(Error::Preempted { clock }),
+            Command::End { clock, checkpoint } => self.end = Some((clock, checkpoint)),
+            Command::JobFailed { text } => return Err(Error::JobFailed(text)),
+        }
+        Ok(false)
+    }
+
+    fn request_checkpoint(&mut self, clock: Clock, stop: bool) -> Result<()> {
+        match self.event_loop.request_checkpoint(clock, stop) {
+            Ok(()) => Ok(()),
+            Err(reached) => self.reporter.report(Report::CheckpointLate { clock, reached }),
+        }
+    }
+
+    fn store_snapshots(&mut self) {
+        while let Some(snapshot) = self.event_loop.take_snapshot() {
+            match &self.writer {
+                Some(writer) => writer.write(snapshot),
+                None => tracing::warn!("shard {} has no directory for its checkpoint", self.shard.0),
+            }
+        }
+    }
+
+    fn report_progress(&mut self, now: Instant) -> Result<()> {
+        let (when, before) = self.reported;
+        let clock = self.event_loop.shard().clock_done();
+        if clock > before && now >= when + PROGRESS_EVERY {
+            self.reported = (now, clock);
+            self.reporter.report(Report::Progress { clock })?;
+        }
+        Ok(())
+    }
+
+    /// All workers have finished and everything has been applied.
+    fn finish(mut self) -> Result<()> {
+        if let Some((clock, true)) = self.end
+            && let Some(writer) = &self.writer
+            && self.event_loop.shard().versions().next().is_some()
+        {
+            writer.write(self.event_loop.snapshot(clock));
+        }
+        match self.writer.take() {
+            Some(writer) => writer.join(),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Writes a shard's part of checkpoints, one after the other, and reports each to the launcher.
+struct Writer {
+    snapshots: Sender<Snapshot>,
+    thread: JoinHandle<Result<()>>,
+}
+
+impl Writer {
+    fn new(dir: PathBuf, shard: ShardId, layout: Arc<Layout>, reporter: Reporter) -> Writer {
+        let (snapshots, incoming) = channel();
+        let write = move || write_all(&dir, shard, &layout, &reporter, &incoming);
+        let name = format!("checkpoint-{}", shard.0);
+        let thread = std::thread::Builder::new().name(name).spawn(write).expect("a thread for checkpoints");
+        Writer { snapshots, thread }
+    }
+
+    fn write(&self, snapshot: Snapshot) {
+        // The thread ends early only when the launcher is gone, which the lane learns from its commands.
+        let _ = self.snapshots.send(snapshot);
+    }
+
+    /// Waits until everything is on the disk.
+    fn join(self) -> Result<()> {
+        drop(self.snapshots);
+        self.thread.join().unwrap_or_else(|_| Err(Error::JobFailed("the checkpoint thread panicked".into())))
+    }
+}
+
+fn write_all(
+    dir: &std::path::Path,
+    shard: ShardId,
+    layout: &Layout,
+    reporter: &Reporter,
+    incoming: &Receiver<Snapshot>,
+) -> Result<()> {
+    let mut stored: Option<Clock> = None;
+    while let Ok(snapshot) = incoming.recv() {
+        let Snapshot { clock, chunks, rates } = snapshot;
+        if stored == Some(clock) {
+            continue; // the end came at a clock that had been stored already
+        }
+        debug_assert!(chunks.iter().all(|image| layout.chunk(image.chunk).shard == shard));
+        let states = chunks.iter().map(|image| ChunkState {
+            chunk: image.chunk,
+            version: image.version,
+            steps: image.steps,
+            master: &image.master,
+            first: &image.first,
+            second: &image.second,
+        });
+        let info = match checkpoint::write_shard(dir, clock, shard, states) {
+            Ok(file) => json!({ "file": file, "learning_rate": rates }),
+            // Training goes on; whoever asked for the checkpoint learns why there is none.
+            Err(error) => json!({ "error": error.to_string() }),
+        };
+        stored = Some(clock);
+        reporter.report(Report::CheckpointWritten { shard, clock, info })?;
+    }
+    Ok(())
+}

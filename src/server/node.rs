@@ -1,0 +1,282 @@
+//! A server process: joins the layout, builds a lane for each of its shards, and waits for all of them.
+//!
+//! Invariant: every rank computes the same layout from the same view; the first lane that fails ends the process.
+
+use std::{
+    path::PathBuf,
+    sync::{
+        Arc,
+        mpsc::{Sender, channel},
+    },
+    time::Duration,
+};
+
+use nix::{
+    sched::{CpuSet, sched_setaffinity},
+    unistd::Pid,
+};
+
+use super::{
+    ChunkImage, EventLoop, InitialValues, Memory, MemoryOptions, Seeded, ShardConfig, lane::Lane, memory::elements_max,
+};
+use crate::{
+    Error, Result,
+    checkpoint::{Checkpoint, InitialParameters},
+    layout::{Layout, TensorSpec},
+    mem::{RegionOptions, Topology},
+    session::{JobConfig, Member, Offer, Paths, Report, cores_from_environment},
+    transport::tcp::{TcpOptions, TcpTransport},
+    types::{Clock, PeerId, ShardId},
+    wire::{handshake::Identity, job_id},
+};
+
+/// What all lanes of a process share.
+pub(super) struct Plan {
+    pub layout: Arc<Layout>,
+    pub workers: u16,
+    pub checkpoint_dir: Option<PathBuf>,
+    pub start_clock: Clock,
+    pub connect_time: Duration,
+    config: JobConfig,
+}
+
+/// The parameters of a safetensors file, and the tensors' own rules for those that it lacks.
+struct FromFile {
+    file: InitialParameters,
+    names: std::collections::HashSet<String>,
+    otherwise: Seeded,
+}
+
+impl InitialValues for FromFile {
+    fn fill(&self, tensor: &TensorSpec, start: u64, out: &mut [f32]) -> Result<()> {
+        if !self.names.contains(&tensor.name) {
+            return self.otherwise.fill(tensor, start, out);
+        }
+        self.file.fill(&tensor.name, &tensor.shape, start..start + out.len() as u64, out)
+    }
+}
+
+/// Serves this rank's shards until the job ends.
+///
+/// # Errors
+///
+/// The first error of any lane; [`Error::Preempted`] if the job was told to stop and its checkpoint is complete.
+pub fn run(mut member: Member) -> Result<()> {
+    let config = member.config().clone();
+    let view = member.view()?;
+    let layout = Arc::new(Layout::build(&view.declarations, config.layout_options())?);
+    let plan = Arc::new(Plan {
+        layout,
+        workers: config.workers,
+        checkpoint_dir: config.checkpoint.dir.clone(),
+        start_clock: config.start_clock,
+        connect_time: config.deadline().max(Duration::from_secs(30)),
+        config,
+    });
+    let cores = cores_from_environment()?;
+    let (setup, setups) = channel();
+    let mut lanes = Vec::new();
+    for lane in 0..plan.config.shards_per_server {
+        let (offers_out, offers_in) = channel();
+        let thread = LaneThread {
+            plan: plan.clone(),
+            me: PeerId { rank: member.rank(), lane },
+            core: cores.get(usize::from(lane)).copied(),
+            identity: identity(&member, lane),
+            reporter: member.reporter(),
+            commands: member.commands()?,
+            setup: setup.clone(),
+        };
+        let name = format!("shard-{}", thread.shard().0);
+        let handle = std::thread::Builder::new().name(name).spawn(move || thread.run(&offers_in));
+        handle.map_err(|error| Error::os("pthread_create", "a shard's thread", error))?;
+        lanes.push(offers_out);
+    }
+    drop(setup);
+    let mut offers = Vec::new();
+    for _ in &lanes {
+        match setups.recv().map_err(|_| Error::JobFailed("a shard's thread ended before it was ready".into()))? {
+            Step::Offers(own) => offers.extend(own),
+            Step::Ended(outcome) => return outcome,
+        }
+    }
+    let incoming = member.exchange(offers)?;
+    for (lane, lane_out) in lanes.iter().enumerate() {
+        let own = incoming.iter().filter(|(_, to, _)| usize::from(to.lane) == lane).cloned().collect();
+        // A lane that has ended already says so below.
+        let _ = lane_out.send(own);
+    }
+    for _ in &lanes {
+        if let Ok(Step::Ended(outcome)) = setups.recv() {
+            outcome?;
+        }
+    }
+    member.reporter().report(Report::Finished { summary: serde_json::Value::Null })
+}
+
+fn identity(member: &Member, lane: u16) -> Identity {
+    let config = member.config();
+    Identity {
+        job: job_id(&config.name, &format!("{:016x}", config.instance)),
+        token: member.token().clone(),
+        me: PeerId { rank: member.rank(), lane },
+        epoch: 0,
+    }
+}
+
+/// What a lane's thread tells the process.
+enum Step {
+    /// It is ready to be connected; these are its endpoints.
+    Offers(Vec<Offer>),
+    /// It has ended.
+    Ended(Result<()>),
+}
+
+struct LaneThread {
+    plan: Arc<Plan>,
+    me: PeerId,
+    core: Option<usize>,
+    identity: Identity,
+    reporter: crate::session::Reporter,
+    commands: crate::session::Commands,
+    setup: Sender<Step>,
+}
+
+impl LaneThread {
+    fn shard(&self) -> ShardId {
+        ShardId(self.me.rank.index * self.plan.config.shards_per_server + self.me.lane)
+    }
+
+    fn run(self, offers: &std::sync::mpsc::Receiver<Vec<Offer>>) {
+        let setup = self.setup.clone();
+        let serve = || -> Result<()> {
+            let me = self.me;
+            let mut lane = self.build()?;
+            // Fails only when the process is ending; then nobody sends offers either.
+            let _ = setup.send(Step::Offers(lane.offers(me)?));
+            match offers.recv() {
+                Ok(incoming) => lane.run(incoming),
+                Err(_) => Ok(()),
+            }
+        };
+        let outcome = serve();
+        let _ = setup.send(Step::Ended(outcome));
+    }
+
+    /// Pins the thread, then allocates: memory lies beside whoever touches it.
+    fn build(self) -> Result<Lane> {
+        let node = self.core.and_then(|core| {
+            let node = Topology::discover().cores.iter().find(|known| known.os_index as usize == core)?.node;
+            pin(core).then_some(node).flatten()
+        });
+        let (plan, shard) = (self.plan.clone(), self.shard());
+        let config = &plan.config;
+        let region = RegionOptions { name: format!("shard-{}", shard.0), numa_node: node, ..RegionOptions::default() };
+        let memory = MemoryOptions {
+            optimizer: config.optimizer.clone(),
+            reduction: config.reduction,
+            gradient_dtype: config.gradient_dtype,
+            parameter_dtype: config.parameter_dtype,
+            two_step: config.two_step,
+            region: RegionOptions { prefault: true, ..region.clone() },
+        };
+        let mut memory = Memory::new(memory, plan.layout.clone(), shard, &*initial_values(config)?)?;
+        let versions = restore(&plan, shard, &mut memory)?;
+        let options = TcpOptions {
+            interface: config.interface.clone(),
+            ports: config.ports.map(|ports| ports.first..=ports.last),
+            ..TcpOptions::new(self.identity)
+        };
+        let options = options.with_environment(|name| std::env::var(name).ok())?;
+        let paths = Paths::new(TcpTransport::new(options)?, 0, config.heartbeat(), config.deadline());
+        let shard_config = ShardConfig {
+            me: self.me,
+            shard,
+            workers: config.workers,
+            consistency: config.consistency,
+            slots: slots(config, &plan.layout, shard)?,
+            two_step: config.two_step,
+            epoch: 0,
+            start_clock: config.start_clock,
+            gradient_dtype: config.gradient_dtype,
+            parameter_dtype: config.parameter_dtype,
+            checkpoint_every: config.checkpoint.every,
+        };
+        let event_loop =
+            EventLoop::new(shard_config, plan.layout.clone(), memory, paths, &region, versions.as_deref())?;
+        Ok(Lane::new(plan, shard, event_loop, self.reporter, self.commands))
+    }
+}
+
+/// Binds this thread to a core; `false`, said once, where that is forbidden.
+fn pin(core: usize) -> bool {
+    let mut set = CpuSet::new();
+    let pinned = set.set(core).and_then(|()| sched_setaffinity(Pid::from_raw(0), &set));
+    if let Err(error) = pinned {
+        tracing::warn!("cannot bind a shard's thread to core {core}: {error}");
+    }
+    pinned.is_ok()
+}
+
+fn initial_values(config: &JobConfig) -> Result<Box<dyn InitialValues>> {
+    let otherwise = Seeded(config.seed);
+    Ok(match &config.init_from {
+        Some(path) => {
+            let file = InitialParameters::open(path)?;
+            let names = file.names().into_iter().collect();
+            Box::new(FromFile { file, names, otherwise })
+        }
+        None => Box::new(otherwise),
+    })
+}
+
+/// Loads the shard's chunks from the checkpoint to be resumed, whichever servers wrote it.
+fn restore(plan: &Plan, shard: ShardId, memory: &mut Memory) -> Result<Option<Vec<u64>>> {
+    let Some(path) = &plan.config.resume else { return Ok(None) };
+    let checkpoint = Checkpoint::open(path)?;
+    checkpoint.matches(&plan.layout)?;
+    let defect = |defect: String| Error::Checkpoint { path: path.clone(), defect };
+    let mut versions = Vec::new();
+    for id in &plan.layout.shards[usize::from(shard.0)] {
+        let data = checkpoint.chunk(*id)?;
+        let image = ChunkImage {
+            chunk: *id,
+            version: data.version,
+            steps: data.steps,
+            master: data.master.to_vec(),
+            first: data.first.to_vec(),
+            second: data.second.to_vec(),
+        };
+        let slots = usize::from(!image.first.is_empty()) + usize::from(!image.second.is_empty());
+        let wanted = plan.config.optimizer.kind.state_slots();
+        if slots != wanted {
+            return Err(defect(format!(
+                "it holds {slots} values of optimizer state an element, and this job's optimizer needs {wanted}: resume with \
+                 the optimizer that wrote it"
+            )));
+        }
+        memory.restore(&image);
+        versions.push(data.version);
+    }
+    let rates = checkpoint.manifest().state.learning_rate.clone();
+    if !rates.is_null() {
+        memory.restore_rates(serde_json::from_value(rates).map_err(|error| defect(error.to_string()))?);
+    }
+    Ok(Some(versions))
+}
+
+/// Window positions: what the budget for landing memory gives each worker, at least 2, at most a clock's worth.
+fn slots(config: &JobConfig, layout: &Layout, shard: ShardId) -> Result<u32> {
+    let chunk = (elements_max(layout, shard) * config.gradient_dtype.size()).max(1) as u64;
+    let budget = config.landing_bytes / u64::from(config.shards_per_server);
+    let fits = budget / (u64::from(config.workers) * chunk);
+    if fits < 2 {
+        return Err(Error::Config(format!(
+            "landing memory of {budget} bytes a shard has no room for 2 slots x {} workers x {chunk} bytes a chunk: raise \
+             landing_bytes or lower chunk_bytes",
+            config.workers
+        )));
+    }
+    let clock = layout.shards[usize::from(shard.0)].len().max(2) as u64;
+    Ok(fits.min(clock) as u32)
+}

@@ -1,0 +1,195 @@
+//! A worker's two flat buffers: gradients on their way out, parameters on their way in, by chunk.
+//!
+//! Invariant: a chunk's bytes are touched only while its lease is at home.
+
+use std::sync::Arc;
+
+use crate::{
+    Error, Result,
+    layout::{Layout, Piece, WorkerView},
+    mem::{Lease, Region, RegionOptions},
+    optim::{Kernels, Wire},
+    types::{ChunkId, Dtype, Version},
+};
+
+/// One chunk of this worker.
+#[derive(Debug)]
+pub(super) struct ChunkBuffer {
+    pub id: ChunkId,
+    /// `None` while it is on its way.
+    pub gradient: Option<Lease>,
+    /// `None` while it is awaited.
+    pub parameters: Option<Lease>,
+    pub version: Version,
+    /// Tensors that have a piece here.
+    pub tensors: u32,
+    /// Tensors whose gradient of this clock has been written.
+    pub written: u32,
+    /// Whether this clock's contribution has been given.
+    pub pushed: bool,
+}
+
+/// One tensor of this worker.
+#[derive(Debug)]
+pub(super) struct TensorBuffer {
+    pub name: String,
+    pub len: usize,
+    /// The worker's own chunk and the piece in it.
+    pub pieces: Vec<(usize, Piece)>,
+    /// Whether this clock's gradient has been written.
+    pub written: bool,
+}
+
+#[derive(Debug)]
+pub(super) struct Buffers {
+    pub chunks: Vec<ChunkBuffer>,
+    pub tensors: Vec<TensorBuffer>,
+    /// By chunk of the layout: the index in `chunks`.
+    own: Vec<Option<usize>>,
+    kernels: Kernels,
+    gradient_dtype: Dtype,
+    parameter_dtype: Dtype,
+}
+
+impl Buffers {
+    /// Allocates both buffers; the regions (parameters, gradients) are to be registered.
+    pub fn new(
+        layout: &Arc<Layout>,
+        worker: u16,
+        names: &[String],
+        (gradient_dtype, parameter_dtype): (Dtype, Dtype),
+    ) -> Result<(Buffers, Region, Region)> {
+        let view = WorkerView::new(layout, worker);
+        let options = |name: &str| RegionOptions {
+            name: format!("worker-{worker}-{name}"),
+            prefault: true,
+            ..RegionOptions::default()
+        };
+        let elements = view.elements as usize;
+        let (parameters, mut parameter_rest) =
+            Region::allocate(elements * parameter_dtype.size(), &options("parameters"))?;
+        let (gradients, mut gradient_rest) = Region::allocate(elements * gradient_dtype.size(), &options("gradients"))?;
+        let mut own = vec![None; layout.chunks.len()];
+        let mut chunks = Vec::with_capacity(view.chunks.len());
+        for id in &view.chunks {
+            let len = layout.chunk(*id).len as usize;
+            let (parameters, tail) = parameter_rest.split_at(len * parameter_dtype.size());
+            parameter_rest = tail;
+            let (gradient, tail) = gradient_rest.split_at(len * gradient_dtype.size());
+            gradient_rest = tail;
+            own[id.index()] = Some(chunks.len());
+            chunks.push(ChunkBuffer {
+                id: *id,
+                gradient: Some(gradient),
+                parameters: Some(parameters),
+                version: 0,
+                tensors: 0,
+                written: 0,
+                pushed: false,
+            });
+        }
+        let mut buffers =
+            Buffers { chunks, tensors: Vec::new(), own, kernels: Kernels::best(), gradient_dtype, parameter_dtype };
+        names.iter().for_each(|name| buffers.add_tensor(layout, name));
+        Ok((buffers, parameters, gradients))
+    }
+
+    fn add_tensor(&mut self, layout: &Layout, name: &str) {
+        let tensor = layout.tensor(name).expect("the layout holds every declared tensor");
+        let pieces: Vec<(usize, Piece)> = layout
+            .pieces(tensor)
+            .map(|piece| (self.own[piece.chunk.index()].expect("a declared tensor's chunks are ours"), piece))
+            .collect();
+        pieces.iter().for_each(|(chunk, _)| self.chunks[*chunk].tensors += 1);
+        let name = name.to_string();
+        self.tensors.push(TensorBuffer { name, len: tensor.len as usize, pieces, written: false });
+    }
+
+    /// This worker's own chunk of the layout's `id`.
+    pub fn own(&mut self, id: ChunkId) -> &mut ChunkBuffer {
+        let index = self.own[id.index()].expect("an event about a chunk of ours");
+        &mut self.chunks[index]
+    }
+
+    /// Writes a tensor's gradient into its chunks; gives the chunks that are complete thereby.
+    pub fn write(&mut self, tensor: usize, gradient: &[f32], complete: &mut Vec<usize>) {
+        let TensorBuffer { pieces, written, .. } = &mut self.tensors[tensor];
+        *written = true;
+        let size = self.gradient_dtype.size();
+        for (index, piece) in pieces {
+            let chunk = &mut self.chunks[*index];
+            let lease = chunk.gradient.as_mut().expect("gradients are at home before they are written");
+            let start = piece.chunk_start as usize * size;
+            let bytes = &mut lease.bytes_mut()[start..start + piece.len as usize * size];
+            let from = piece.tensor_start as usize;
+            let values = &gradient[from..from + piece.len as usize];
+            self.kernels.encode(values, Wire { bytes, dtype: self.gradient_dtype });
+            chunk.written += 1;
+            if chunk.written == chunk.tensors {
+                complete.push(*index);
+            }
+        }
+    }
+
+    /// A tensor that was not pushed gives zeros to the chunks that it shares with one that was: a chunk is pushed whole. Chunks in
+    /// which nothing was pushed stay as they are.
+    pub fn fill_gaps(&mut self) {
+        let size = self.gradient_dtype.size();
+        for tensor in self.tensors.iter().filter(|tensor| !tensor.written) {
+            for (index, piece) in &tensor.pieces {
+                let chunk = &mut self.chunks[*index];
+                if chunk.written > 0 {
+                    let lease = chunk.gradient.as_mut().expect("a chunk that is not complete has not been pushed");
+                    let start = piece.chunk_start as usize * size;
+                    lease.bytes_mut()[start..start + piece.len as usize * size].fill(0);
+                }
+            }
+        }
+    }
+
+    /// Copies a tensor's parameters out.
+    pub fn read(&self, tensor: usize, out: &mut [f32]) -> Result<()> {
+        let size = self.parameter_dtype.size();
+        for (index, piece) in &self.tensors[tensor].pieces {
+            let chunk = &self.chunks[*index];
+            let lease = chunk.parameters.as_ref().ok_or_else(|| {
+                let name = &self.tensors[tensor].name;
+                Error::Config(format!("the parameters of `{name}` are on their way: call wait() before reading them"))
+            })?;
+            let start = piece.chunk_start as usize * size;
+            let bytes = &lease.bytes()[start..start + piece.len as usize * size];
+            let from = piece.tensor_start as usize;
+            decode(self.parameter_dtype, bytes, &mut out[from..from + piece.len as usize]);
+        }
+        Ok(())
+    }
+
+    /// Whether every gradient has been sent and no parameters are awaited.
+    pub fn all_home(&self) -> bool {
+        self.chunks.iter().all(|chunk| chunk.gradient.is_some() && chunk.parameters.is_some())
+    }
+
+    /// A new clock begins.
+    pub fn begin_clock(&mut self) {
+        for chunk in &mut self.chunks {
+            chunk.written = 0;
+            chunk.pushed = false;
+        }
+        self.tensors.iter_mut().for_each(|tensor| tensor.written = false);
+    }
+}
+
+fn decode(dtype: Dtype, bytes: &[u8], out: &mut [f32]) {
+    match dtype {
+        Dtype::F32 => out.copy_from_slice(bytemuck::cast_slice(bytes)),
+        Dtype::Bf16 | Dtype::F16 => {
+            for (value, pair) in out.iter_mut().zip(bytes.chunks_exact(2)) {
+                let bits = u16::from_le_bytes([pair[0], pair[1]]);
+                *value = match dtype {
+                    Dtype::Bf16 => half::bf16::from_bits(bits).to_f32(),
+                    _ => half::f16::from_bits(bits).to_f32(),
+                };
+            }
+        }
+    }
+}

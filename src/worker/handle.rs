@@ -1,0 +1,448 @@
+//! What a training program holds: push gradients, pull parameters, wait.
+//!
+//! Invariant: every wait has a deadline, and its error names the server, the chunk and the clock that it waited for.
+
+use std::{
+    collections::VecDeque,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use super::{
+    ClientConfig, Command, Engine, Event,
+    buffers::Buffers,
+    progress::{Progress, connect_time},
+};
+use crate::{
+    Error, Result,
+    layout::{Layout, TensorSpec},
+    session::{JobConfig, Member, Paths, Report},
+    transport::tcp::{TcpOptions, TcpTransport},
+    types::{Clock, PeerId, Rank, Role, Version},
+    wire::{handshake::Identity, job_id},
+};
+
+/// How often a worker tells the launcher how far it is.
+const PROGRESS_EVERY: Duration = Duration::from_millis(200);
+
+/// A worker of a job.
+///
+/// A clock is one step: [`push_pull`](Worker::push_pull) (or [`push`](Worker::push)) the gradient of each tensor in whatever
+/// order backward produces them, then [`wait`](Worker::wait). Tensors are numbered as they were declared.
+#[derive(Debug)]
+pub struct Worker {
+    member: Member,
+    layout: Arc<Layout>,
+    lanes: Vec<PeerId>,
+    buffers: Buffers,
+    progress: Progress,
+    clock: Clock,
+    /// Whether this clock's pushes want parameters back; decided by its first push.
+    wants_reply: Option<bool>,
+    /// The clock is over for us: everything has been pushed.
+    closed: bool,
+    events: VecDeque<Event>,
+    attached: bool,
+    finished: bool,
+    reported: Instant,
+}
+
+impl Worker {
+    /// Takes this process' place in the job that its environment names (`gradwire run` sets it), and waits for the first
+    /// parameters.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Refused`] by the launcher; [`Error::LayoutConflict`] if another worker declared a tensor differently.
+    pub fn join(tensors: Vec<TensorSpec>) -> Result<Worker> {
+        Worker::with_member(Member::from_environment()?, tensors)
+    }
+
+    /// The same with a seat that has been taken already.
+    pub fn with_member(mut member: Member, tensors: Vec<TensorSpec>) -> Result<Worker> {
+        let reporter = member.reporter();
+        let joined = Worker::set_up(&mut member, tensors);
+        match joined {
+            Ok((layout, lanes, buffers, progress)) => {
+                let mut worker = Worker {
+                    clock: member.config().start_clock,
+                    member,
+                    layout,
+                    lanes,
+                    buffers,
+                    progress,
+                    wants_reply: None,
+                    closed: false,
+                    events: VecDeque::new(),
+                    attached: false,
+                    finished: false,
+                    reported: Instant::now(),
+                };
+                worker.first_parameters()?;
+                Ok(worker)
+            }
+            Err(error) => {
+                let _ = reporter.report(Report::failure(&error));
+                Err(error)
+            }
+        }
+    }
+
+    fn set_up(member: &mut Member, tensors: Vec<TensorSpec>) -> Result<(Arc<Layout>, Vec<PeerId>, Buffers, Progress)> {
+        let rank = member.rank();
+        if rank.role != Role::Worker {
+            return Err(Error::Config(format!("this process is {rank}: only a worker pushes and pulls")));
+        }
+        let names: Vec<String> = tensors.iter().map(|spec| spec.name.clone()).collect();
+        let view = member.declare(tensors)?;
+        let config = member.config().clone();
+        let layout = Arc::new(Layout::build(&view.declarations, config.layout_options())?);
+        let dtypes = (config.gradient_dtype, config.parameter_dtype);
+        let (buffers, parameters, gradients) = Buffers::new(&layout, rank.index, &names, dtypes)?;
+        let lanes: Vec<PeerId> = (0..config.servers)
+            .flat_map(|server| (0..config.shards_per_server).map(move |lane| PeerId::server(server, lane)))
+            .collect();
+        let client = ClientConfig {
+            worker: rank.index,
+            lanes: lanes.clone(),
+            consistency: config.consistency,
+            epoch: 0,
+            gradient_dtype: config.gradient_dtype,
+            parameter_dtype: config.parameter_dtype,
+        };
+        let paths = Paths::new(transport(member)?, 0, config.heartbeat(), config.deadline());
+        let mut engine = Engine::new(client, layout.clone(), paths, &parameters, &gradients)?;
+        let me = PeerId::worker(rank.index);
+        let offers = lanes.iter().map(|lane| Ok((me, *lane, engine.paths().offer(*lane)?))).collect::<Result<_>>()?;
+        let deadline = Instant::now() + connect_time(&config);
+        for (lane, _, endpoint) in member.exchange(offers)? {
+            engine.connect(lane, &endpoint, deadline)?;
+        }
+        let progress = Progress::start(engine, member.commands()?, member.reporter())?;
+        Ok((layout, lanes, buffers, progress))
+    }
+
+    /// Waits until all lanes are there, then pulls what they start with.
+    fn first_parameters(&mut self) -> Result<()> {
+        let time = connect_time(self.config());
+        let deadline = Instant::now() + time;
+        while !self.attached {
+            self.take_events(deadline)?;
+            if !self.attached && Instant::now() >= deadline {
+                let from = "the servers".into();
+                let awaited = "the paths of the job";
+                return Err(Error::Deadline { from, awaited, chunk: None, clock: None, waited: time });
+            }
+        }
+        self.pull(0, self.wait_time())
+    }
+
+    /// This worker's number, from 0.
+    pub fn rank(&self) -> usize {
+        self.member.rank().index.into()
+    }
+
+    /// How many workers the job has.
+    pub fn workers(&self) -> usize {
+        self.config().workers.into()
+    }
+
+    /// The clock that the next push belongs to; not 0 in a job that was resumed.
+    pub fn clock(&self) -> Clock {
+        self.clock
+    }
+
+    /// The job's settings.
+    pub fn config(&self) -> &JobConfig {
+        self.member.config()
+    }
+
+    /// The number of the tensor with this name.
+    pub fn tensor(&self, name: &str) -> Option<usize> {
+        self.buffers.tensors.iter().position(|tensor| tensor.name == name)
+    }
+
+    /// Copies a tensor's parameters into `out`, which has as many elements as the tensor.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Config`] if `out` has another length, or while the parameters are on their way.
+    pub fn parameters(&self, tensor: usize, out: &mut [f32]) -> Result<()> {
+        self.check_tensor(tensor, out.len())?;
+        self.buffers.read(tensor, out)
+    }
+
+    /// Pushes a tensor's gradient of this clock; [`wait`](Worker::wait) brings the new parameters.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Config`] if the gradient has another length than the tensor or was given already; [`Error::JobFailed`] if the job
+    /// has ended.
+    pub fn push_pull(&mut self, tensor: usize, gradient: &[f32]) -> Result<()> {
+        self.give(tensor, gradient, true)
+    }
+
+    /// Pushes a tensor's gradient of this clock and wants nothing back: [`wait`](Worker::wait) does not wait for parameters.
+    /// All pushes of a clock are of one kind.
+    ///
+    /// # Errors
+    ///
+    /// As [`push_pull`](Worker::push_pull).
+    pub fn push(&mut self, tensor: usize, gradient: &[f32]) -> Result<()> {
+        self.give(tensor, gradient, false)
+    }
+
+    /// Pushes, with push_pull, whatever lies in the gradient buffers of all tensors: for benchmarks, and for programs that write
+    /// their gradients there.
+    ///
+    /// # Errors
+    ///
+    /// As [`push_pull`](Worker::push_pull).
+    pub fn push_pull_all(&mut self) -> Result<()> {
+        self.decide_reply(true)?;
+        for tensor in &mut self.buffers.tensors {
+            tensor.written = true;
+        }
+        let all: Vec<usize> = (0..self.buffers.chunks.len()).filter(|i| !self.buffers.chunks[*i].pushed).collect();
+        self.push_chunks(&all, true);
+        Ok(())
+    }
+
+    /// Ends the clock: tensors that were not pushed are absent. Waits for the new parameters (after `push_pull`), or until the
+    /// gradients have left (after `push`). A clock without any push ends as one of `push_pull`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Deadline`] after the job's `wait_ms`, naming what was awaited; it may be called again. [`Error::Preempted`] if the
+    /// job was told to stop and has written its checkpoint; [`Error::JobFailed`] if it has failed.
+    pub fn wait(&mut self) -> Result<()> {
+        self.wait_for(self.wait_time())
+    }
+
+    /// [`wait`](Worker::wait) with a deadline of its own.
+    pub fn wait_for(&mut self, time: Duration) -> Result<()> {
+        if !self.closed {
+            let wants_reply = *self.wants_reply.get_or_insert(true);
+            self.close_clock(wants_reply);
+            self.closed = true;
+        }
+        self.until_home(time)?;
+        self.buffers.begin_clock();
+        self.wants_reply = None;
+        self.closed = false;
+        self.clock += 1;
+        self.report_progress();
+        Ok(())
+    }
+
+    /// Brings every chunk's parameters up to `min_version` or later (under `bsp`, version = clocks applied), waiting at most
+    /// `time` for it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Deadline`] naming the chunk that did not reach the version in time; what there was has been brought all the same.
+    pub fn pull(&mut self, min_version: Version, time: Duration) -> Result<()> {
+        if self.wants_reply == Some(true) {
+            return Err(Error::Config(
+                "pull between push_pull and wait: the parameters are on their way already".into(),
+            ));
+        }
+        let since = Instant::now();
+        let mut commands = Vec::with_capacity(self.buffers.chunks.len());
+        for chunk in &mut self.buffers.chunks {
+            if let Some(into) = chunk.parameters.take() {
+                commands.push(Command::Pull { chunk: chunk.id, min_version, patience: Some(time), into });
+            }
+        }
+        self.progress.command(commands);
+        // The server answers in time even if the version is not there; this allows for the way.
+        self.until_home(time + Duration::from_secs(5))?;
+        match self.buffers.chunks.iter().find(|chunk| chunk.version < min_version) {
+            None => Ok(()),
+            Some(chunk) => Err(Error::Deadline {
+                from: self.owner(chunk.id).to_string(),
+                awaited: "a version that was not reached",
+                chunk: Some(chunk.id),
+                clock: None,
+                waited: since.elapsed(),
+            }),
+        }
+    }
+
+    /// The version of the parameters at hand: the oldest of all chunks.
+    pub fn version(&self) -> Version {
+        self.buffers.chunks.iter().map(|chunk| chunk.version).min().unwrap_or(0)
+    }
+
+    /// Changes the default group's learning rate on every server, from this clock on. Under `bsp` it takes effect at exactly
+    /// that clock everywhere, if it is called before this worker's first push of the clock.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Config`] for a rate that is negative or not finite.
+    pub fn set_learning_rate(&mut self, rate: f64) -> Result<()> {
+        if !(0.0..=f64::from(f32::MAX)).contains(&rate) {
+            return Err(Error::Config(format!("learning rate {rate}: it must be a number from 0 to 3.4e38")));
+        }
+        self.progress.command([Command::SetLearningRate { rate, clock: self.clock }]);
+        Ok(())
+    }
+
+    /// This worker has done its part: waits until every server knows, and leaves the job in order.
+    ///
+    /// # Errors
+    ///
+    /// As [`wait`](Worker::wait).
+    pub fn finish(mut self) -> Result<()> {
+        self.progress.command([Command::Finish]);
+        let time = self.wait_time();
+        let deadline = Instant::now() + time;
+        while !self.finished {
+            self.take_events(deadline)?;
+            if !self.finished && Instant::now() >= deadline {
+                let (from, awaited) = ("the servers".into(), "their goodbye");
+                return Err(Error::Deadline { from, awaited, chunk: None, clock: Some(self.clock), waited: time });
+            }
+        }
+        let reporter = self.member.reporter();
+        reporter.report(Report::Progress { clock: self.clock })?;
+        reporter.report(Report::Finished { summary: serde_json::Value::Null })
+    }
+
+    fn give(&mut self, tensor: usize, gradient: &[f32], wants_reply: bool) -> Result<()> {
+        self.check_tensor(tensor, gradient.len())?;
+        self.decide_reply(wants_reply)?;
+        if self.buffers.tensors[tensor].written {
+            let name = &self.buffers.tensors[tensor].name;
+            return Err(Error::Config(format!("the gradient of `{name}` was pushed twice in clock {}", self.clock)));
+        }
+        let mut complete = Vec::new();
+        self.buffers.write(tensor, gradient, &mut complete);
+        self.push_chunks(&complete, wants_reply);
+        Ok(())
+    }
+
+    fn decide_reply(&mut self, wants_reply: bool) -> Result<()> {
+        if self.closed {
+            return Err(Error::Config("the clock is over: call wait() again before pushing".into()));
+        }
+        if *self.wants_reply.get_or_insert(wants_reply) != wants_reply {
+            return Err(Error::Config("push and push_pull cannot be mixed within a clock".into()));
+        }
+        Ok(())
+    }
+
+    /// Tensors that were not pushed: zeros beside others in their chunk, absence where a chunk has nothing at all.
+    fn close_clock(&mut self, wants_reply: bool) {
+        self.buffers.fill_gaps();
+        let clock = self.clock;
+        let mut commands = Vec::new();
+        for chunk in self.buffers.chunks.iter_mut().filter(|chunk| !chunk.pushed) {
+            chunk.pushed = true;
+            let reply = if wants_reply { chunk.parameters.take() } else { None };
+            let command = if chunk.written == 0 {
+                Command::Push { chunk: chunk.id, clock, gradient: None, reply }
+            } else {
+                Command::Push { chunk: chunk.id, clock, gradient: chunk.gradient.take(), reply }
+            };
+            commands.push(command);
+        }
+        self.progress.command(commands);
+    }
+
+    fn push_chunks(&mut self, indices: &[usize], wants_reply: bool) {
+        let clock = self.clock;
+        let chunks = &mut self.buffers.chunks;
+        let commands = indices.iter().map(|index| {
+            let chunk = &mut chunks[*index];
+            chunk.pushed = true;
+            let reply = if wants_reply { chunk.parameters.take() } else { None };
+            Command::Push { chunk: chunk.id, clock, gradient: chunk.gradient.take(), reply }
+        });
+        self.progress.command(commands);
+    }
+
+    fn until_home(&mut self, time: Duration) -> Result<()> {
+        let deadline = Instant::now() + time;
+        while !self.buffers.all_home() {
+            self.take_events(deadline)?;
+            if !self.buffers.all_home() && Instant::now() >= deadline {
+                return Err(self.deadline_error(time));
+            }
+        }
+        Ok(())
+    }
+
+    fn deadline_error(&self, waited: Duration) -> Error {
+        let away = |chunk: &&super::buffers::ChunkBuffer| chunk.parameters.is_none();
+        let (chunk, awaited) = match self.buffers.chunks.iter().find(away) {
+            Some(chunk) => (Some(chunk.id), "parameters"),
+            None => {
+                let unsent = self.buffers.chunks.iter().find(|chunk| chunk.gradient.is_none());
+                (unsent.map(|chunk| chunk.id), "room for a gradient")
+            }
+        };
+        let from = chunk.map_or_else(|| "the servers".into(), |chunk| self.owner(chunk).to_string());
+        Error::Deadline { from, awaited, chunk, clock: Some(self.clock), waited }
+    }
+
+    fn take_events(&mut self, deadline: Instant) -> Result<()> {
+        self.progress.events(deadline, &mut self.events)?;
+        for event in self.events.drain(..) {
+            match event {
+                Event::Attached => self.attached = true,
+                Event::GradientSent { chunk, lease } => self.buffers.own(chunk).gradient = Some(lease),
+                Event::Parameters { chunk, version, lease } => {
+                    let chunk = self.buffers.own(chunk);
+                    chunk.version = version;
+                    chunk.parameters = Some(lease);
+                }
+                Event::Finished => self.finished = true,
+            }
+        }
+        Ok(())
+    }
+
+    fn report_progress(&mut self) {
+        let now = Instant::now();
+        if now.duration_since(self.reported) >= PROGRESS_EVERY {
+            self.reported = now;
+            // If the launcher is gone, the progress thread says so at the next wait.
+            let _ = self.member.reporter().report(Report::Progress { clock: self.clock });
+        }
+    }
+
+    fn check_tensor(&self, tensor: usize, len: usize) -> Result<()> {
+        match self.buffers.tensors.get(tensor) {
+            Some(known) if known.len == len => Ok(()),
+            Some(known) => {
+                Err(Error::Config(format!("`{}` has {} elements, and {len} were given", known.name, known.len)))
+            }
+            None => Err(Error::Config(format!(
+                "there is no tensor {tensor}: this worker declared {}",
+                self.buffers.tensors.len()
+            ))),
+        }
+    }
+
+    fn owner(&self, chunk: crate::types::ChunkId) -> PeerId {
+        self.lanes[usize::from(self.layout.chunk(chunk).shard.0)]
+    }
+
+    fn wait_time(&self) -> Duration {
+        Duration::from_millis(self.config().wait_ms)
+    }
+}
+
+/// A worker calls the servers; nobody calls it.
+fn transport(member: &Member) -> Result<TcpTransport> {
+    let config = member.config();
+    let Rank { index, .. } = member.rank();
+    let identity = Identity {
+        job: job_id(&config.name, &format!("{:016x}", config.instance)),
+        token: member.token().clone(),
+        me: PeerId::worker(index),
+        epoch: 0,
+    };
+    TcpTransport::new(TcpOptions { listen: false, ..TcpOptions::new(identity) })
+}

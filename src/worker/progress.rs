@@ -1,0 +1,206 @@
+//! The progress thread: it turns a worker's engine while the user computes, sleeps when there is nothing to do, and listens to
+//! the launcher.
+//!
+//! Invariant: commands are carried out in the order in which they were given, events are handed over in the order in which they
+//! happened, and after a failure every wait of the user ends with it.
+
+use std::{
+    collections::VecDeque,
+    os::fd::BorrowedFd,
+    sync::{Arc, Condvar, Mutex, MutexGuard},
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+use super::{Command, Engine, Event};
+use crate::{
+    Error, Result,
+    session::{self, Commands, Report, Reporter},
+    transport::{Armed, Transport, Waiter, WakeHandle, Wakeup},
+    types::Clock,
+};
+
+/// Turns without anything to do before the thread sleeps. Short: the user's own threads need the cores.
+const IDLE_TURNS_MAX: u32 = 20;
+
+/// How a worker's part in the job has ended early.
+#[derive(Clone, Debug)]
+enum Failure {
+    Preempted(Clock),
+    Failed(String),
+}
+
+#[derive(Debug, Default)]
+struct State {
+    commands: VecDeque<Command>,
+    events: VecDeque<Event>,
+    failure: Option<Failure>,
+    ending: bool,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+/// The user's end of a progress thread.
+#[derive(Debug)]
+pub(super) struct Progress {
+    shared: Arc<Shared>,
+    wake: WakeHandle,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Progress {
+    /// Starts the thread.
+    pub fn start<T>(engine: Engine<T>, commands: Commands, reporter: Reporter) -> Result<Progress>
+    where
+        T: Transport + Wakeup + Send + 'static,
+    {
+        let shared = Arc::new(Shared::default());
+        let waiter = Waiter::new()?;
+        let wake = waiter.handle();
+        let mut thread = ProgressThread { shared: shared.clone(), engine, waiter, launcher: Launcher(commands) };
+        let run = move || {
+            if let Err(error) = thread.run() {
+                let failure = match error {
+                    Error::Preempted { clock } => Failure::Preempted(clock),
+                    error => {
+                        // If the launcher is gone, nobody is left to be told.
+                        let _ = reporter.report(Report::failure(&error));
+                        Failure::Failed(error.to_string())
+                    }
+                };
+                thread.shared.lock().failure = Some(failure);
+                thread.shared.changed.notify_all();
+            }
+        };
+        let handle = std::thread::Builder::new().name("gradwire".into()).spawn(run);
+        let thread = handle.map_err(|error| Error::os("pthread_create", "the progress thread", error))?;
+        Ok(Progress { shared, wake, thread: Some(thread) })
+    }
+
+    /// Gives commands.
+    pub fn command(&self, commands: impl IntoIterator<Item = Command>) {
+        self.shared.lock().commands.extend(commands);
+        self.wake.wake();
+    }
+
+    /// Takes the events so far; waits for one, at most until `deadline`, if there is none. Empty after the deadline.
+    ///
+    /// # Errors
+    ///
+    /// Why the worker's part in the job has ended, once all events have been taken.
+    pub fn events(&self, deadline: Instant, events: &mut VecDeque<Event>) -> Result<()> {
+        let mut state = self.shared.lock();
+        loop {
+            if !state.events.is_empty() {
+                events.append(&mut state.events);
+                return Ok(());
+            }
+            match &state.failure {
+                Some(Failure::Preempted(clock)) => return Err(Error::Preempted { clock: *clock }),
+                Some(Failure::Failed(text)) => return Err(Error::JobFailed(text.clone())),
+                None => {}
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(());
+            }
+            state = match self.shared.changed.wait_timeout(state, left) {
+                Ok((state, _)) => state,
+                Err(poisoned) => poisoned.into_inner().0,
+            };
+        }
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        self.shared.lock().ending = true;
+        self.wake.wake();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// The launcher's commands as something that wakes a sleeping thread.
+struct Launcher(Commands);
+
+impl Wakeup for Launcher {
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.0.fd()
+    }
+
+    fn arm_wakeup(&mut self) -> Result<Armed> {
+        Ok(Armed::Sleep) // the fd stays readable as long as there is a command
+    }
+
+    fn next_deadline(&self) -> Option<Instant> {
+        None
+    }
+}
+
+struct ProgressThread<T> {
+    shared: Arc<Shared>,
+    engine: Engine<T>,
+    waiter: Waiter,
+    launcher: Launcher,
+}
+
+impl<T: Transport + Wakeup> ProgressThread<T> {
+    fn run(&mut self) -> Result<()> {
+        let (mut commands, mut events) = (VecDeque::new(), VecDeque::new());
+        let mut idle = 0;
+        loop {
+            {
+                let mut state = self.shared.lock();
+                if state.ending {
+                    return Ok(());
+                }
+                std::mem::swap(&mut commands, &mut state.commands);
+            }
+            self.obey()?;
+            idle = if commands.is_empty() { idle + 1 } else { 0 };
+            let turned = self.engine.turn(Instant::now(), &mut commands, &mut events);
+            if !events.is_empty() {
+                idle = 0;
+                self.shared.lock().events.append(&mut events);
+                self.shared.changed.notify_all();
+            }
+            turned?;
+            if idle > IDLE_TURNS_MAX {
+                let until = self.engine.next_deadline();
+                self.waiter.wait(&mut [self.engine.paths().transport(), &mut self.launcher], until)?;
+                idle = 0;
+            }
+        }
+    }
+
+    /// Follows the launcher.
+    fn obey(&mut self) -> Result<()> {
+        while let Some(command) = self.launcher.0.poll()? {
+            match command {
+                session::Command::Leave { clock } => return Err(Error::Preempted { clock }),
+                session::Command::JobFailed { text } => return Err(Error::JobFailed(text)),
+                session::Command::Stop { clock: None, reason, .. } => return Err(Error::JobFailed(reason)),
+                // The servers' business: they hold the workers at the checkpoint's clock.
+                session::Command::Stop { .. } | session::Command::Checkpoint { .. } | session::Command::End { .. } => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+/// How long a worker waits for the lanes to be there.
+pub(super) fn connect_time(config: &session::JobConfig) -> Duration {
+    config.deadline().max(Duration::from_secs(30))
+}
