@@ -10,7 +10,6 @@ pub mod types;
 
 pub mod consistency;
 pub mod layout;
-pub mod observe;
 pub mod sys;
 pub mod wire;
 
@@ -26,7 +25,6 @@ pub mod server;
 pub mod worker;
 
 pub mod launch;
-pub mod tools;
 pub mod world;
 
 pub mod cli;
