@@ -122,7 +122,8 @@ impl Shard {
             credit,
             ..Note::new(NoteKind::Parameters)
         };
-        let payload = Some((copy.clone(), slot));
+        // A slot of the pool has room for the largest chunk; this one may be shorter.
+        let payload = Some((copy.prefix(slot.len as usize), slot));
         self.post(peer, note, payload);
     }
 
