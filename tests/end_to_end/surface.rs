@@ -73,3 +73,39 @@ fn strangers_do_not_disturb_a_running_job() {
     assert!(reached > 100, "only {reached} strangers got through");
     assert_eq!(digests(&job.output()), quiet);
 }
+
+#[test]
+fn two_jobs_in_the_same_port_range_do_not_collide() {
+    let homes = [home(), home()];
+    let jobs = homes.iter().map(|home| {
+        let mut options = options(home.path(), "train");
+        options.config.ports = Some("23420-23439".parse().unwrap());
+        Job::start(options).unwrap()
+    });
+    let mut jobs: Vec<Job> = jobs.collect();
+    let outputs = jobs.iter_mut().map(|job| {
+        let outcome = end(job);
+        assert_eq!(outcome.code, 0, "{:?}\n{}", outcome.reason, job.output());
+        digests(&job.output())
+    });
+    let outputs: Vec<_> = outputs.collect();
+    assert_eq!(outputs[0], outputs[1]);
+}
+
+/// The first values come from a safetensors file for the tensors that it holds, from their own rules for the others.
+#[test]
+fn first_values_come_from_a_file() {
+    let first = home();
+    run(options(first.path(), "train"));
+    let checkpoint = gradwire::checkpoint::latest(&first.path().join("checkpoints")).unwrap().checkpoint.unwrap();
+    let file = first.path().join("model.safetensors");
+    gradwire::checkpoint::export(&checkpoint, &file).unwrap();
+    let second = home();
+    let mut options = options(second.path(), "train");
+    options.config.init_from = Some(file);
+    // Nothing is trained: what comes out is what went in.
+    with_variable(&mut options, "WORKER_STEPS", 0);
+    run(options);
+    let all = vec![crate::program::model(); 2];
+    assert_eq!(crate::jobs::stored(second.path(), &all), crate::jobs::stored(first.path(), &all));
+}
