@@ -24,7 +24,7 @@ use std::{fmt, net::SocketAddr, net::ToSocketAddrs, str::FromStr, time::Duration
 pub use hub::{CheckpointSink, NoticeSink, Order, Rendezvous, RendezvousOptions};
 pub use member::{Commands, Member, Reporter};
 pub(crate) use member::{ControlAnswer, control};
-pub use message::{Command, Control, Offer, RankStatus, Report, Status, VERSION, View};
+pub use message::{Command, Control, Offer, RankStatus, Report, Status, VERSION, View, decode_lines};
 pub use peer::token_from_environment;
 pub use roster::Notice;
 
