@@ -90,8 +90,6 @@ pub struct Lease {
 #[derive(Clone, Debug)]
 pub struct SharedLease {
     block: Arc<Block>,
-    /// Bytes of the block, from its start, that this holder reads.
-    len: usize,
 }
 
 impl Lease {
@@ -179,21 +177,11 @@ impl Lease {
 
     /// Makes the range readable by many; [`SharedLease::thaw`] is the way back.
     pub fn freeze(self) -> SharedLease {
-        SharedLease { len: self.block.len, block: self.block }
+        SharedLease { block: self.block }
     }
 }
 
 impl SharedLease {
-    /// One more holder, which reads the first `len` bytes only. What it thaws to is the whole range.
-    ///
-    /// # Panics
-    ///
-    /// If this one has fewer.
-    pub fn prefix(&self, len: usize) -> SharedLease {
-        assert!(len <= self.len, "the first {len} of {} bytes", self.len);
-        SharedLease { block: self.block.clone(), len }
-    }
-
     /// The region that the range is of.
     pub fn region_id(&self) -> RegionId {
         self.block.mapping.id()
@@ -206,20 +194,19 @@ impl SharedLease {
 
     /// Length in bytes.
     pub fn len(&self) -> usize {
-        self.len
+        self.block.len
     }
 
     /// Whether the range is empty.
     pub fn is_empty(&self) -> bool {
-        self.len == 0
+        self.block.len == 0
     }
 
     /// The bytes.
     pub fn bytes(&self) -> &[u8] {
         // SAFETY: the range is valid as in `Lease::bytes`. While this `SharedLease` is borrowed the block has no `Lease`: the one
-        // it had was consumed by `freeze`, and `thaw` makes one only from the last `SharedLease`, by value. `len` is at most the
-        // block's: `freeze` sets it so and `prefix` only lowers it.
-        unsafe { std::slice::from_raw_parts(self.block.pointer().as_ptr(), self.len) }
+        // it had was consumed by `freeze`, and `thaw` makes one only from the last `SharedLease`, by value.
+        unsafe { std::slice::from_raw_parts(self.block.pointer().as_ptr(), self.block.len) }
     }
 
     /// The exclusive lease again, if this was the last holder; itself otherwise.
@@ -417,24 +404,6 @@ mod tests {
         let (left, right) = left.join(right).unwrap_err();
         assert_ne!(left.region_id(), right.region_id());
         assert_eq!(left.region_id(), left.freeze().region_id());
-    }
-
-    #[test]
-    fn a_reader_of_a_prefix_gives_the_whole_back() {
-        let (_region, lease) = fresh();
-        let (offset, shared) = (lease.offset(), lease.freeze());
-        let short = shared.prefix(100);
-        assert_eq!((short.offset(), short.len(), short.bytes().len(), short.is_empty()), (offset, 100, 100, false));
-        assert!(shared.prefix(0).is_empty());
-        let short = short.prefix(7);
-        assert_eq!(shared.thaw().unwrap_err().len(), BYTES, "the prefix still reads it");
-        assert_eq!(short.thaw().unwrap().len(), BYTES);
-    }
-
-    #[test]
-    #[should_panic(expected = "the first 101 of 100 bytes")]
-    fn a_prefix_of_a_prefix_is_no_longer_than_it() {
-        fresh().1.freeze().prefix(100).prefix(101);
     }
 
     #[test]

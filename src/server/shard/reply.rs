@@ -122,8 +122,7 @@ impl Shard {
             credit,
             ..Note::new(NoteKind::Parameters)
         };
-        // A slot of the pool has room for the largest chunk; this one may be shorter.
-        let payload = Some((copy.prefix(slot.len as usize), slot));
+        let payload = Some((copy.clone(), slot));
         self.post(peer, note, payload);
     }
 
