@@ -222,6 +222,28 @@ fn partitions_shorter_than_the_deadline_do_no_harm() {
     }
 }
 
+/// Workers that own tensors alone are not kept together by every reply: while one still owes its part of a clock, another has
+/// pushed the next. The jobs of the other tests hardly ever get there.
+#[test]
+fn a_checkpoint_is_a_state_between_two_clocks() {
+    for seed in seeds(200) {
+        let mut random = SimRandom::new(!seed);
+        let workers = 2 + random.below(3) as usize;
+        let own = |worker: usize| TensorSpec::new(format!("own{worker}"), [16 + 8 * worker as u64]);
+        let declarations = (0..workers).map(|worker| vec![TensorSpec::new("all", [16]), own(worker)]).collect();
+        check_undisturbed(&WorldOptions {
+            declarations,
+            servers: 1,
+            chunk_elements: 16,
+            slots: 4 + random.below(12) as u32,
+            consistency: Consistency::Bsp,
+            clocks: 8,
+            checkpoint_every: Some(1 + random.below(3)),
+            ..options(seed + 40_000)
+        });
+    }
+}
+
 /// In this version a broken path, a death and a stopped process end the job, and the report names the one that is gone.
 #[test]
 fn what_breaks_is_reported_by_name() {
