@@ -262,6 +262,10 @@ impl Bits {
         let bits = mix(&[self.seed, worker.into(), chunk.into(), clock, element as u64]);
         (bits % 2_000_001) as f32 / 1_000_000.0 - 1.0
     }
+
+    fn gives(&self, worker: u16, chunk: u32, clock: Clock) -> bool {
+        mix(&[self.seed, worker.into(), chunk.into(), clock]) % 5 != 0
+    }
 }
 
 impl Program for Bits {
@@ -269,7 +273,7 @@ impl Program for Bits {
         for (element, value) in gradient.iter_mut().enumerate() {
             *value = self.value(at.worker, at.chunk.0, at.clock, element);
         }
-        true
+        self.gives(at.worker, at.chunk.0, at.clock)
     }
 
     fn received(&mut self, _at: At, _parameters: &[f32]) -> Result<(), String> {
@@ -277,7 +281,8 @@ impl Program for Bits {
     }
 }
 
-/// BSP gives the bits of the scalar oracle, whatever the network does, fused and two-step alike.
+/// BSP gives the bits of the scalar oracle, whatever the network does, fused and two-step alike. An absent worker counts in the
+/// mean with a gradient of zero.
 #[test]
 fn bsp_equals_the_oracle_bit_for_bit() {
     for seed in seeds(100) {
@@ -317,17 +322,22 @@ fn compare_with_oracle(options: &WorldOptions, outcome: &Outcome, bits: &Bits) {
             tensor.spec.init.fill(options.seed, &tensor.spec.name, &shape, piece.tensor_start as usize, out);
         }
         for (element, mut master) in start.into_iter().enumerate() {
-            let (mut first, mut second) = (0.0, 0.0);
+            let (mut first, mut second, mut steps) = (0.0, 0.0, 0);
             for clock in 0..options.clocks {
                 let values: Vec<[u8; 4]> = chunk
                     .contributors
                     .iter()
+                    .filter(|worker| bits.gives(**worker, image.chunk.0, clock))
                     .map(|worker| bits.value(*worker, image.chunk.0, clock, element).to_le_bytes())
                     .collect();
+                if values.is_empty() {
+                    continue; // a clock without gradients is no step
+                }
+                steps += 1;
                 let slices: Vec<&[u8]> = values.iter().map(|value| value.as_slice()).collect();
                 let sum = oracle::reduce(Dtype::F32, &slices, 0);
                 let mean = Reduction::Mean.factor(chunk.contributors.len() as u32);
-                let plan = options.optimizer.span_step(0, clock + 1, options.optimizer.learning_rate, mean);
+                let plan = options.optimizer.span_step(0, steps, options.optimizer.learning_rate, mean);
                 let gradient = oracle::gradient(&plan, sum);
                 let scalars: &StepScalars = &plan.scalars;
                 oracle::update(scalars, gradient, &mut master, &mut first, &mut second);

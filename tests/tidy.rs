@@ -42,8 +42,14 @@ const UNSAFE_ALLOWED: &[&str] = &[
 ];
 
 /// Waits without a deadline of their own, and why each is right.
-const WAITS_ALLOWED: &[(&str, &str)] =
-    &[("src/launch/sweep.rs", "polls /proc for processes that end, between two looks, under a deadline")];
+const WAITS_ALLOWED: &[(&str, &str)] = &[
+    ("src/launch/sweep.rs", "polls /proc for processes that end, between two looks, under a deadline"),
+    ("src/server/lane.rs", "the writer waits for snapshots of its own process; the lane's end closes the channel"),
+    (
+        "src/server/node.rs",
+        "the process waits for its own threads; each sends how it ended, and its end closes the channel",
+    ),
+];
 
 const FILE_LINES_MAX: usize = 500;
 const FUNCTION_LINES_MAX: usize = 70;
@@ -221,7 +227,9 @@ fn the_root_exports_few_names() {
     let root = sources.iter().find(|source| source.path == "src/lib.rs").expect("the crate's root");
     let mut names = Vec::new();
     for at in 0..root.tokens.len() {
-        if root.reads(at, &["pub", "mod"]) {
+        // A hidden module is for the binary and the tests.
+        let hidden = at >= 4 && root.reads(at - 4, &["(", "hidden", ")", "]"]);
+        if root.reads(at, &["pub", "mod"]) && !hidden {
             names.push(root.tokens[at + 2].text.clone());
         } else if root.reads(at, &["pub", "use"]) {
             let tree = root.tokens[at + 2..].iter().take_while(|token| token.text != ";").collect::<Vec<_>>();
