@@ -125,8 +125,7 @@ pub fn optimizer(hyper: &Hyper) -> OptimizerConfig {
     };
     let mut optimizer = OptimizerConfig::new(kind, hyper.learning_rate);
     optimizer.weight_decay = hyper.weight_decay;
-    optimizer.groups =
-        vec![GroupConfig { name: STEADY.0.to_string(), learning_rate: None, weight_decay: Some(0.0) }];
+    optimizer.groups = vec![GroupConfig { name: STEADY.0.to_string(), learning_rate: None, weight_decay: Some(0.0) }];
     optimizer.schedule = match hyper.schedule {
         Schedule::Constant => ServerSchedule::Constant,
         Schedule::Step { every, factor } => ServerSchedule::Step { every, factor },

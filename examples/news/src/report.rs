@@ -24,6 +24,7 @@ pub fn report(directory: &Path) -> Result<String> {
     write_json(&directory.join("summary.json"), &summaries)?;
     write_whole(&directory.join("curves.svg"), &curves_svg(&records)?)?;
     let mut text = if records.is_empty() { String::new() } else { table(&records) };
+    text.push_str(&comparison(&records));
     if !folds.is_empty() {
         write!(text, "\ncross-validation, each fold trained on the rows of the others:\n{}", cross_validation(&folds))?;
     }
@@ -94,6 +95,21 @@ fn table(records: &[Record]) -> String {
         ]);
     }
     finish(table)
+}
+
+/// The best model beside naive Bayes, seed by seed; naive Bayes draws nothing, so one run of it serves all seeds.
+fn comparison(records: &[Record]) -> String {
+    let (bayes, trained): (Vec<_>, Vec<_>) = records.iter().partition(|record| record.model == "bayes");
+    let Some(bayes) = bayes.first() else { return String::new() };
+    let seeds: std::collections::BTreeSet<u64> = trained.iter().map(|record| record.seed).collect();
+    let line = |seed: u64| {
+        let of_seed = trained.iter().filter(|record| record.seed == seed);
+        let best = of_seed.max_by(|a, b| a.scores.accuracy.total_cmp(&b.scores.accuracy))?;
+        let gap = 100.0 * (best.scores.accuracy - bayes.scores.accuracy);
+        let side = if gap > 0.0 { "above" } else { "below" };
+        Some(format!("seed {seed}: {} is best, {:.2} points {side} naive Bayes\n", best.model, gap.abs()))
+    };
+    seeds.into_iter().filter_map(line).collect()
 }
 
 /// One row a cross-validation: its figures over all rows together, each held out once.
@@ -184,6 +200,7 @@ mod tests {
             assert!(lines.iter().all(|line| line[field].is_number()), "{field}");
         }
         assert_eq!(lines[3]["accuracy"], 0.9);
+        assert!(first.contains("seed 1: lstm is best, 20.00 points above naive Bayes"), "{first}");
         // The mean of the two LSTM jobs.
         assert!(first.contains("85.00 %"), "{first}");
         assert!(svg.contains("<svg") && svg.contains("polyline") && svg.contains("lstm-2"));

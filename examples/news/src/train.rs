@@ -212,7 +212,10 @@ struct Run<'a> {
 impl Run<'_> {
     fn all(&mut self, opened: Opened, clocks: u64) -> Result<Outcome> {
         let Opened { mut home, mut parameters, clock: first } = opened;
-        ensure!(first < clocks, "nothing is left to train: the job continues at clock {first}, and the run has {clocks}");
+        ensure!(
+            first < clocks,
+            "nothing is left to train: the job continues at clock {first}, and the run has {clocks}"
+        );
         let (rank, workers) = (home.rank(), home.workers());
         let mut outcome = Outcome {
             epochs: Vec::new(),
