@@ -3,15 +3,15 @@
 //! Workers push gradients and pull parameters; servers hold sharded parameters, aggregate, run the optimizer themselves and
 //! hand back the new parameters. See `docs/architecture.md` for the layers and `docs/wire.md` for the bytes.
 //!
-//! Invariant: a module imports only from layers below its own (`tests/tidy.rs` holds the table).
+//! Invariant: a module imports only from layers below its own (`tests/tidy.rs` holds the table). What is hidden here is public
+//! for the `gradwire` binary and the tests alone.
 
-pub mod error;
+mod error;
 pub mod types;
 
 pub mod consistency;
 pub mod layout;
-pub mod observe;
-pub mod sys;
+mod sys;
 pub mod wire;
 
 pub mod mem;
@@ -20,15 +20,20 @@ pub mod optim;
 pub mod transport;
 
 pub mod checkpoint;
+#[doc(hidden)]
 pub mod session;
 
 pub mod server;
 pub mod worker;
 
+#[doc(hidden)]
 pub mod launch;
+#[doc(hidden)]
 pub mod tools;
+#[doc(hidden)]
 pub mod world;
 
+#[doc(hidden)]
 pub mod cli;
 
 pub use consistency::Consistency;

@@ -13,6 +13,7 @@ use std::{
 };
 
 use gradwire::{
+    TensorSpec,
     launch::{EXIT_PREEMPTED, Job, JobOptions, Outcome, OutputTo, Signal},
     session::{self, JobConfig, Member, Report},
     types::{Rank, Role, ShardId},
@@ -111,7 +112,8 @@ fn play(behaviour: &str) -> gradwire::Result<i32> {
         return serve();
     }
     let mut member = Member::from_environment()?;
-    member.declare(Vec::new())?;
+    // Four chunks, so that each of two servers has a shard to store.
+    member.declare(vec![TensorSpec::new("w", [1 << 20])])?;
     member.exchange(Vec::new())?;
     let reporter = member.reporter();
     // On a line of its own: the test runner has begun one.

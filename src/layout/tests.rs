@@ -1,4 +1,6 @@
 //! Properties of the layout: it tiles the flat space, deals every chunk once, and agrees with the views.
+//!
+//! Invariant: every property holds for any declarations, chunk size and number of shards; no example is singled out.
 
 use proptest::prelude::*;
 

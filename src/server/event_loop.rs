@@ -165,10 +165,10 @@ impl<T: Transport> EventLoop<T> {
                 self.shard.handle_sent(source);
                 Ok(())
             }
-            // Its path's `Broken` follows and says why.
-            Completion::Failed { source, .. } => {
+            Completion::Failed { source, error, .. } => {
                 self.shard.handle_sent(source);
-                Ok(())
+                // A broken path's `Broken` follows and says more; anything else would be waited for in vain.
+                if matches!(error, Error::Broken { .. }) { Ok(()) } else { Err(error) }
             }
             Completion::Arrived { from, note, lease } => {
                 if let Err(error) = self.shard.handle_arrived(now, from, note, lease) {

@@ -32,6 +32,9 @@ const PROGRESS_EVERY: Duration = Duration::from_millis(200);
 /// Turns without anything to do before the thread sleeps. Short: workers share the cores.
 const IDLE_TURNS_MAX: u32 = 20;
 
+/// How long workers may take to leave before the servers do.
+const LEAVE_TIME: Duration = Duration::from_secs(2);
+
 /// What a lane's thread works with.
 pub(super) struct Lane {
     plan: Arc<Plan>,
@@ -42,6 +45,8 @@ pub(super) struct Lane {
     writer: Option<Writer>,
     /// The end of the job, once it is in sight: its clock, and whether the state is to be stored.
     end: Option<(Clock, bool)>,
+    /// The checkpoint with which the job ends is complete: workers are given until then to leave first.
+    leaving: Option<(Clock, Instant)>,
     reported: (Instant, Clock),
 }
 
@@ -74,7 +79,17 @@ impl Lane {
         let writer =
             plan.checkpoint_dir.clone().map(|dir| Writer::new(dir, shard, plan.layout.clone(), reporter.clone()));
         let reported = (Instant::now(), plan.start_clock);
-        Lane { plan, shard, event_loop, reporter, commands: CommandWakeup(commands), writer, end: None, reported }
+        Lane {
+            plan,
+            shard,
+            event_loop,
+            reporter,
+            commands: CommandWakeup(commands),
+            writer,
+            end: None,
+            leaving: None,
+            reported,
+        }
     }
 
     /// What each worker needs to reach this lane.
@@ -98,7 +113,11 @@ impl Lane {
                 }
             }
             let now = Instant::now();
-            let progress = self.event_loop.turn(now)?;
+            let progress = match (self.event_loop.turn(now), self.leaving) {
+                (Ok(_), Some((clock, until))) if now >= until => return Err(Error::Preempted { clock }),
+                (Err(_), Some((clock, _))) => return Err(Error::Preempted { clock }),
+                (turned, _) => turned?,
+            };
             self.store_snapshots();
             self.report_progress(now)?;
             if self.event_loop.is_done() && self.end.is_some() {
@@ -116,7 +135,8 @@ impl Lane {
     fn next_deadline(&self) -> Option<Instant> {
         let (when, clock) = self.reported;
         let progress = (self.event_loop.shard().clock_done() > clock).then_some(when + PROGRESS_EVERY);
-        self.event_loop.next_deadline().into_iter().chain(progress).min()
+        let leaving = self.leaving.map(|(_, until)| until);
+        self.event_loop.next_deadline().into_iter().chain(progress).chain(leaving).min()
     }
 
     /// Follows a command; `true` if it is to leave at once.
@@ -125,7 +145,7 @@ impl Lane {
             Command::Checkpoint { clock } => self.request_checkpoint(clock, false)?,
             Command::Stop { checkpoint: true, clock: Some(clock), .. } => self.request_checkpoint(clock, true)?,
             Command::Stop { .. } => return Ok(true),
-            Command::Leave { clock } => return Err(Error::Preempted { clock }),
+            Command::Leave { clock } => self.leaving = Some((clock, Instant::now() + LEAVE_TIME)),
             Command::End { clock, checkpoint } => self.end = Some((clock, checkpoint)),
             Command::JobFailed { text } => return Err(Error::JobFailed(text)),
         }

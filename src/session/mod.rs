@@ -18,7 +18,7 @@ pub use paths::Paths;
 pub use placement::cores_from_environment;
 pub use rendezvous::{
     Address, CheckpointSink, Command, Commands, Control, Member, Notice, NoticeSink, Offer, Order, RankStatus,
-    Rendezvous, RendezvousOptions, Report, Reporter, Status, VERSION, View, token_from_environment,
+    Rendezvous, RendezvousOptions, Report, Reporter, Status, VERSION, View, decode_lines, token_from_environment,
 };
 pub(crate) use rendezvous::{ControlAnswer, control};
 pub use settings::gather;

@@ -145,6 +145,7 @@ pub const FILTER_KEEP_IMPORTANT: c_int = 3;
 /// `HWLOC_TOPOLOGY_COMPONENTS_FLAG_BLACKLIST`.
 pub const COMPONENTS_BLACKLIST: c_ulong = 1;
 /// `HWLOC_UNKNOWN_INDEX`.
+#[cfg(test)]
 pub const UNKNOWN_INDEX: c_uint = c_uint::MAX;
 
 /// Declares the table: a field per function, named as in C without its prefix, and the lookup of all of them.

@@ -58,10 +58,31 @@ pub struct WorkRequest {
     pub id: u64,
     /// To whom.
     pub peer: PeerId,
-    /// What the write means. `note.length` must be the payload's length.
+    /// What the write means. `note.length` bytes of the payload are sent, from its first on.
     pub note: Note,
     /// The bytes and where they go; `None` for a note alone.
     pub payload: Option<(SharedLease, RemoteSlot)>,
+}
+
+impl WorkRequest {
+    /// What is wrong with a request by itself: a mistake of the caller, which costs it the request and not the path.
+    pub(crate) fn defect(&self) -> Option<Error> {
+        let WorkRequest { peer, note, payload, .. } = self;
+        let what = match payload {
+            None if !note.kind.has_payload() => return None,
+            None => format!("a {:?} note without payload was posted", note.kind),
+            Some(_) if !note.kind.has_payload() => format!("a {:?} note with a payload was posted", note.kind),
+            Some((source, _)) if source.len() < note.length as usize => {
+                format!("a payload of {} bytes was posted under a note that says {}", source.len(), note.length)
+            }
+            Some((_, slot)) if note.length > slot.len => {
+                format!("{} bytes were posted to a slot of {}", note.length, slot.len)
+            }
+            Some((_, slot)) if slot.rkey == 0 => "a payload was posted to the key 0, which no region has".into(),
+            Some(_) => return None,
+        };
+        Some(Error::Config(format!("the request to {peer} cannot be sent: {what}")))
+    }
 }
 
 /// `post` had no room; here is the request again. Room comes with the next completions of that peer.

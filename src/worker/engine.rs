@@ -154,9 +154,14 @@ impl<T: Transport> Engine<T> {
                 self.client.attach(peer, self.parameters.rkey, 0);
                 Ok(())
             }
-            Completion::Sent { id, source } | Completion::Failed { id, source, .. } => {
+            Completion::Sent { id, source } => {
                 self.client.handle_sent(id, source);
                 Ok(())
+            }
+            Completion::Failed { id, source, error } => {
+                self.client.handle_sent(id, source);
+                // A broken path's `Broken` follows and says more; anything else would be waited for in vain.
+                if matches!(error, Error::Broken { .. }) { Ok(()) } else { Err(error) }
             }
             Completion::Arrived { from, note, lease } => {
                 if let Err(error) = self.client.handle_arrived(from, note, lease) {

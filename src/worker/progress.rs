@@ -23,6 +23,9 @@ use crate::{
 /// Turns without anything to do before the thread sleeps. Short: the user's own threads need the cores.
 const IDLE_TURNS_MAX: u32 = 20;
 
+/// How long a broken path waits for the launcher's word.
+const EXPLANATION_TIME: Duration = Duration::from_secs(1);
+
 /// How a worker's part in the job has ended early.
 #[derive(Clone, Debug)]
 enum Failure {
@@ -182,13 +185,32 @@ impl<T: Transport + Wakeup> ProgressThread<T> {
                 self.shared.lock().events.append(&mut events);
                 self.shared.changed.notify_all();
             }
-            turned?;
+            if let Err(error) = turned {
+                return Err(self.explain(error));
+            }
             if idle > IDLE_TURNS_MAX {
                 let until = self.engine.next_deadline();
                 self.waiter.wait(&mut [self.engine.paths().transport(), &mut self.launcher], until)?;
                 idle = 0;
             }
         }
+    }
+
+    /// When a job ends early the servers go too, and a path may break before the launcher's word is here: it is waited for, since
+    /// it says why.
+    fn explain(&mut self, error: Error) -> Error {
+        let until = Instant::now() + EXPLANATION_TIME;
+        while Instant::now() < until {
+            match self.obey() {
+                Ok(()) => {}
+                Err(Error::JobFailed(_)) => break, // our own report names the path that broke, and the launcher weighs both
+                Err(ended) => return ended,
+            }
+            if self.waiter.wait(&mut [&mut self.launcher], Some(until)).is_err() {
+                break;
+            }
+        }
+        error
     }
 
     /// Follows the launcher.

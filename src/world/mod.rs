@@ -222,8 +222,7 @@ impl<'a> World<'a> {
                     Err(failure) => return Ok(Some(failure)),
                 }
             }
-            let done = self.trainers.iter().all(Trainer::is_finished) && self.servers.iter().all(EventLoop::is_done);
-            if done {
+            if self.is_done() {
                 return Ok(None);
             }
             if self.now - self.progressed > STALL {
@@ -232,6 +231,15 @@ impl<'a> World<'a> {
             self.pass_time(busy);
         }
         unreachable!("the loop ends by a return")
+    }
+
+    /// Whether nothing is left to be done; whoever does not run any more will not do it.
+    fn is_done(&self) -> bool {
+        let halted = |peer: PeerId| self.halted.contains(&peer);
+        let mut workers = self.trainers.iter().enumerate();
+        let mut servers = self.servers.iter().enumerate();
+        workers.all(|(worker, trainer)| trainer.is_finished() || halted(PeerId::worker(worker as u16)))
+            && servers.all(|(server, shard)| shard.is_done() || halted(PeerId::server(server as u16, 0)))
     }
 
     /// One node's turn: whether it has more to do, or how it failed.

@@ -19,6 +19,7 @@ macro_rules! contract {
             both_sides_hear_connected_once,
             a_note_travels_alone,
             a_payload_lands_in_its_slot_and_nowhere_else,
+            a_source_longer_than_its_note_is_sent_in_part,
             many_writes_arrive_in_order,
             a_full_queue_hands_the_request_back_and_takes_it_later,
             a_write_to_an_unarmed_slot_breaks_that_path_only,
@@ -224,6 +225,24 @@ pub fn a_request_that_contradicts_itself_fails_alone<F: Fabric>(fabric: F) {
         assert!(*id == at as u64 && error.is_some() && source.is_some() == (at != 2), "{id}: {error:?}");
     }
     world.assert_works(0, 1);
+}
+
+/// Once a reply pool's slots were longer than the last chunk of a shard: the request failed, and workers waited in vain.
+pub fn a_source_longer_than_its_note_is_sent_in_part<F: Fabric>(fabric: F) {
+    let mut world = World::joined(fabric, 2, 64 << 10);
+    let (a, b) = (world.peer(0), world.peer(1));
+    let mut memory = world.sides[1].cut(128);
+    memory.bytes_mut().fill(0xEE);
+    let slot = world.sides[1].arm(a, memory);
+    let mut source = world.sides[0].cut(128);
+    source.bytes_mut().fill(0x11);
+    let mut request = write(0, b, source.freeze(), slot);
+    request.note.length = 40;
+    world.sides[0].post(request);
+    world.until("the write to land", |w| w.sides[1].arrived() == 1);
+    let lease = world.sides[1].arrivals(a).pop().and_then(|(_, lease)| lease).expect("the slot's lease");
+    assert!(lease.bytes()[..40].iter().all(|byte| *byte == 0x11));
+    assert!(lease.bytes()[40..].iter().all(|byte| *byte == 0xEE), "more was sent than the note says");
 }
 
 pub fn a_slot_armed_for_another_is_not_written<F: Fabric>(fabric: F) {

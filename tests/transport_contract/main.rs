@@ -4,5 +4,6 @@
 
 #[macro_use]
 mod contract;
+mod sim;
 mod tcp;
 mod world;

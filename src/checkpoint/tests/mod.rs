@@ -1,6 +1,7 @@
 //! Tests of the checkpoint code, and what they share: small jobs whose contents are functions of their names.
 //!
 //! Invariant: nothing here is compiled into the library.
+#![forbid(unsafe_code)]
 
 mod crash;
 mod damage;

@@ -10,8 +10,6 @@ mod checkpointing;
 mod contributor;
 mod reply;
 mod step;
-#[cfg(test)]
-mod tests;
 
 use std::{collections::VecDeque, sync::Arc, time::Instant};
 

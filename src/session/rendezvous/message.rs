@@ -274,6 +274,33 @@ pub(super) fn decode<M: DeserializeOwned>(line: &[u8]) -> Result<M, String> {
     serde_json::from_slice(line).map_err(|e| e.to_string())
 }
 
+/// Reads bytes as lines and each line as every message that may come at a rendezvous, from either side; the number of messages
+/// that could be read. For fuzzing: nothing is done with them.
+///
+/// # Errors
+///
+/// The words with which a line that is too long is refused.
+pub fn decode_lines(bytes: &[u8]) -> Result<usize, String> {
+    let mut buffer = LineBuffer::default();
+    let mut read = 0;
+    for piece in bytes.chunks(7) {
+        buffer.extend(piece);
+        while let Some(line) = buffer.next_line(STRANGER_BYTES_MAX)? {
+            read += usize::from(decode::<Challenge>(&line).is_ok());
+            read += usize::from(decode::<Answer>(&line).is_ok());
+            read += usize::from(decode::<Verdict>(&line).is_ok());
+            read += usize::from(decode::<ToLauncher>(&line).is_ok());
+            if let Ok(message) = decode::<FromLauncher>(&line) {
+                read += 1;
+                if let FromLauncher::View(view) = message {
+                    let _ = view.unpack();
+                }
+            }
+        }
+    }
+    Ok(read)
+}
+
 /// Bytes as they come in, taken out by line.
 #[derive(Debug, Default)]
 pub(super) struct LineBuffer {

@@ -19,16 +19,16 @@ mod roster_tests;
 #[cfg(test)]
 mod tests;
 
-use std::{fmt, net::SocketAddr, net::ToSocketAddrs, str::FromStr};
+use std::{fmt, net::SocketAddr, net::ToSocketAddrs, str::FromStr, time::Duration};
 
 pub use hub::{CheckpointSink, NoticeSink, Order, Rendezvous, RendezvousOptions};
 pub use member::{Commands, Member, Reporter};
 pub(crate) use member::{ControlAnswer, control};
-pub use message::{Command, Control, Offer, RankStatus, Report, Status, VERSION, View};
+pub use message::{Command, Control, Offer, RankStatus, Report, Status, VERSION, View, decode_lines};
 pub use peer::token_from_environment;
 pub use roster::Notice;
 
-use crate::{Error, Result};
+use crate::{Error, Result, types::Rank};
 
 /// Where a rendezvous is: `host:port`, or `[address]:port` for IPv6.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -70,4 +70,19 @@ impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
+}
+
+/// "worker 1 has", "worker 1 and worker 2 have", and no more than eight of them by name.
+fn names(ranks: impl Iterator<Item = Rank>) -> String {
+    let all: Vec<String> = ranks.map(|rank| rank.to_string()).collect();
+    let shown = all.len().min(8);
+    match all.len() {
+        0 | 1 => format!("{} has", all.concat()),
+        n if n > shown => format!("{} and {} more have", all[..shown].join(", "), n - shown),
+        n => format!("{} and {} have", all[..n - 1].join(", "), all[n - 1]),
+    }
+}
+
+fn seconds(time: Duration) -> String {
+    format!("{} s", time.as_secs_f64())
 }

@@ -11,6 +11,7 @@ use std::{
 use super::{
     checkpoints::Checkpoints,
     message::{Command, Control, FromLauncher, Offer, PackedView, RankStatus, Report, Status, ToLauncher},
+    names, seconds,
 };
 use crate::{
     layout::{Layout, TensorSpec},
@@ -490,19 +491,4 @@ impl Roster {
     fn notice(&mut self, notice: Notice) {
         self.effects.push_back(Effect::Notice(notice));
     }
-}
-
-/// "worker 1 has", "worker 1 and worker 2 have", and no more than eight of them by name.
-fn names(ranks: impl Iterator<Item = Rank>) -> String {
-    let all: Vec<String> = ranks.map(|rank| rank.to_string()).collect();
-    let shown = all.len().min(8);
-    match all.len() {
-        0 | 1 => format!("{} has", all.concat()),
-        n if n > shown => format!("{} and {} more have", all[..shown].join(", "), n - shown),
-        n => format!("{} and {} have", all[..n - 1].join(", "), all[n - 1]),
-    }
-}
-
-fn seconds(time: Duration) -> String {
-    format!("{} s", time.as_secs_f64())
 }

@@ -155,3 +155,12 @@ impl Transport for SimTransport {
         Ok(())
     }
 }
+
+impl Drop for SimTransport {
+    /// The node disappears from the network, as a killed process does.
+    fn drop(&mut self) {
+        if let Ok(mut network) = self.network.try_borrow_mut() {
+            network.vanish(self.me);
+        }
+    }
+}

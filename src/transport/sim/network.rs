@@ -1,7 +1,7 @@
 //! The simulated network's state: nodes, paths, and messages on their way.
 //!
-//! Invariant: messages of a path are delivered in the order in which they were posted; after a path has ended at a node, nothing
-//! of it lands there.
+//! Invariant: messages of a path are delivered, and the ends of its requests told, in the order in which they were posted; after
+//! a path has ended at a node, nothing of it lands there.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -37,16 +37,36 @@ enum Source {
 
 #[derive(Debug)]
 struct Message {
-    id: u64,
+    /// Its number among all messages of the link.
+    sequence: u64,
     note: Note,
     payload: Option<(Source, RemoteSlot)>,
     due: Instant,
+}
+
+/// What became of a message, as far as its sender may know.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fate {
+    Pending,
+    Sent,
+    Lost,
+}
+
+/// A flushed request whose end has not been told.
+#[derive(Debug)]
+struct Untold {
+    id: u64,
+    source: Option<SharedLease>,
+    fate: Fate,
 }
 
 #[derive(Debug, Default)]
 struct Link {
     unflushed: VecDeque<WorkRequest>,
     messages: VecDeque<Message>,
+    untold: VecDeque<Untold>,
+    /// Messages whose end has been told: the sequence number of the first one in `untold`.
+    told: u64,
     cut_until: Option<Instant>,
 }
 
@@ -54,7 +74,8 @@ struct Link {
 struct Node {
     table: RegionTable,
     ends: BTreeMap<PeerId, End>,
-    inbox: VecDeque<Completion>,
+    /// Completions with the peer that each is about.
+    inbox: VecDeque<(PeerId, Completion)>,
     /// Ends that will be told of a broken path.
     breaking: Vec<(PeerId, Instant, String)>,
 }
@@ -87,7 +108,10 @@ impl Network {
     }
 
     pub fn connect(&mut self, me: PeerId, peer: PeerId, deadline: Instant) {
-        self.node(me).ends.insert(peer, End::Connecting(deadline));
+        let node = self.node(me);
+        node.ends.insert(peer, End::Connecting(deadline));
+        // What was about to be told of an earlier path is none of this one's business.
+        node.breaking.retain(|(of, ..)| *of != peer);
         let other = self.nodes.get(&peer).and_then(|node| node.ends.get(&me));
         if matches!(other, Some(End::Connecting(_))) {
             self.links.insert((me, peer), Link::default());
@@ -95,51 +119,57 @@ impl Network {
             for (one, other) in [(me, peer), (peer, me)] {
                 let node = self.node(one);
                 node.ends.insert(other, End::Connected);
-                node.inbox.push_back(Completion::Connected { peer: other });
+                node.inbox.push_back((other, Completion::Connected { peer: other }));
             }
         }
     }
 
     pub fn post(&mut self, me: PeerId, request: WorkRequest) -> Result<(), QueueFull> {
-        let connected = self.node(me).ends.get(&request.peer) == Some(&End::Connected);
+        let peer = request.peer;
+        let connected = self.node(me).ends.get(&peer) == Some(&End::Connected);
         let queue_max = self.options.queue_max;
-        let link = self.links.get_mut(&(me, request.peer)).filter(|_| connected);
-        let Some(link) = link else {
-            let error = broken(request.peer, "there is no path");
-            let source = request.payload.map(|(source, _)| source);
-            self.node(me).inbox.push_back(Completion::Failed { id: request.id, source, error });
-            return Ok(());
-        };
-        if link.unflushed.len() + link.messages.len() >= queue_max {
+        let link = self.links.get_mut(&(me, peer)).filter(|_| connected);
+        if link.as_ref().is_some_and(|link| link.unflushed.len() + link.untold.len() >= queue_max) {
             return Err(QueueFull(request));
         }
-        link.unflushed.push_back(request);
+        let error = match (link, request.defect()) {
+            (Some(link), None) => {
+                link.unflushed.push_back(request);
+                return Ok(());
+            }
+            (Some(_), Some(defect)) => defect,
+            (None, _) => broken(peer, "there is none"),
+        };
+        let source = request.payload.map(|(source, _)| source);
+        self.node(me).inbox.push_back((peer, Completion::Failed { id: request.id, source, error }));
         Ok(())
     }
 
     pub fn flush(&mut self, me: PeerId) {
         let delay_us = self.options.delay_max.as_micros() as u64;
-        for ((from, _), link) in self.links.range_mut((me, PeerId::server(0, 0))..) {
+        let mut flushed = Vec::new();
+        for ((from, to), link) in self.links.range_mut((me, PeerId::server(0, 0))..) {
             if *from != me {
                 break;
             }
-            let node = self.nodes.get_mut(&me).expect("a node of this network");
             for WorkRequest { id, note, payload, .. } in link.unflushed.drain(..) {
                 let delay = Duration::from_micros(self.random.below(delay_us + 1));
                 let after = link.messages.back().map_or(self.now, |before| before.due);
                 let due = after.max(self.now + delay);
-                let payload = payload.map(|(source, slot)| {
-                    if self.random.once_in(2) {
-                        let copy = Source::Copied(source.bytes().to_vec());
-                        node.inbox.push_back(Completion::Sent { id, source: Some(source) });
-                        (copy, slot)
-                    } else {
-                        (Source::Lent(source), slot)
-                    }
+                let (source, slot) = payload.unzip();
+                let is_copied = source.is_some() && self.random.once_in(2);
+                let fate = if is_copied { Fate::Sent } else { Fate::Pending };
+                let carried = source.clone().map(|source| match is_copied {
+                    true => Source::Copied(source.bytes().to_vec()),
+                    false => Source::Lent(source),
                 });
-                link.messages.push_back(Message { id, note, payload, due });
+                let sequence = link.told + link.untold.len() as u64;
+                link.untold.push_back(Untold { id, source, fate });
+                link.messages.push_back(Message { sequence, note, payload: carried.zip(slot), due });
             }
+            flushed.push(*to);
         }
+        flushed.into_iter().for_each(|to| self.tell_sender(me, to));
     }
 
     pub fn advance(&mut self, now: Instant) {
@@ -191,19 +221,34 @@ impl Network {
     }
 
     pub fn fence(&mut self, me: PeerId, peer: PeerId) -> Vec<Lease> {
-        self.end(me, peer);
         let node = self.node(me);
-        let mut leases = node.table.fence(peer);
+        let mut leases = Vec::new();
         let mut kept = VecDeque::with_capacity(node.inbox.len());
-        for completion in node.inbox.drain(..) {
+        for (of, completion) in node.inbox.drain(..) {
             match completion {
-                Completion::Arrived { from, lease, .. } if from == peer => leases.extend(lease),
-                Completion::Connected { peer: other } | Completion::Broken { peer: other, .. } if other == peer => {}
-                other => kept.push_back(other),
+                completion if of != peer => kept.push_back((of, completion)),
+                Completion::Arrived { lease, .. } => leases.extend(lease),
+                Completion::Connected { .. } | Completion::Broken { .. } => {}
+                Completion::Sent { id, source } => {
+                    let error = broken(peer, "we ended it");
+                    kept.push_back((of, Completion::Failed { id, source, error }));
+                }
+                failed @ Completion::Failed { .. } => kept.push_back((of, failed)),
             }
         }
         node.inbox = kept;
+        leases.append(&mut node.table.fence(peer));
+        self.end(me, peer);
+        self.tell_later(peer, me);
         leases
+    }
+
+    /// A node disappears, as a killed process does.
+    pub fn vanish(&mut self, me: PeerId) {
+        let peers: Vec<PeerId> = self.node(me).ends.keys().copied().collect();
+        peers.into_iter().for_each(|peer| drop(self.fence(me, peer)));
+        let node = self.node(me);
+        (node.table, node.inbox) = (RegionTable::default(), VecDeque::new());
     }
 
     pub fn is_quiet(&self) -> bool {
@@ -212,7 +257,7 @@ impl Network {
 
     pub fn poll(&mut self, me: PeerId, now: Instant, completions: &mut Vec<Completion>) {
         debug_assert!(now <= self.now, "a node runs ahead of the network's time");
-        completions.extend(self.node(me).inbox.drain(..));
+        completions.extend(self.node(me).inbox.drain(..).map(|(_, completion)| completion));
     }
 
     /// The next message of a link that is due.
@@ -226,19 +271,14 @@ impl Network {
     }
 
     fn deliver(&mut self, from: PeerId, to: PeerId, message: Message) {
-        let Message { id, note, payload, .. } = message;
-        let now = self.now;
+        let Message { sequence, note, payload, .. } = message;
         let target = self.node(to);
         if target.ends.get(&from) != Some(&End::Connected) {
-            // The receiver has ended its side: the bytes go nowhere, and the sender learns it as a broken path.
-            if let Some((Source::Lent(source), _)) = payload {
-                let error = broken(to, "the peer ended the path");
-                self.node(from).inbox.push_back(Completion::Failed { id, source: Some(source), error });
-            }
-            return;
+            // The receiver has ended its side: the bytes go nowhere.
+            drop(payload);
+            return self.decide(from, to, sequence, Fate::Lost);
         }
         let mut lease = None;
-        let mut sent = None;
         if let Some((source, slot)) = payload {
             match target.table.take(from, slot.rkey, slot.offset, note.length) {
                 Ok(mut taken) => {
@@ -251,20 +291,37 @@ impl Network {
                     lease = Some(taken);
                 }
                 Err(refusal) => {
-                    target.breaking.push((from, now, format!("it wrote where it may not: {refusal}")));
-                    self.node(from).breaking.push((to, now, "the peer refused a write".into()));
-                    return;
+                    drop(source);
+                    return self.tell_end(to, from, &format!("it wrote where it may not: {refusal}"));
                 }
             }
-            if let Source::Lent(shared) = source {
-                sent = Some(shared);
-            }
-        } else {
-            self.node(from).inbox.push_back(Completion::Sent { id, source: None });
         }
-        self.node(to).inbox.push_back(Completion::Arrived { from, note, lease });
-        if let Some(source) = sent {
-            self.node(from).inbox.push_back(Completion::Sent { id, source: Some(source) });
+        self.node(to).inbox.push_back((from, Completion::Arrived { from, note, lease }));
+        self.decide(from, to, sequence, Fate::Sent);
+    }
+
+    /// It is certain what the sender of a message will be told, if it has not been told already that it was copied.
+    fn decide(&mut self, from: PeerId, to: PeerId, sequence: u64, fate: Fate) {
+        let link = self.links.get_mut(&(from, to)).expect("a message was on it");
+        let place = sequence.checked_sub(link.told).and_then(|place| link.untold.get_mut(place as usize));
+        if let Some(untold) = place.filter(|untold| untold.fate == Fate::Pending) {
+            untold.fate = fate;
+            self.tell_sender(from, to);
+        }
+    }
+
+    /// Tells a sender what is certain, in order.
+    fn tell_sender(&mut self, from: PeerId, to: PeerId) {
+        let link = self.links.get_mut(&(from, to)).expect("there is something to tell of it");
+        let node = self.nodes.get_mut(&from).expect("a node of this network");
+        while link.untold.front().is_some_and(|first| first.fate != Fate::Pending) {
+            let Untold { id, source, fate } = link.untold.pop_front().expect("just seen");
+            link.told += 1;
+            let completion = match fate {
+                Fate::Lost => Completion::Failed { id, source, error: broken(to, "the peer ended it") },
+                _ => Completion::Sent { id, source },
+            };
+            node.inbox.push_back((to, completion));
         }
     }
 
@@ -281,18 +338,30 @@ impl Network {
             });
             for (peer, end) in &node.ends {
                 if matches!(end, End::Connecting(deadline) if *deadline <= now) {
-                    told.push((*me, *peer, "it did not connect in time".into()));
+                    told.push((*me, *peer, "nobody answered before the deadline".into()));
                 }
             }
         }
         for (me, peer, reason) in told {
-            if self.node(me).ends.get(&peer) != Some(&End::Ended) {
-                self.end(me, peer);
-                self.node(me).inbox.push_back(Completion::Broken { peer, error: broken(peer, &reason) });
-                // The other end notices sooner or later, if it has not been told.
-                let later = now + self.options.delay_max;
-                self.node(peer).breaking.push((me, later, "the peer ended the path".into()));
-            }
+            self.tell_end(me, peer, &reason);
+        }
+    }
+
+    /// Tells an end that the path is gone, unless it has ended there already.
+    fn tell_end(&mut self, me: PeerId, peer: PeerId, reason: &str) {
+        if matches!(self.node(me).ends.get(&peer), Some(End::Connected | End::Connecting(_))) {
+            self.end(me, peer);
+            let error = broken(peer, reason);
+            self.node(me).inbox.push_back((peer, Completion::Broken { peer, error }));
+            self.tell_later(peer, me);
+        }
+    }
+
+    /// The path has ended at `peer`: `me` notices sooner or later, if it still holds its end.
+    fn tell_later(&mut self, me: PeerId, peer: PeerId) {
+        let later = self.now + self.options.delay_max;
+        if let Some(node) = self.nodes.get_mut(&me).filter(|node| node.ends.get(&peer) == Some(&End::Connected)) {
+            node.breaking.push((peer, later, "the peer ended it".into()));
         }
     }
 
@@ -300,19 +369,15 @@ impl Network {
     fn end(&mut self, me: PeerId, peer: PeerId) {
         self.node(me).ends.insert(peer, End::Ended);
         let Some(link) = self.links.get_mut(&(me, peer)) else { return };
-        let mut failed: Vec<(u64, Option<SharedLease>)> = Vec::new();
-        for message in link.messages.drain(..) {
-            match message.payload {
-                Some((Source::Lent(source), _)) => failed.push((message.id, Some(source))),
-                Some((Source::Copied(_), _)) => {} // reported as sent already
-                None => failed.push((message.id, None)),
-            }
-        }
+        link.messages.clear();
+        link.told += link.untold.len() as u64;
+        let untold = link.untold.drain(..).map(|untold| (untold.id, untold.source));
         let unflushed = link.unflushed.drain(..);
-        failed.extend(unflushed.map(|request| (request.id, request.payload.map(|(source, _)| source))));
-        for (id, source) in failed {
-            let error = broken(peer, "the path ended");
-            self.node(me).inbox.push_back(Completion::Failed { id, source, error });
+        let unflushed = unflushed.map(|request| (request.id, request.payload.map(|(source, _)| source)));
+        let node = self.nodes.get_mut(&me).expect("a node of this network");
+        for (id, source) in untold.chain(unflushed) {
+            let error = broken(peer, "it ended");
+            node.inbox.push_back((peer, Completion::Failed { id, source, error }));
         }
     }
 

@@ -165,6 +165,7 @@ pub struct Queued {
     /// The payload's bytes.
     pub source: Option<SharedLease>,
     header: [u8; FrameHeader::SIZE],
+    payload_bytes: usize,
 }
 
 impl Queued {
@@ -173,15 +174,17 @@ impl Queued {
     }
 
     fn payload(&self) -> &[u8] {
-        self.source.as_ref().map_or(&[], SharedLease::bytes)
+        self.source.as_ref().map_or(&[], |source| &source.bytes()[..self.payload_bytes])
     }
 }
 
 impl Outbound {
-    /// Appends a write. The source's length is `header.payload_bytes()`.
+    /// Appends a write. The source has at least `header.payload_bytes()` bytes; so many are sent.
     pub fn push(&mut self, id: u64, header: &FrameHeader, source: Option<SharedLease>) {
-        let queued = Queued { id, source, header: header.encode() };
-        assert_eq!(queued.payload().len(), header.payload_bytes(), "a payload's length is its note's");
+        let payload_bytes = header.payload_bytes();
+        let room = source.as_ref().map_or(0, SharedLease::len);
+        assert!(room >= payload_bytes, "a note of {payload_bytes} payload bytes over a source of {room}");
+        let queued = Queued { id, source, header: header.encode(), payload_bytes };
         self.queue.push_back(queued);
     }
 

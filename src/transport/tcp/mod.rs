@@ -265,7 +265,7 @@ impl Transport for TcpTransport {
                 Some(Error::Broken { peer, reason: "it ended before".into() })
             }
             Some((_, path)) if path.outbound.len() >= queue_limit => return Err(QueueFull(request)),
-            Some(_) => defect_of(&request),
+            Some(_) => request.defect(),
         };
         let WorkRequest { id, note, payload, .. } = request;
         let (source, slot) = payload.unzip();
@@ -363,25 +363,6 @@ fn forget(peer: PeerId, done: &mut Done, slots: &mut Vec<Lease>) {
             Completion::Connected { .. } | Completion::Broken { .. } => false,
         }
     });
-}
-
-/// What is wrong with a request by itself: a mistake of the caller, which costs it the request and not the path.
-fn defect_of(request: &WorkRequest) -> Option<Error> {
-    let WorkRequest { peer, note, payload, .. } = request;
-    let what = match payload {
-        None if !note.kind.has_payload() => return None,
-        None => format!("a {:?} note without payload was posted", note.kind),
-        Some(_) if !note.kind.has_payload() => format!("a {:?} note with a payload was posted", note.kind),
-        Some((source, _)) if source.len() != note.length as usize => {
-            format!("a payload of {} bytes was posted under a note that says {}", source.len(), note.length)
-        }
-        Some((source, slot)) if source.len() > slot.len as usize => {
-            format!("{} bytes were posted to a slot of {}", source.len(), slot.len)
-        }
-        Some((_, slot)) if slot.rkey == 0 => "a payload was posted to the key 0, which no region has".into(),
-        Some(_) => return None,
-    };
-    Some(Error::Config(format!("the request to {peer} cannot be sent: {what}")))
 }
 
 /// What peers are told to call, given the address that we are bound to.

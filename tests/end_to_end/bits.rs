@@ -1,0 +1,134 @@
+//! The same bits: over tcp and in the simulator, fused and in two steps, with any number of servers and shards, from run to run.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use gradwire::{
+    Consistency, Dtype,
+    layout::{Layout, TensorSpec},
+    optim::Reduction,
+    world::{self, Chaos, WorldOptions},
+};
+
+use crate::{
+    jobs::{adamw, bits, digests, home, options, run, stored},
+    program::{STEPS, Simulated, model, part_of_model},
+};
+
+/// What the simulator makes of the same job.
+fn simulated(declarations: Vec<Vec<TensorSpec>>, two_step: bool) -> BTreeMap<String, Vec<u32>> {
+    let options = WorldOptions {
+        seed: 7,
+        servers: 2,
+        declarations,
+        chunk_elements: 256,
+        slots: 3,
+        consistency: Consistency::Bsp,
+        reduction: Reduction::Mean,
+        optimizer: adamw(),
+        two_step,
+        clocks: STEPS,
+        separate_pull: false,
+        checkpoint_every: None,
+        chaos: Chaos::Calm,
+        delay_max: Duration::from_micros(300),
+    };
+    let layout_options = gradwire::layout::LayoutOptions { chunk_elements: 256, shards: 2 };
+    let layout = Layout::build(&options.declarations, layout_options).unwrap();
+    let mut program = Simulated { layout: layout.clone() };
+    let outcome = world::run(&options, &mut program).unwrap();
+    assert!(outcome.failure.is_none(), "{:?}", outcome.failure);
+    bits(&layout, |id| {
+        let chunks = outcome.finals.iter().flat_map(|snapshot| &snapshot.chunks);
+        chunks.into_iter().find(|image| image.chunk == id).unwrap().master.clone()
+    })
+}
+
+fn same(left: &BTreeMap<String, Vec<u32>>, right: &BTreeMap<String, Vec<u32>>, what: &str) {
+    assert_eq!(left.len(), right.len());
+    for (name, values) in left {
+        let differ = values.iter().zip(&right[name]).filter(|(a, b)| a != b).count();
+        assert_eq!(differ, 0, "{what}: {differ} of {} elements of {name} differ", values.len());
+    }
+}
+
+#[test]
+fn tcp_and_the_simulator_agree_bit_for_bit_fused_and_in_two_steps() {
+    let all = vec![model(); 2];
+    let expected = simulated(all.clone(), false);
+    same(&expected, &simulated(all.clone(), true), "simulated, two steps");
+    for two_step in [false, true] {
+        let home = home();
+        let mut options = options(home.path(), "train");
+        options.config.two_step = two_step;
+        // Not a clock's worth of slots, so that the window matters.
+        options.config.landing_bytes = 2 * 1024 * 3;
+        let output = run(options);
+        let digests = digests(&output);
+        assert!(digests.len() == 2 && digests[0] == digests[1], "{output}");
+        same(&expected, &stored(home.path(), &all), if two_step { "tcp, two steps" } else { "tcp" });
+    }
+}
+
+#[test]
+fn servers_and_shards_do_not_change_a_bit() {
+    let all = vec![model(); 2];
+    let mut seen = Vec::new();
+    for (servers, shards) in [(1, 1), (1, 3), (3, 1)] {
+        let home = home();
+        let mut options = options(home.path(), "train");
+        options.config.servers = servers;
+        options.config.shards_per_server = shards;
+        run(options);
+        seen.push(stored(home.path(), &all));
+    }
+    same(&seen[0], &seen[1], "one server, three shards");
+    same(&seen[0], &seen[2], "three servers");
+}
+
+#[test]
+fn workers_that_have_different_parts_of_the_model() {
+    let declarations: Vec<_> = (0..2).map(part_of_model).collect();
+    let home = home();
+    run(options(home.path(), "part"));
+    same(&simulated(declarations.clone(), false), &stored(home.path(), &declarations), "parts");
+}
+
+#[test]
+fn absent_tensors_and_low_precision_are_the_same_from_run_to_run() {
+    let mut seen = Vec::new();
+    for servers in [1, 2] {
+        let home = home();
+        let mut options = options(home.path(), "sparse");
+        options.config.servers = servers;
+        options.config.gradient_dtype = Dtype::Bf16;
+        options.config.parameter_dtype = Dtype::Bf16;
+        let output = run(options);
+        let digests = digests(&output);
+        assert!(digests.len() == 2 && digests[0] == digests[1], "{output}");
+        seen.push(stored(home.path(), &vec![model(); 2]));
+    }
+    same(&seen[0], &seen[1], "bf16");
+}
+
+#[test]
+fn push_and_pull_apart_give_the_bits_of_push_pull() {
+    let all = vec![model(); 2];
+    let home = home();
+    run(options(home.path(), "separate"));
+    same(&simulated(all.clone(), false), &stored(home.path(), &all), "push, then pull");
+}
+
+#[test]
+fn a_live_learning_rate_takes_effect_at_one_clock_on_every_server() {
+    let all = vec![model(); 2];
+    let mut seen = Vec::new();
+    for servers in [1, 3] {
+        let home = home();
+        let mut options = options(home.path(), "learning rate");
+        options.config.servers = servers;
+        run(options);
+        seen.push(stored(home.path(), &all));
+    }
+    same(&seen[0], &seen[1], "three servers");
+    assert_ne!(seen[0], simulated(all, false), "the rate was not changed at all");
+}

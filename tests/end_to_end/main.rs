@@ -1,0 +1,31 @@
+//! Whole jobs with real processes over tcp: the same bits as the simulator and the oracle, failures by name, resuming,
+//! preemption, every consistency.
+//!
+//! Workers are this test program itself, started again (see `worker_process`).
+//!
+//! Invariant: every test ends all that it started, also when it fails; no assertion is on how fast something is.
+
+mod bits;
+mod failures;
+mod jobs;
+mod namespaces;
+mod program;
+mod surface;
+
+/// Not a test: a worker of the jobs of these tests. Started by the test runner it does nothing.
+#[test]
+fn worker_process() {
+    let Ok(part) = std::env::var("WORKER_PART") else { return };
+    let code = match program::play(&part) {
+        Ok(()) => 0,
+        Err(gradwire::Error::Preempted { clock }) => {
+            println!("\npreempted at clock {clock}");
+            75
+        }
+        Err(error) => {
+            println!("\nworker process: {error}");
+            1
+        }
+    };
+    std::process::exit(code);
+}

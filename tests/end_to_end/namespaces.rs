@@ -1,0 +1,120 @@
+//! Ranks on two hosts: two network namespaces joined by a veth pair, a launcher and servers in one, a worker that joins by hand
+//! from the other.
+//!
+//! It needs root and iproute2. Where they are missing it says so; under CI that is a failure.
+
+use std::{
+    process::{Child, Command, Output, Stdio},
+    time::{Duration, Instant},
+};
+
+use crate::jobs::{PATIENCE, home};
+
+const GRADWIRE: &str = env!("CARGO_BIN_EXE_gradwire");
+
+/// Two namespaces with one address each; they are gone when this is dropped.
+struct Hosts {
+    names: [String; 2],
+}
+
+fn ip(arguments: &[&str]) -> Output {
+    Command::new("ip").args(arguments).output().unwrap_or_else(|error| panic!("ip {arguments:?}: {error}"))
+}
+
+impl Hosts {
+    fn new() -> Option<Hosts> {
+        let usable = nix::unistd::geteuid().is_root() && Command::new("ip").arg("-V").output().is_ok();
+        let pid = std::process::id();
+        let names = [format!("gw-a-{pid}"), format!("gw-b-{pid}")];
+        if !usable || !ip(&["netns", "add", &names[0]]).status.success() {
+            assert!(std::env::var_os("CI").is_none(), "CI must be able to make network namespaces");
+            println!("NOT RUN: network namespaces need root and iproute2");
+            return None;
+        }
+        let hosts = Hosts { names };
+        let [a, b] = &hosts.names;
+        let (va, vb) = (format!("gwa{pid}"), format!("gwb{pid}"));
+        let steps: [&[&str]; 8] = [
+            &["netns", "add", b],
+            &["link", "add", &va, "netns", a, "type", "veth", "peer", "name", &vb, "netns", b],
+            &["-n", a, "addr", "add", "10.77.0.1/24", "dev", &va],
+            &["-n", b, "addr", "add", "10.77.0.2/24", "dev", &vb],
+            &["-n", a, "link", "set", &va, "up"],
+            &["-n", b, "link", "set", &vb, "up"],
+            &["-n", a, "link", "set", "lo", "up"],
+            &["-n", b, "link", "set", "lo", "up"],
+        ];
+        for step in steps {
+            let done = ip(step);
+            assert!(done.status.success(), "ip {step:?}: {}", String::from_utf8_lossy(&done.stderr));
+        }
+        Some(hosts)
+    }
+
+    /// A command in one of them.
+    fn command(&self, host: usize, program: &str) -> Command {
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", &self.names[host], program]).stdin(Stdio::null());
+        command
+    }
+}
+
+impl Drop for Hosts {
+    fn drop(&mut self) {
+        self.names.iter().for_each(|name| drop(ip(&["netns", "del", name])));
+    }
+}
+
+/// A process that ends with its test.
+struct Ended(Child);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn worker(command: &mut Command) -> &mut Command {
+    let program = std::env::current_exe().unwrap();
+    command
+        .arg(program)
+        .args(["--exact", "worker_process", "--nocapture", "--test-threads=1"])
+        .env("WORKER_PART", "train")
+}
+
+#[test]
+fn a_worker_joins_by_hand_from_another_host() {
+    let Some(hosts) = Hosts::new() else { return };
+    let home = home();
+    let interface = format!("gwa{}", std::process::id());
+    let mut launcher = hosts.command(0, GRADWIRE);
+    launcher.args(["run", "-s", "2", "-n", "2", "--name", "hosts", "--listen", "10.77.0.1:7311", "--by-hand", "w1"]);
+    launcher.args(["--interface", &interface, "--set", "chunk_bytes=1024", "--set", "optimizer.kind=sgd"]);
+    launcher.args(["--set", r#"optimizer.groups=[{name="other"}]"#, "--"]);
+    let launcher = worker(&mut launcher).env("GRADWIRE_HOME", home.path()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut launcher = Ended(launcher);
+    let token = home.path().join("hosts/token");
+    let deadline = Instant::now() + PATIENCE;
+    while !token.exists() {
+        assert!(Instant::now() < deadline && launcher.0.try_wait().unwrap().is_none(), "the launcher has not begun");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let mut by_hand = hosts.command(1, GRADWIRE);
+    by_hand.args(["node", "--rendezvous", "10.77.0.1:7311", "--role", "worker", "--rank", "1", "--"]);
+    let output = worker(&mut by_hand).env("GRADWIRE_TOKEN_FILE", &token).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && text.contains("digest "), "{text}");
+    let status = loop {
+        match launcher.0.try_wait().unwrap() {
+            Some(status) => break status,
+            None => assert!(Instant::now() < deadline, "the launcher does not end"),
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    assert!(status.success(), "{status}");
+    let mut printed = String::new();
+    std::io::Read::read_to_string(&mut launcher.0.stdout.take().unwrap(), &mut printed).unwrap();
+    let digest = |text: &str| text.split("digest ").nth(1).map(|rest| rest[..8].to_string());
+    assert!(digest(&text).is_some() && digest(&text) == digest(&printed), "{text}\n{printed}");
+}

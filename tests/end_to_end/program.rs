@@ -1,0 +1,130 @@
+//! The training program of the tests: gradients that look random and are a function of worker, clock and element, so that the
+//! simulator can compute the same.
+
+use std::time::Duration;
+
+use gradwire::{
+    Init, Result, TensorSpec, Worker,
+    session::Member,
+    transport::sim::SimRandom,
+    types::Clock,
+    world::{At, Program},
+};
+
+/// Steps that a full run takes.
+pub const STEPS: Clock = 50;
+
+/// The model: tensors of odd sizes, some smaller and some larger than a chunk, in two parameter groups.
+pub fn model() -> Vec<TensorSpec> {
+    let sizes: [&[u64]; 5] = [&[3], &[40, 50], &[7, 11, 5], &[1000], &[64]];
+    let named = sizes.iter().enumerate().map(|(index, shape)| {
+        TensorSpec::new(format!("layer{index}"), shape.to_vec()).init(Init::Normal(0.1)).group((index % 2) as u16)
+    });
+    named.collect()
+}
+
+/// What worker `worker` lacks of the model in the jobs whose workers have different parts: worker 0 lacks the second tensor.
+pub fn part_of_model(worker: u16) -> Vec<TensorSpec> {
+    model().into_iter().enumerate().filter(|(index, _)| worker != 0 || *index != 1).map(|(_, spec)| spec).collect()
+}
+
+/// The gradient of one element of a tensor.
+pub fn gradient(worker: u16, clock: Clock, tensor: &str, element: u64) -> f32 {
+    let name = tensor.bytes().fold(0u64, |state, byte| state.wrapping_mul(31) + u64::from(byte));
+    let mut random = SimRandom::new(name ^ (u64::from(worker) << 40) ^ (clock << 20) ^ element.wrapping_mul(0x9e37));
+    (random.bits() % 2_000_001) as f32 / 1_000_000.0 - 1.0
+}
+
+/// The same in the simulated world.
+pub struct Simulated {
+    pub layout: gradwire::layout::Layout,
+}
+
+impl Program for Simulated {
+    fn gradient(&mut self, at: At, _parameters: &[f32], out: &mut [f32]) -> bool {
+        out.fill(0.0);
+        for tensor in self.layout.tensors_of(at.chunk) {
+            for piece in self.layout.pieces(tensor).filter(|piece| piece.chunk == at.chunk) {
+                for offset in 0..piece.len {
+                    let element = piece.tensor_start + u64::from(offset);
+                    out[(piece.chunk_start + offset) as usize] =
+                        gradient(at.worker, at.clock, &tensor.spec.name, element);
+                }
+            }
+        }
+        true
+    }
+
+    fn received(&mut self, _at: At, _parameters: &[f32]) -> Result<(), String> {
+        Ok(())
+    }
+}
+
+/// A digest of all parameters.
+pub fn digest(worker: &Worker, tensors: &[TensorSpec]) -> Result<u32> {
+    let mut digest = 0;
+    for (index, spec) in tensors.iter().enumerate() {
+        let mut values = vec![0.0f32; spec.elements().unwrap() as usize];
+        worker.parameters(index, &mut values)?;
+        digest = crc32c::crc32c_append(digest, bytemuck::cast_slice(&values));
+    }
+    Ok(digest)
+}
+
+fn push_all(worker: &mut Worker, tensors: &[TensorSpec], push_only: bool) -> Result<()> {
+    for (index, spec) in tensors.iter().enumerate().rev() {
+        let (rank, clock) = (worker.rank() as u16, worker.clock());
+        let values: Vec<f32> =
+            (0..spec.elements().unwrap()).map(|element| gradient(rank, clock, &spec.name, element)).collect();
+        if push_only { worker.push(index, &values)? } else { worker.push_pull(index, &values)? }
+    }
+    Ok(())
+}
+
+/// Plays a part; `WORKER_STEPS` and `WORKER_PAUSE_MS` change the usual run.
+pub fn play(part: &str) -> Result<()> {
+    let number = |name: &str| std::env::var(name).ok().map(|text| text.parse::<u64>().unwrap());
+    let steps = number("WORKER_STEPS").unwrap_or(STEPS);
+    let pause = Duration::from_millis(number("WORKER_PAUSE_MS").unwrap_or(0));
+    let member = Member::from_environment()?;
+    let rank = member.rank().index;
+    let tensors = match part {
+        "part" => part_of_model(rank),
+        "conflict" if rank == 1 => vec![TensorSpec::new("layer0", [4])],
+        _ => model(),
+    };
+    let mut worker = Worker::with_member(member, tensors.clone())?;
+    println!("\ntraining from clock {}", worker.clock());
+    while worker.clock() < steps {
+        let clock = worker.clock();
+        match part {
+            "learning rate" if clock == 20 && rank == 0 => worker.set_learning_rate(0.003)?,
+            "slow" if rank == 1 => std::thread::sleep(Duration::from_millis(3)),
+            "hang" if clock == 10 && rank == 1 => std::thread::sleep(Duration::from_secs(3600)),
+            _ => {}
+        }
+        let sparse = part == "sparse" && (clock + u64::from(rank)).is_multiple_of(3);
+        if sparse {
+            // Nothing is pushed but the first tensor: the others are absent, or zeros where they share a chunk.
+            worker.push_pull(0, &[0.5; 3])?;
+        } else {
+            push_all(&mut worker, &tensors, part == "separate")?;
+        }
+        worker.wait()?;
+        if part == "separate" {
+            worker.pull(worker.clock(), Duration::from_secs(30))?;
+            assert_eq!(worker.version(), worker.clock());
+        }
+        if clock == 10 {
+            println!("at clock 10");
+        }
+        std::thread::sleep(pause);
+    }
+    if part == "too early" {
+        let error = worker.pull(steps + 5, Duration::from_millis(300)).unwrap_err();
+        println!("pulled too early: {error}");
+        assert_eq!(worker.version(), steps, "what there is came all the same");
+    }
+    println!("digest {:08x}", digest(&worker, &tensors)?);
+    worker.finish()
+}

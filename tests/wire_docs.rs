@@ -1,0 +1,67 @@
+//! docs/wire.md against the code: the table of note kinds, the flag bits and the sizes of notes and frames.
+//!
+//! Invariant: the page is read as it is; no list of kinds is kept here.
+
+use gradwire::wire::{FrameHeader, Note, NoteKind};
+
+const PAGE: &str = include_str!("../docs/wire.md");
+
+/// The cells of the rows of the table under a heading line.
+fn rows(heading: &str) -> Vec<Vec<&'static str>> {
+    let table = PAGE.lines().skip_while(|line| !line.starts_with(heading)).skip(2);
+    let rows = table.take_while(|line| line.starts_with('|'));
+    rows.map(|row| row.trim_matches('|').split('|').map(str::trim).collect()).collect()
+}
+
+#[test]
+fn the_table_of_kinds_is_the_code() {
+    let mut documented = Vec::new();
+    for row in rows("| kind | name |") {
+        let value: u8 = row[0].parse().unwrap();
+        let kind = NoteKind::try_from(value).unwrap_or_else(|error| panic!("kind {value} is documented: {error}"));
+        assert_eq!(format!("{kind:?}"), row[1]);
+        assert_eq!(kind.has_payload(), row[3] != "no", "{kind:?}");
+        documented.push(value);
+    }
+    let known: Vec<u8> = (0..=u8::MAX).filter(|value| NoteKind::try_from(*value).is_ok()).collect();
+    assert_eq!(documented, known);
+}
+
+/// A field of the note's table is where the encoder puts it: a field that is changed changes these bytes and the checksum.
+#[test]
+fn the_fields_of_a_note_are_where_the_page_says() {
+    let zero = Note::new(NoteKind::Push);
+    let changed = |change: &dyn Fn(&mut Note)| {
+        let mut note = zero;
+        change(&mut note);
+        let (before, after) = (zero.encode(), note.encode());
+        let bytes = (0..44).filter(|at| before[*at] != after[*at]);
+        bytes.collect::<Vec<usize>>()
+    };
+    let all_ones: [(&str, Vec<usize>); 9] = [
+        ("kind", changed(&|note| note.kind = NoteKind::Pull)),
+        ("weight", changed(&|note| note.weight = u16::MAX)),
+        ("chunk", changed(&|note| note.chunk.0 = u32::MAX)),
+        ("clock", changed(&|note| note.clock = u64::MAX)),
+        ("version", changed(&|note| note.version = u64::MAX)),
+        ("epoch", changed(&|note| note.epoch = u32::MAX)),
+        ("length", changed(&|note| note.length = u32::MAX)),
+        ("credit", changed(&|note| note.credit = u64::MAX)),
+        ("payload checksum", changed(&|note| note.payload_checksum = u32::MAX)),
+    ];
+    let table = rows("| offset | size | field |");
+    let mut end = 0;
+    for row in &table {
+        let (offset, size): (usize, usize) = (row[0].parse().unwrap(), row[1].parse().unwrap());
+        assert_eq!(offset, end, "a hole before {}", row[2]);
+        end = offset + size;
+        if let Some((_, bytes)) = all_ones.iter().find(|(field, _)| *field == row[2]) {
+            assert_eq!(*bytes, (offset..end).collect::<Vec<_>>(), "{}", row[2]);
+        } else {
+            assert!(["flags", "checksum"].contains(&row[2]), "{} is not in the code", row[2]);
+        }
+    }
+    assert_eq!((end, table.len()), (Note::SIZE, all_ones.len() + 2));
+    assert!(PAGE.contains(&format!("## Note ({} bytes", Note::SIZE)));
+    assert!(PAGE.contains(&format!("({} bytes, `wire/frame.rs`)", FrameHeader::SIZE)));
+}
