@@ -56,7 +56,7 @@ impl Ledger {
     }
 
     fn gives(&self, worker: u16, chunk: ChunkId, clock: Clock) -> bool {
-        mix(&[self.seed, worker.into(), chunk.0.into(), clock]) % 6 != 0
+        !mix(&[self.seed, worker.into(), chunk.0.into(), clock]).is_multiple_of(6)
     }
 
     /// Updates that `worker` has given to `chunk` in the clocks before `end`.
@@ -286,7 +286,7 @@ impl Bits {
     }
 
     fn gives(&self, worker: u16, chunk: u32, clock: Clock) -> bool {
-        mix(&[self.seed, worker.into(), chunk.into(), clock]) % 5 != 0
+        !mix(&[self.seed, worker.into(), chunk.into(), clock]).is_multiple_of(5)
     }
 }
 

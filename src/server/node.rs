@@ -166,7 +166,7 @@ impl LaneThread {
     /// Pins the thread, then allocates: memory lies beside whoever touches it.
     fn build(self) -> Result<Lane> {
         let node = self.core.and_then(|core| {
-            let node = Topology::discover().cores.iter().find(|known| known.os_index as usize == core)?.node;
+            let node = Topology::discover().cores.iter().find(|known| known.os_index == core)?.node;
             pin(core).then_some(node).flatten()
         });
         let (plan, shard) = (self.plan.clone(), self.shard());

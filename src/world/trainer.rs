@@ -189,11 +189,7 @@ impl Trainer {
     fn next_clock(&mut self, now: Instant, random: &mut SimRandom) {
         let home = self.chunks.iter().all(|chunk| chunk.gradient.is_some() && chunk.parameters.is_some());
         match self.phase {
-            Phase::Starting if home && self.commands.is_empty() && self.engine.awaited().is_none() => {
-                if !self.chunks.is_empty() && self.engine.is_attached() {
-                    self.begin(now, random);
-                }
-            }
+            Phase::Starting if home && self.may_begin() => self.begin(now, random),
             Phase::Waiting if home => {
                 self.clock += 1;
                 if self.clock == self.clocks {
@@ -205,6 +201,12 @@ impl Trainer {
             }
             _ => {}
         }
+    }
+
+    /// Whether the first parameters have been asked for and are all here.
+    fn may_begin(&self) -> bool {
+        let asked = self.commands.is_empty() && self.engine.is_attached() && !self.chunks.is_empty();
+        asked && self.engine.awaited().is_none()
     }
 
     fn begin(&mut self, now: Instant, random: &mut SimRandom) {
