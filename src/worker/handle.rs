@@ -293,7 +293,17 @@ impl Worker {
     /// # Errors
     ///
     /// As [`wait`](Worker::wait).
-    pub fn finish(mut self) -> Result<()> {
+    pub fn finish(self) -> Result<()> {
+        self.finish_with(serde_json::Value::Null)
+    }
+
+    /// [`finish`](Worker::finish) with something to say about the work: whoever started the job finds it among the summaries of
+    /// its outcome.
+    ///
+    /// # Errors
+    ///
+    /// As [`wait`](Worker::wait).
+    pub fn finish_with(mut self, summary: serde_json::Value) -> Result<()> {
         self.progress.command([Command::Finish]);
         let time = self.wait_time();
         let deadline = Instant::now() + time;
@@ -306,7 +316,7 @@ impl Worker {
         }
         let reporter = self.member.reporter();
         reporter.report(Report::Progress { clock: self.clock })?;
-        reporter.report(Report::Finished { summary: serde_json::Value::Null })
+        reporter.report(Report::Finished { summary })
     }
 
     fn give(&mut self, tensor: usize, gradient: &[f32], wants_reply: bool) -> Result<()> {
