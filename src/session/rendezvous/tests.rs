@@ -133,7 +133,7 @@ fn a_job_starts_from_end_to_end() {
         worker.reporter().report(Report::Finished { summary: 7.into() }).unwrap();
     }
     job.notice(|notice| matches!(notice, Notice::Finished { rank, .. } if *rank == Rank::worker(1)));
-    assert!(matches!(wait_command(&mut server), Ok(Command::Checkpoint { .. } | Command::Stop { clock: None, .. })));
+    assert!(matches!(wait_command(&mut server), Ok(Command::Checkpoint { .. } | Command::End { .. })));
 }
 
 #[test]
