@@ -29,6 +29,8 @@ pub mod worker;
 #[doc(hidden)]
 pub mod launch;
 #[doc(hidden)]
+pub mod tools;
+#[doc(hidden)]
 pub mod world;
 
 #[doc(hidden)]

@@ -405,7 +405,7 @@ fn a_running_job_is_found_by_its_name() {
     let table = String::from_utf8_lossy(&table.stdout).into_owned();
     assert!(table.contains("worker 0     running"), "{table}");
     assert_eq!(gradwire(home.path(), &["status"]).stdout, b"test\n");
-    let output = gradwire(home.path(), &["checkpoint", "test"]);
+    let output = gradwire(home.path(), &["checkpoint", "now", "test"]);
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(text.contains("checkpoint of clock 2 is complete"), "{text}{:?}", output.stderr);
     let output = gradwire(home.path(), &["status", "tset"]);
@@ -466,5 +466,11 @@ fn info_says_what_there_is_and_why_not_more() {
     assert!(info["fabrics"]["verbs"]["why"].as_str().unwrap().contains("not built yet"));
     assert!(!info["cores"].as_array().unwrap().is_empty());
     let plain = gradwire(home.path(), &["info"]);
-    assert!(String::from_utf8_lossy(&plain.stdout).contains("memlock"));
+    let plain = String::from_utf8_lossy(&plain.stdout).into_owned();
+    for word in ["topology", "numa", "huge pages", "memlock", "tcp: yes", "verbs: no, not built yet", "isa", "gpus"] {
+        assert!(plain.contains(word), "{word} is not in\n{plain}");
+    }
+    let isas = info["isa"]["kernels"].as_array().unwrap();
+    assert_eq!(isas.last(), Some(&info["isa"]["chosen"]), "the widest is taken");
+    assert!(info["huge_pages"]["regions"]["huge"] == true || info["huge_pages"]["regions"]["why"].is_string());
 }

@@ -24,7 +24,7 @@ pub use manifest::{
     ChunkWritten, FORMAT_VERSION, JobState, LayoutTable, Manifest, ShardWritten, TensorEntry, decode_manifest,
     seal_manifest,
 };
-pub use reader::{Checkpoint, ChunkData, Latest, PassedOver, latest, latest_where};
+pub use reader::{Checkpoint, ChunkData, Latest, PassedOver, find, latest, latest_where, list};
 pub use writer::{ChunkPlan, ChunkState, ShardWriter, begin, commit, prune, write_shard};
 
 /// The newest clock that a directory's twelve digits can name.

@@ -320,20 +320,51 @@ pub fn latest(dir: &Path) -> Result<Latest> {
 /// [`Error::File`] if the directory cannot be listed.
 pub fn latest_where(dir: &Path, check: impl Fn(&Checkpoint) -> Result<()>) -> Result<Latest> {
     let mut passed_over = Vec::new();
-    for (clock, stage) in paths::list(dir)? {
-        let path = directory(dir, clock, stage);
-        let opened = match stage {
-            Stage::Complete | Stage::Replaced => Checkpoint::open(&path),
-            Stage::Writing => Err(Error::Checkpoint {
-                path: path.clone(),
-                defect: "is being written, or its write never finished".into(),
-            }),
-            Stage::Removing => Err(Error::Checkpoint { path: path.clone(), defect: "is being removed".into() }),
-        };
+    for (path, opened) in list(dir)? {
         match opened.and_then(|checkpoint| check(&checkpoint).map(|()| checkpoint)) {
             Ok(checkpoint) => return Ok(Latest { checkpoint: Some(checkpoint), passed_over }),
             Err(why) => passed_over.push(PassedOver { path, why }),
         }
     }
     Ok(Latest { checkpoint: None, passed_over })
+}
+
+/// Everything in a directory that is named as a checkpoint, newest first: open, or why it cannot be used. Each is opened when
+/// its turn comes.
+///
+/// # Errors
+///
+/// [`Error::File`] if the directory cannot be listed.
+pub fn list(dir: &Path) -> Result<impl Iterator<Item = (PathBuf, Result<Checkpoint>)>> {
+    let found = paths::list(dir)?.into_iter().map(|(clock, stage)| (directory(dir, clock, stage), stage));
+    Ok(found.map(|(path, stage)| {
+        let defect = match stage {
+            Stage::Complete | Stage::Replaced => {
+                let opened = Checkpoint::open(&path);
+                return (path, opened);
+            }
+            Stage::Writing => "is being written, or its write never finished",
+            Stage::Removing => "is being removed",
+        };
+        let why = Error::Checkpoint { path: path.clone(), defect: defect.into() };
+        (path, Err(why))
+    }))
+}
+
+/// The checkpoint at `path`, or the newest complete one in the directory `path`.
+///
+/// # Errors
+///
+/// [`Error::Checkpoint`] if it cannot be used, or if there is none.
+pub fn find(path: &Path) -> Result<Latest> {
+    if path.join(MANIFEST).exists() {
+        return Ok(Latest { checkpoint: Some(Checkpoint::open(path)?), passed_over: Vec::new() });
+    }
+    let latest = latest(path)?;
+    if latest.checkpoint.is_none() {
+        let why = latest.passed_over.first().map_or(String::new(), |passed| format!("; the newest: {}", passed.why));
+        let defect = format!("there is no complete checkpoint here{why}");
+        return Err(Error::Checkpoint { path: path.into(), defect });
+    }
+    Ok(latest)
 }

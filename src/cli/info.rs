@@ -10,9 +10,13 @@ use nix::sys::resource::{Resource, getrlimit};
 use serde_json::{Value, json};
 
 use crate::{
-    Result,
-    mem::{Topology, topology::DeviceKind},
+    Error, Result,
+    mem::{HugePages, Region, RegionOptions, Topology, topology::DeviceKind},
+    optim::Isa,
 };
+
+/// Asked for to find out whether regions get huge pages: one of the usual size.
+const PROBE_BYTES: usize = 2 << 20;
 
 #[derive(Args)]
 pub(super) struct InfoArguments {
@@ -25,10 +29,9 @@ pub(super) struct InfoArguments {
 pub(super) fn run(arguments: &InfoArguments) -> Result<ExitCode> {
     let machine = gather();
     if arguments.json {
-        println!("{machine}");
+        println!("{machine}")
     } else {
-        let Value::Object(sections) = &machine else { unreachable!("made as an object below") };
-        sections.iter().for_each(|(title, value)| println!("{title:<12} {}", plain(value)));
+        print!("{}", table(&machine))
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -66,7 +69,11 @@ fn gather() -> Value {
             "shm": not_built("shared-memory"),
             "verbs": not_built("verbs"),
         },
-        "isa": { "chosen": crate::optim::isa().to_string(), "found": isas() },
+        "isa": {
+            "chosen": crate::optim::isa(),
+            "kernels": Isa::available().iter().map(|isa| isa.name()).collect::<Vec<_>>(),
+            "processor": processor(),
+        },
         "gpus": gpus(&topology),
         "nics": topology.devices.iter().filter(|d| d.kind != DeviceKind::Gpu).map(|d| d.name.clone()).collect::<Vec<_>>(),
     })
@@ -88,7 +95,19 @@ fn huge_pages() -> Value {
         let chosen = text.split_once('[')?.1.split_once(']')?.0;
         Some(chosen.to_string())
     });
-    json!({ "pools": pools, "transparent": transparent.unwrap_or_else(|| "not offered by this kernel".into()) })
+    // What a region gets is found out by asking for one.
+    let options = RegionOptions { name: "probe".into(), huge_pages: HugePages::Always, ..RegionOptions::default() };
+    let regions = match Region::allocate(PROBE_BYTES, &options) {
+        Ok(_) => json!({ "huge": true }),
+        Err(Error::Config(why)) => {
+            // The advice at its end is for who insists on huge pages.
+            let why = why.strip_prefix("region `probe` must have huge pages, but ").unwrap_or(&why);
+            json!({ "huge": false, "why": why.split("; or set").next() })
+        }
+        Err(error) => json!({ "huge": false, "why": error.to_string() }),
+    };
+    let transparent = transparent.unwrap_or_else(|| "not offered by this kernel".into());
+    json!({ "pools": pools, "transparent": transparent, "regions": regions })
 }
 
 /// How many bytes this process may lock.
@@ -104,7 +123,7 @@ fn limit(bytes: u64) -> Value {
 }
 
 /// Vector instructions that the processor says it has, of those that matter here.
-fn isas() -> Vec<String> {
+fn processor() -> Vec<String> {
     let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let line = text.lines().find(|line| line.starts_with("flags") || line.starts_with("Features")).unwrap_or_default();
     let found: Vec<&str> = line.split_whitespace().collect();
@@ -131,22 +150,72 @@ fn gpus(topology: &Topology) -> Value {
     }
 }
 
-/// A value as people read it.
-fn plain(value: &Value) -> String {
+/// The same for people: a name, then what there is of it.
+fn table(machine: &Value) -> String {
+    let mut lines: Vec<(&str, String)> = vec![
+        ("version", format!("{} ({})", text(&machine["version"]), text(&machine["target"]))),
+        ("topology", text(&machine["topology"])),
+        ("cores", text(&machine["cores"])),
+    ];
+    for node in elements(&machine["numa"]) {
+        let memory = bytes(&node["memory_bytes"]);
+        lines.push(("numa", format!("node {}: {memory}, cores {}", text(&node["node"]), text(&node["cores"]))));
+    }
+    let huge = &machine["huge_pages"];
+    for (size, pool) in huge["pools"].as_object().into_iter().flatten() {
+        lines.push(("huge pages", format!("{size}: {} free of {}", text(&pool["free"]), text(&pool["total"]))));
+    }
+    lines.push(("", format!("transparent: {}", text(&huge["transparent"]))));
+    lines.push(("", format!("for regions: {}", yes_or_why(&huge["regions"], "huge"))));
+    let memlock = &machine["memlock"];
+    lines.push((
+        "memlock",
+        match memlock.is_object() {
+            true => format!("{} soft, {} hard", bytes(&memlock["soft_bytes"]), bytes(&memlock["hard_bytes"])),
+            false => text(memlock),
+        },
+    ));
+    for name in ["tcp", "io_uring", "shm", "verbs"] {
+        lines.push(("fabrics", format!("{name}: {}", yes_or_why(&machine["fabrics"][name], "available"))));
+    }
+    let isa = &machine["isa"];
+    lines.push(("isa", format!("{} of {}", text(&isa["chosen"]), text(&isa["kernels"]))));
+    lines.push(("", format!("the processor says: {}", text(&isa["processor"]))));
+    lines.push(("nics", text(&machine["nics"])));
+    lines.push(("gpus", text(&machine["gpus"])));
+    let mut before = "";
+    let mut table = String::new();
+    for (name, what) in lines {
+        let shown = if name == before { "" } else { name };
+        table += &format!("{shown:<12}{what}\n");
+        before = name;
+    }
+    table
+}
+
+fn elements(list: &Value) -> &[Value] {
+    list.as_array().map_or(&[], Vec::as_slice)
+}
+
+fn yes_or_why(value: &Value, key: &str) -> String {
+    if value[key] == true { "yes".into() } else { format!("no, {}", text(&value["why"])) }
+}
+
+fn text(value: &Value) -> String {
     match value {
         Value::String(text) => text.clone(),
         Value::Array(list) if list.is_empty() => "none".into(),
-        Value::Array(list) => list.iter().map(plain).collect::<Vec<_>>().join(", "),
-        Value::Object(map) if map.is_empty() => "none".into(),
-        Value::Object(map) => {
-            let pair = |(key, value): (&String, &Value)| match value {
-                Value::Bool(true) => "yes".to_string(),
-                value if key == "available" && value == &json!(false) => "no".into(),
-                Value::Object(_) => format!("\n  {key:<14} {}", plain(value)),
-                value => format!("{key} {}", plain(value)),
-            };
-            map.iter().map(pair).collect::<Vec<_>>().join("; ").replace("; \n", "\n").replace("no; why ", "no, ")
-        }
+        Value::Array(list) => list.iter().map(text).collect::<Vec<_>>().join(", "),
         other => other.to_string(),
+    }
+}
+
+/// Bytes in the largest unit that leaves a number before the point.
+fn bytes(value: &Value) -> String {
+    let Some(bytes) = value.as_u64() else { return text(value) };
+    let units = [(1u64 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")];
+    match units.iter().find(|(unit, _)| bytes >= *unit) {
+        Some((unit, name)) => format!("{:.1} {name}", bytes as f64 / *unit as f64),
+        None => format!("{bytes} B"),
     }
 }

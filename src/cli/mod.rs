@@ -1,9 +1,11 @@
-//! The command line: `gradwire run`, `node`, `status`, `checkpoint`, `info`.
+//! The command line: `gradwire run`, `node`, `status`, `checkpoint`, `bench`, `info`.
 //!
 //! Invariant: what a command prints for machines goes to standard output, everything else to standard error; a failure ends with
 //! one line that says what happened, to whom, and what to do.
 #![forbid(unsafe_code)]
 
+mod bench;
+mod checkpoint;
 mod info;
 mod node;
 mod run;
@@ -26,7 +28,9 @@ use crate::Result;
   gradwire run -s 1 -n 4 --consistency ssp:3 -- ./train
   gradwire status                                   what runs here
   gradwire status myjob                             who has joined, and how far they are
-  gradwire checkpoint myjob                         write a checkpoint now
+  gradwire checkpoint now myjob                     write a checkpoint now
+  gradwire checkpoint export ckpt model.safetensors the parameters, for other tools
+  gradwire bench push-pull --bytes 64..64M          how fast it is here, beside what the machine can do
   gradwire info                                     what this machine offers
 
 `gradwire help COMMAND` says more about one. What is logged is chosen by GRADWIRE_LOG (error, warn, info, debug)."
@@ -46,8 +50,10 @@ enum Command {
     Info(info::InfoArguments),
     /// List the running jobs, or say who has joined one and how far it is.
     Status(status::StatusArguments),
-    /// Have a running job write a checkpoint, and wait until it is complete.
-    Checkpoint(status::CheckpointArguments),
+    /// Have a running job write a checkpoint; list, verify and export what has been written.
+    Checkpoint(checkpoint::CheckpointArguments),
+    /// Measure, beside what the machine itself reaches in the same run.
+    Bench(bench::BenchArguments),
     /// Clear up after a launcher that was killed; started by `gradwire run` for itself.
     #[command(hide = true)]
     Keep(KeepArguments),
@@ -70,7 +76,8 @@ pub fn main() -> ExitCode {
         Command::Node(arguments) => node::run(arguments),
         Command::Info(arguments) => info::run(&arguments),
         Command::Status(arguments) => status::status(&arguments),
-        Command::Checkpoint(arguments) => status::checkpoint(&arguments),
+        Command::Checkpoint(arguments) => checkpoint::run(&arguments),
+        Command::Bench(arguments) => bench::run(arguments),
         Command::Keep(arguments) => {
             crate::launch::keep(&arguments.job, &arguments.directory);
             Ok(ExitCode::SUCCESS)

@@ -1,4 +1,4 @@
-//! `gradwire status` and `gradwire checkpoint`: looking at a running job, and asking something of it.
+//! `gradwire status`: looking at a running job, and asking something of it.
 //!
 //! Invariant: a job is found by its name through its directory, and spoken to over its rendezvous with its token.
 #![forbid(unsafe_code)]
@@ -25,21 +25,14 @@ pub(super) struct StatusArguments {
     json: bool,
 }
 
-#[derive(Args)]
-pub(super) struct CheckpointArguments {
-    /// The job's name.
-    name: String,
-    /// How long to wait for it to be complete, in seconds.
-    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
-    timeout: u64,
-}
-
-fn ask(name: &str, order: Control, time: Duration) -> Result<ControlAnswer> {
+/// Asks something of a running job.
+pub(super) fn ask(name: &str, order: Control, time: Duration) -> Result<ControlAnswer> {
     let directory = JobDirectory::open(name)?;
     control(&directory.address()?, &directory.token()?, order, time)
 }
 
-fn unexpected() -> Error {
+/// The error of an answer that does not fit what was asked.
+pub(super) fn unexpected() -> Error {
     Error::JobFailed("the launcher answered something else than was asked".into())
 }
 
@@ -76,14 +69,4 @@ fn table(status: &Status) -> String {
         text += &format!("{:<12} {:<11} {clock:>9} {pid:>9}  {}\n", rank.rank.to_string(), rank.state, rank.host);
     }
     text
-}
-
-/// Has a job write a checkpoint.
-pub(super) fn checkpoint(arguments: &CheckpointArguments) -> Result<ExitCode> {
-    let time = Duration::from_secs(arguments.timeout.max(1));
-    let ControlAnswer::CheckpointWritten(clock) = ask(&arguments.name, Control::Checkpoint, time)? else {
-        return Err(unexpected());
-    };
-    println!("checkpoint of clock {clock} is complete");
-    Ok(ExitCode::SUCCESS)
 }

@@ -40,12 +40,9 @@ fn absolute(path: &mut Option<PathBuf>) -> Result<()> {
     Ok(())
 }
 
-/// The checkpoint at `path`, or the newest complete one in it.
+/// The checkpoint at `path`, or the newest complete one in it; newer ones that cannot be used are told aloud.
 fn find(path: &Path) -> Result<Checkpoint> {
-    if path.join("manifest.json").exists() {
-        return Checkpoint::open(path);
-    }
-    let latest = checkpoint::latest(path)?;
+    let latest = checkpoint::find(path)?;
     for passed in &latest.passed_over {
         eprintln!("gradwire: not resuming from {}: {}", passed.path.display(), passed.why);
     }

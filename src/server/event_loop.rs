@@ -228,7 +228,9 @@ impl<T: Transport> EventLoop<T> {
                     self.snapshots.push_back(snapshot);
                     self.shard.handle_snapshotted(clock);
                 }
-                Effect::SetLearningRate { rate, clock } => self.memory.set_learning_rate(rate, clock)?,
+                Effect::SetLearningRate { rate, clock } => {
+                    self.memory.set_learning_rate(rate, clock, self.shard.clock_done())?;
+                }
             }
         }
         Ok(())

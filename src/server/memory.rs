@@ -209,8 +209,13 @@ impl Memory {
         self.rates = rates;
     }
 
-    /// The default group's learning rate changes from a clock on.
-    pub fn set_learning_rate(&mut self, rate: f64, clock: Clock) -> Result<()> {
+    /// The default group's learning rate changes from a clock on. No clock before `done` will be stepped any more: rates that
+    /// only those would see are forgotten, lest a job that sets the rate at every clock run out of room.
+    pub fn set_learning_rate(&mut self, rate: f64, clock: Clock, done: Clock) -> Result<()> {
+        if self.chunks.is_empty() {
+            return Ok(()); // a shard without chunks steps nothing, and would have nothing to forget by
+        }
+        self.rates.forget_before(done);
         self.rates.set(rate, clock)
     }
 

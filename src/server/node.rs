@@ -107,8 +107,10 @@ pub fn run(mut member: Member) -> Result<()> {
         let _ = lane_out.send(own);
     }
     for _ in &lanes {
-        if let Ok(Step::Ended(outcome)) = setups.recv() {
-            outcome?;
+        match setups.recv() {
+            Ok(Step::Ended(outcome)) => outcome?,
+            Ok(Step::Offers(_)) => {}
+            Err(_) => return Err(Error::JobFailed("a shard's thread panicked".into())),
         }
     }
     member.reporter().report(Report::Finished { summary: serde_json::Value::Null })

@@ -87,8 +87,10 @@ impl Waiter {
         match ppoll(&mut fds[..=drivers.len()], left.map(TimeSpec::from_duration), None) {
             Ok(0) => Ok(Woken::Deadline),
             Ok(_) => {
-                // Empties the eventfd; when it was a driver that woke us there is nothing to take out.
-                let _ = self.event.read();
+                // When it was a driver that woke us there is nothing to take out of the eventfd.
+                if fds[0].any() == Some(true) {
+                    let _ = self.event.read();
+                }
                 Ok(Woken::Event)
             }
             Err(Errno::EINTR) => Ok(Woken::Event),

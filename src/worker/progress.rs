@@ -92,8 +92,14 @@ impl Progress {
 
     /// Gives commands.
     pub fn command(&self, commands: impl IntoIterator<Item = Command>) {
-        self.shared.lock().commands.extend(commands);
-        self.wake.wake();
+        let mut state = self.shared.lock();
+        let before = state.commands.len();
+        state.commands.extend(commands);
+        let are_new = state.commands.len() > before;
+        drop(state);
+        if are_new {
+            self.wake.wake();
+        }
     }
 
     /// Takes the events so far; waits for one, at most until `deadline`, if there is none. Empty after the deadline.

@@ -45,6 +45,7 @@ pub(super) struct Trainer {
     clock: Clock,
     clocks: Clock,
     separate_pull: bool,
+    hasty: bool,
     aggregates: bool,
     chunks: Vec<Chunk>,
     /// Chunks whose gradient has not been pushed at this clock, in the order in which backward finishes them.
@@ -85,8 +86,9 @@ impl Trainer {
             engine: Engine::new(config, layout.clone(), paths, &parameters, &gradients)?,
             worker,
             clock: 0,
-            clocks: options.clocks,
+            clocks: options.clocks_of(worker),
             separate_pull: options.separate_pull,
+            hasty: options.hasty,
             aggregates: options.consistency.aggregates(),
             chunks,
             backward: Vec::new(),
@@ -159,14 +161,18 @@ impl Trainer {
         while self.phase == Phase::Backward && now >= self.backward_at {
             let Some(index) = self.backward.pop() else {
                 self.phase = Phase::Waiting;
-                if self.separate_pull {
+                if self.leaves_in_haste() {
+                    self.phase = Phase::Finishing;
+                    self.commands.push_back(Command::Finish);
+                } else if self.separate_pull {
                     // A version counts clocks under `Aggregate` only.
                     let min_version = if self.aggregates { self.clock + 1 } else { 0 };
                     self.pull_all(min_version);
                 }
                 return;
             };
-            let (worker, clock, wants_reply) = (self.worker, self.clock, !self.separate_pull);
+            let wants_reply = !self.separate_pull && !self.leaves_in_haste();
+            let (worker, clock) = (self.worker, self.clock);
             let Chunk { id, gradient, parameters, version } = &mut self.chunks[index];
             let mut lease = gradient.take().expect("gradients are at home when a clock begins");
             let at = At { worker, clock, chunk: *id, version: *version };
@@ -183,6 +189,11 @@ impl Trainer {
                 self.backward_at = now + Duration::from_micros(random.below(20_000));
             }
         }
+    }
+
+    /// At its last clock, a program in haste finishes as soon as it has pushed.
+    fn leaves_in_haste(&self) -> bool {
+        self.hasty && self.clock + 1 == self.clocks
     }
 
     /// Once everything is home, the next clock begins.

@@ -122,7 +122,9 @@ impl Link {
     fn hear(&self, command: Command) {
         let mut state = self.state();
         for subscriber in &state.subscribers {
-            subscriber.lock().push_back(command.clone());
+            // Under the lock, so that whoever finds the queue empty knows that the fd is not readable for a command's sake.
+            let mut commands = subscriber.lock();
+            commands.push_back(command.clone());
             subscriber.notify.wake();
         }
         state.past.push(command);
@@ -364,12 +366,16 @@ impl Commands {
     ///
     /// [`Error::JobFailed`] when the connection to the launcher is gone, after the last command has been given out.
     pub fn poll(&self) -> Result<Option<Command>> {
-        // Taken before the look into the queue: a command that comes in between wakes again.
-        self.subscriber.notify.take();
+        // Nothing to say costs no system call: event loops ask in every turn.
         let mut commands = self.subscriber.lock();
         if let Some(command) = commands.pop_front() {
-            if !commands.is_empty() {
-                self.subscriber.notify.wake();
+            if commands.is_empty() {
+                self.subscriber.notify.take();
+                drop(commands);
+                if self.link.state().closed.is_some() {
+                    // The end of the connection is something to say too, and its wake-up may just have been taken.
+                    self.subscriber.notify.wake();
+                }
             }
             return Ok(Some(command));
         }
