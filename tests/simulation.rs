@@ -36,6 +36,8 @@ struct Ledger {
     consistency: Consistency,
     separate_pull: bool,
     layout: Layout,
+    /// By worker: the clocks that it trains.
+    clocks: Vec<Clock>,
     /// Pushed so far, by worker and chunk.
     pushed: HashMap<(u16, u32), Clock>,
     received: u64,
@@ -50,17 +52,19 @@ impl Ledger {
             consistency: options.consistency,
             separate_pull: options.separate_pull,
             layout: Layout::build(&options.declarations, layout).unwrap(),
+            clocks: (0..options.declarations.len() as u16).map(|worker| options.clocks_of(worker)).collect(),
             pushed: HashMap::new(),
             received: 0,
         }
     }
 
     fn gives(&self, worker: u16, chunk: ChunkId, clock: Clock) -> bool {
-        mix(&[self.seed, worker.into(), chunk.0.into(), clock]) % 6 != 0
+        !mix(&[self.seed, worker.into(), chunk.0.into(), clock]).is_multiple_of(6)
     }
 
     /// Updates that `worker` has given to `chunk` in the clocks before `end`.
     fn given(&self, worker: u16, chunk: ChunkId, end: Clock) -> f32 {
+        let end = end.min(self.clocks[usize::from(worker)]);
         (0..end).filter(|clock| self.gives(worker, chunk, *clock)).count() as f32
     }
 
@@ -142,6 +146,9 @@ fn options(seed: u64) -> WorldOptions {
         optimizer: OptimizerConfig::new(OptimizerKind::SGD, 1.0),
         two_step: random.once_in(3),
         clocks: 1 + random.below(8),
+        uneven: false,
+        hasty: false,
+        requests: false,
         separate_pull: random.once_in(4),
         checkpoint_every: random.once_in(3).then(|| 1 + random.below(3)),
         chaos: Chaos::Calm,
@@ -193,12 +200,13 @@ fn check_undisturbed(options: &WorldOptions) {
     if let Some((who, error)) = &outcome.failure {
         panic!("seed {}: {who} failed: {error}\n{options:#?}", options.seed);
     }
-    let parts: usize = ledger.layout.chunks.iter().map(|chunk| chunk.contributors.len()).sum();
-    let workers_with_parts = parts as u64;
-    assert_eq!(ledger.received, workers_with_parts * (options.clocks + 1), "seed {}", options.seed);
+    let parts = ledger.layout.chunks.iter().flat_map(|chunk| &chunk.contributors);
+    let answers: u64 = parts.map(|worker| options.clocks_of(*worker) + u64::from(!options.hasty)).sum();
+    assert_eq!(ledger.received, answers, "seed {}", options.seed);
     check_finals(options, &outcome, &ledger);
     check_snapshots(options, &outcome, &ledger);
-    if let Some(every) = options.checkpoint_every.filter(|_| options.consistency.aggregates()) {
+    let all_stay = options.consistency.aggregates() && !options.uneven;
+    if let Some(every) = options.checkpoint_every.filter(|_| all_stay) {
         let stored = (options.clocks - 1) / every;
         for (shard, snapshots) in outcome.snapshots.iter().enumerate() {
             let empty = outcome.finals[shard].chunks.is_empty();
@@ -211,6 +219,18 @@ fn check_undisturbed(options: &WorldOptions) {
 fn delays_and_reordering() {
     for seed in seeds(1000) {
         check_undisturbed(&options(seed));
+    }
+}
+
+/// Workers that leave while others go on, some of them with pushes under way, and checkpoints asked for in between. Found by this:
+/// in two steps, the last pushes of a worker were reduced and never applied when a chunk that only others had a part in was
+/// through with its clocks.
+#[test]
+fn workers_leave_at_different_clocks_and_checkpoints_are_asked_for() {
+    for seed in seeds(1000) {
+        let uneven = !seed.is_multiple_of(4);
+        let hasty = seed.is_multiple_of(3);
+        check_undisturbed(&WorldOptions { uneven, hasty, requests: true, ..options(seed + 40_000) });
     }
 }
 
@@ -286,7 +306,7 @@ impl Bits {
     }
 
     fn gives(&self, worker: u16, chunk: u32, clock: Clock) -> bool {
-        mix(&[self.seed, worker.into(), chunk.into(), clock]) % 5 != 0
+        !mix(&[self.seed, worker.into(), chunk.into(), clock]).is_multiple_of(5)
     }
 }
 

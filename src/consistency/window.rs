@@ -95,6 +95,12 @@ impl Window {
         self.bits[self.slot(position) * self.words + contributor / 64] & (1 << (contributor % 64)) != 0
     }
 
+    /// Whether an open `position` is finished already, and waits only for those before it.
+    pub fn is_finished(&self, position: u64) -> bool {
+        debug_assert!((self.base..self.end()).contains(&position));
+        self.finished[self.slot(position)]
+    }
+
     /// The slot of `position` is free again; moves the base over all that is finished and says whether it moved.
     pub fn finish(&mut self, position: u64) -> bool {
         assert!((self.base..self.end()).contains(&position), "finished {position} outside the window");

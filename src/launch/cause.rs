@@ -8,7 +8,7 @@
 
 use nix::sys::signal::Signal;
 
-use crate::types::Rank;
+use crate::types::{Rank, Role};
 
 /// How a process ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,7 +69,9 @@ pub(super) fn find(sights: &[Sight]) -> Option<Cause> {
         Sight::General(text) => (None, text.clone(), 1),
         Sight::Exited(rank, exit) => {
             let own = words(*rank, sights).map(|text| format!(": {text}")).unwrap_or_default();
-            (Some(*rank), format!("{rank} {exit}{own}"), exit.code().max(1))
+            let early = rank.role == Role::Worker && *exit == Exit::Code(0);
+            let early = if early { " without having finished (`Worker::finish`)" } else { "" };
+            (Some(*rank), format!("{rank} {exit}{early}{own}"), exit.code().max(1))
         }
         Sight::Reported { rank, text, .. } => {
             let exit = exit(*rank, sights);

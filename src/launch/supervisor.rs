@@ -188,6 +188,7 @@ impl Supervisor {
                 self.lost.insert(rank);
                 if self.ending.is_none() {
                     self.see(Sight::Lost(rank));
+                    self.check_deserted(rank);
                 }
             }
             Notice::Finished { rank, summary } => {
@@ -221,6 +222,7 @@ impl Supervisor {
         };
         match (&self.ending, well) {
             (_, true) => {
+                self.check_deserted(rank);
                 self.check_unjoined();
                 self.check_finished();
             }
@@ -237,6 +239,14 @@ impl Supervisor {
 
     fn workers_reported(&self) -> bool {
         self.workers().all(|rank| self.summaries.contains_key(&rank))
+    }
+
+    /// A worker's program that ends well, yet without having finished: its peers notice a broken path and can tell no more.
+    fn check_deserted(&mut self, rank: Rank) {
+        let left = self.lost.contains(&rank) && rank.role == Role::Worker;
+        if let (Some(exit @ Exit::Code(0)), true, None) = (self.processes.exit(rank), left, &self.ending) {
+            self.see(Sight::Exited(rank, exit));
+        }
     }
 
     /// A worker that ends without ever joining is an ordinary command if all do so; beside one that joined it is a mistake for
@@ -259,7 +269,9 @@ impl Supervisor {
                 self.processes.exit(rank).is_some() && (unjoined || self.summaries.contains_key(&rank))
             }
         };
-        if self.ending.is_some() || !self.workers().all(done) {
+        // Workers may be through before the clock at which a preemption was to stop them.
+        let outrun = matches!(&self.ending, Some(Ending { end: End::Preempted(_), .. })) && self.workers_reported();
+        if (self.ending.is_some() && !outrun) || !self.workers().all(done) {
             return;
         }
         if !self.workers_reported() {

@@ -228,7 +228,9 @@ impl<T: Transport> EventLoop<T> {
                     self.snapshots.push_back(snapshot);
                     self.shard.handle_snapshotted(clock);
                 }
-                Effect::SetLearningRate { rate, clock } => self.memory.set_learning_rate(rate, clock)?,
+                Effect::SetLearningRate { rate, clock } => {
+                    self.memory.set_learning_rate(rate, clock, self.shard.clock_done())?;
+                }
             }
         }
         Ok(())
@@ -236,16 +238,17 @@ impl<T: Transport> EventLoop<T> {
 
     /// One tile.
     fn compute(&mut self) {
-        let running = match self.running.take() {
+        let mut running = match self.running.take() {
             Some(running) => running,
             None => match self.queue.pop_front() {
                 Some(work) => self.memory.begin(work),
                 None => return,
             },
         };
-        match self.memory.advance(running) {
-            Ok(work) => self.shard.handle_computed(work),
-            Err(running) => self.running = Some(running),
+        if self.memory.advance(&mut running) {
+            self.shard.handle_computed(running.into_work());
+        } else {
+            self.running = Some(running);
         }
     }
 }

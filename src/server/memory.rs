@@ -90,6 +90,13 @@ pub struct Running {
     step: Option<ChunkStep>,
 }
 
+impl Running {
+    /// The work, for the shard.
+    pub fn into_work(self) -> Work {
+        self.work
+    }
+}
+
 /// Parameters and optimizer state of one shard.
 pub struct Memory {
     options: MemoryOptions,
@@ -202,8 +209,13 @@ impl Memory {
         self.rates = rates;
     }
 
-    /// The default group's learning rate changes from a clock on.
-    pub fn set_learning_rate(&mut self, rate: f64, clock: Clock) -> Result<()> {
+    /// The default group's learning rate changes from a clock on. No clock before `done` will be stepped any more: rates that
+    /// only those would see are forgotten, lest a job that sets the rate at every clock run out of room.
+    pub fn set_learning_rate(&mut self, rate: f64, clock: Clock, done: Clock) -> Result<()> {
+        if self.chunks.is_empty() {
+            return Ok(()); // a shard without chunks steps nothing, and would have nothing to forget by
+        }
+        self.rates.forget_before(done);
         self.rates.set(rate, clock)
     }
 
@@ -228,8 +240,8 @@ impl Memory {
         Running { work, step: Some(step) }
     }
 
-    /// Does a tile of a computation; hands the work back when it is done.
-    pub fn advance(&mut self, mut running: Running) -> Result<Work, Running> {
+    /// Does a tile of a computation; true when it is done.
+    pub fn advance(&mut self, running: &mut Running) -> bool {
         let index = self.index(running.work.chunk);
         let chunk = &mut self.chunks[index];
         let Work { task, contributions, wire, .. } = &mut running.work;
@@ -238,7 +250,7 @@ impl Memory {
         let wire = wire.as_mut().map(|lease| Wire { bytes: &mut lease.bytes_mut()[..elements * dtype.size()], dtype });
         let Some(step) = &mut running.step else {
             self.kernels.encode(floats_mut(&mut chunk.master), wire.expect("an encode has somewhere to go"));
-            return Ok(running.work);
+            return true;
         };
         let mut parts = ChunkParts {
             config: &self.options.optimizer,
@@ -254,10 +266,10 @@ impl Memory {
             wire,
         };
         if !step.advance(&mut parts, TILE_ELEMENTS) {
-            return Err(running);
+            return false;
         }
         chunk.steps += u64::from(*task != Task::Reduce);
-        Ok(running.work)
+        true
     }
 
     fn index(&self, id: ChunkId) -> usize {

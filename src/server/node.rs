@@ -24,6 +24,7 @@ use crate::{
     checkpoint::{Checkpoint, InitialParameters},
     layout::{Layout, TensorSpec},
     mem::{RegionOptions, Topology},
+    optim::LearningRates,
     session::{JobConfig, Member, Offer, Paths, Report, cores_from_environment},
     transport::tcp::{TcpOptions, TcpTransport},
     types::{Clock, PeerId, ShardId},
@@ -64,7 +65,7 @@ impl InitialValues for FromFile {
 pub fn run(mut member: Member) -> Result<()> {
     let config = member.config().clone();
     let view = member.view()?;
-    let layout = Arc::new(Layout::build(&view.declarations, config.layout_options())?);
+    let layout = Arc::new(config.layout(&view.declarations)?);
     let plan = Arc::new(Plan {
         layout,
         workers: config.workers,
@@ -107,8 +108,10 @@ pub fn run(mut member: Member) -> Result<()> {
         let _ = lane_out.send(own);
     }
     for _ in &lanes {
-        if let Ok(Step::Ended(outcome)) = setups.recv() {
-            outcome?;
+        match setups.recv() {
+            Ok(Step::Ended(outcome)) => outcome?,
+            Ok(Step::Offers(_)) => {}
+            Err(_) => return Err(Error::JobFailed("a shard's thread panicked".into())),
         }
     }
     member.reporter().report(Report::Finished { summary: serde_json::Value::Null })
@@ -166,7 +169,7 @@ impl LaneThread {
     /// Pins the thread, then allocates: memory lies beside whoever touches it.
     fn build(self) -> Result<Lane> {
         let node = self.core.and_then(|core| {
-            let node = Topology::discover().cores.iter().find(|known| known.os_index as usize == core)?.node;
+            let node = Topology::discover().cores.iter().find(|known| known.os_index == core)?.node;
             pin(core).then_some(node).flatten()
         });
         let (plan, shard) = (self.plan.clone(), self.shard());
@@ -260,7 +263,12 @@ fn restore(plan: &Plan, shard: ShardId, memory: &mut Memory) -> Result<Option<Ve
     }
     let rates = checkpoint.manifest().state.learning_rate.clone();
     if !rates.is_null() {
-        memory.restore_rates(serde_json::from_value(rates).map_err(|error| defect(error.to_string()))?);
+        let rates: LearningRates = serde_json::from_value(rates).map_err(|error| defect(error.to_string()))?;
+        if rates.groups() != plan.config.optimizer.group_count() {
+            let (stored, own) = (rates.groups(), plan.config.optimizer.group_count());
+            return Err(defect(format!("it holds learning rates of {stored} parameter groups, and this job has {own}")));
+        }
+        memory.restore_rates(rates);
     }
     Ok(Some(versions))
 }

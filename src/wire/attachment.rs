@@ -35,10 +35,29 @@ impl Attachment {
         }
     }
 
-    /// Reads it from a note of kind `Attach`.
+    /// Reads it from a note of kind `Attach`. Sums of its offset and any length in memory do not overflow.
     pub fn from_note(note: &Note) -> Result<Attachment, WireError> {
         let rkey =
             u32::try_from(note.version).map_err(|_| WireError::Unassigned { field: "rkey", value: note.version })?;
+        let bytes = u64::from(note.chunk.0) * u64::from(note.length);
+        if note.clock.checked_add(bytes).is_none_or(|end| end > i64::MAX as u64) {
+            return Err(WireError::Unassigned { field: "offset", value: note.clock });
+        }
         Ok(Attachment { rkey, offset: note.clock, slot_bytes: note.length, slots: note.chunk.0, credit: note.credit })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The sum of such an offset and a chunk's own overflowed in the thread of a shard.
+    #[test]
+    fn an_offset_beyond_all_memory_is_refused() {
+        let attachment = Attachment { rkey: 1, offset: 1 << 40, slot_bytes: 1 << 20, slots: 8, credit: 3 };
+        assert_eq!(Attachment::from_note(&attachment.to_note()), Ok(attachment));
+        for offset in [u64::MAX, i64::MAX as u64, 1 << 63] {
+            assert!(Attachment::from_note(&Attachment { offset, ..attachment }.to_note()).is_err());
+        }
     }
 }

@@ -169,6 +169,11 @@ impl Buffers {
         self.chunks.iter().all(|chunk| chunk.gradient.is_some() && chunk.parameters.is_some())
     }
 
+    /// Whether no parameters are awaited.
+    pub fn parameters_home(&self) -> bool {
+        self.chunks.iter().all(|chunk| chunk.parameters.is_some())
+    }
+
     /// A new clock begins.
     pub fn begin_clock(&mut self) {
         for chunk in &mut self.chunks {

@@ -119,6 +119,8 @@ struct ChunkState {
     /// Its place in the order that positions are counted in.
     place: usize,
     awaits: Option<Option<Clock>>,
+    /// Offset of the memory that was armed for them.
+    armed: usize,
 }
 
 /// The protocol of one worker.
@@ -145,7 +147,7 @@ impl Client {
             let all = &layout.shards[index];
             let order = if config.consistency.aggregates() { all } else { &own };
             for (place, id) in order.iter().enumerate().filter(|(_, id)| view.start(**id).is_some()) {
-                chunks[id.index()] = Some(ChunkState { lane: index, place, awaits: None });
+                chunks[id.index()] = Some(ChunkState { lane: index, place, awaits: None, armed: 0 });
             }
             lanes.push(Lane {
                 peer: *peer,
@@ -231,6 +233,13 @@ impl Client {
                 let Some(state) = state else {
                     return Err(protocol(format!("parameters of chunk {} that nobody awaits", note.chunk.0)));
                 };
+                let bytes = self.layout.chunk(note.chunk).len * self.config.parameter_dtype.size() as u32;
+                if lease.offset() != state.armed || note.length != bytes {
+                    return Err(protocol(format!(
+                        "parameters of chunk {} that are not whole or elsewhere",
+                        note.chunk.0
+                    )));
+                }
                 state.awaits = None;
                 self.events.push_back(Event::Parameters { chunk: note.chunk, version: note.version, lease });
                 self.earn(lane, note.credit);
@@ -300,7 +309,7 @@ impl Client {
         let peer = self.lanes[self.own(chunk).lane].peer;
         let state = self.chunks[chunk.index()].as_mut().expect("own has looked");
         assert!(state.awaits.is_none(), "chunk {} is awaited already", chunk.0);
-        state.awaits = Some(clock);
+        (state.awaits, state.armed) = (Some(clock), into.offset());
         self.effects.push_back(Effect::Arm { peer, slot: into });
     }
 

@@ -96,7 +96,7 @@ impl Worker {
         let names: Vec<String> = tensors.iter().map(|spec| spec.name.clone()).collect();
         let view = member.declare(tensors)?;
         let config = member.config().clone();
-        let layout = Arc::new(Layout::build(&view.declarations, config.layout_options())?);
+        let layout = Arc::new(config.layout(&view.declarations)?);
         let dtypes = (config.gradient_dtype, config.parameter_dtype);
         let (buffers, parameters, gradients) = Buffers::new(&layout, rank.index, &names, dtypes)?;
         let lanes: Vec<PeerId> = (0..config.servers)
@@ -222,11 +222,12 @@ impl Worker {
     /// [`wait`](Worker::wait) with a deadline of its own.
     pub fn wait_for(&mut self, time: Duration) -> Result<()> {
         if !self.closed {
-            let wants_reply = *self.wants_reply.get_or_insert(true);
+            let wants_reply = self.wants_reply.unwrap_or(true);
+            self.decide_reply(wants_reply)?;
             self.close_clock(wants_reply);
             self.closed = true;
         }
-        self.until_home(time)?;
+        self.until(time, Buffers::all_home)?;
         self.buffers.begin_clock();
         self.wants_reply = None;
         self.closed = false;
@@ -256,7 +257,7 @@ impl Worker {
         }
         self.progress.command(commands);
         // The server answers in time even if the version is not there; this allows for the way.
-        self.until_home(time + Duration::from_secs(5))?;
+        self.until(time + Duration::from_secs(5), Buffers::parameters_home)?;
         match self.buffers.chunks.iter().find(|chunk| chunk.version < min_version) {
             None => Ok(()),
             Some(chunk) => Err(Error::Deadline {
@@ -279,16 +280,16 @@ impl Worker {
     ///
     /// # Errors
     ///
-    /// [`Error::Config`] for a rate that is negative or not finite.
+    /// [`Error::Config`] for a rate that is negative or not finite, and where groups with rates of their own have no proportion to
+    /// a default of 0.
     pub fn set_learning_rate(&mut self, rate: f64) -> Result<()> {
-        if !(0.0..=f64::from(f32::MAX)).contains(&rate) {
-            return Err(Error::Config(format!("learning rate {rate}: it must be a number from 0 to 3.4e38")));
-        }
+        self.config().optimizer.learning_rates().set(rate, self.clock)?;
         self.progress.command([Command::SetLearningRate { rate, clock: self.clock }]);
         Ok(())
     }
 
-    /// This worker has done its part: waits until every server knows, and leaves the job in order.
+    /// This worker has done its part: ends the clock if something has been pushed in it, waits until every server knows, and leaves
+    /// the job in order.
     ///
     /// # Errors
     ///
@@ -304,6 +305,9 @@ impl Worker {
     ///
     /// As [`wait`](Worker::wait).
     pub fn finish_with(mut self, summary: serde_json::Value) -> Result<()> {
+        if self.wants_reply.is_some() {
+            self.wait()?;
+        }
         self.progress.command([Command::Finish]);
         let time = self.wait_time();
         let deadline = Instant::now() + time;
@@ -335,6 +339,9 @@ impl Worker {
     fn decide_reply(&mut self, wants_reply: bool) -> Result<()> {
         if self.closed {
             return Err(Error::Config("the clock is over: call wait() again before pushing".into()));
+        }
+        if self.wants_reply.is_none() && !self.buffers.parameters_home() {
+            return Err(Error::Config("what an earlier pull asked for is still on its way: pull again first".into()));
         }
         if *self.wants_reply.get_or_insert(wants_reply) != wants_reply {
             return Err(Error::Config("push and push_pull cannot be mixed within a clock".into()));
@@ -372,11 +379,11 @@ impl Worker {
         self.progress.command(commands);
     }
 
-    fn until_home(&mut self, time: Duration) -> Result<()> {
+    fn until(&mut self, time: Duration, home: fn(&Buffers) -> bool) -> Result<()> {
         let deadline = Instant::now() + time;
-        while !self.buffers.all_home() {
+        while !home(&self.buffers) {
             self.take_events(deadline)?;
-            if !self.buffers.all_home() && Instant::now() >= deadline {
+            if !home(&self.buffers) && Instant::now() >= deadline {
                 return Err(self.deadline_error(time));
             }
         }

@@ -89,6 +89,12 @@ pub struct WorldOptions {
     pub two_step: bool,
     /// Clocks that every worker trains.
     pub clocks: Clock,
+    /// Workers train fewer clocks than that, each as many as the seed says: some leave while others go on.
+    pub uneven: bool,
+    /// Workers do not wait for their last pushes: they finish while these are under way.
+    pub hasty: bool,
+    /// Checkpoints are asked for at random moments, of each shard at another.
+    pub requests: bool,
     /// Push and pull apart, instead of asking for the reply with the push.
     pub separate_pull: bool,
     /// A snapshot every so many clocks.
@@ -97,6 +103,14 @@ pub struct WorldOptions {
     pub chaos: Chaos,
     /// Longest delay of a message.
     pub delay_max: Duration,
+}
+
+impl WorldOptions {
+    /// Clocks that a worker trains.
+    pub fn clocks_of(&self, worker: u16) -> Clock {
+        let fewer = || 1 + SimRandom::new(self.seed ^ (u64::from(worker) + 1) << 32).below(self.clocks);
+        if self.uneven { fewer() } else { self.clocks }
+    }
 }
 
 /// How a simulated job ended.
@@ -134,6 +148,8 @@ struct World<'a> {
     halted: Vec<PeerId>,
     victims: Option<(PeerId, PeerId)>,
     chaos_at: Option<u64>,
+    /// Requests for checkpoints on their way: the round in which a server hears of one, the server, the clock.
+    orders: Vec<(u64, usize, Clock)>,
     progressed: Instant,
 }
 
@@ -186,6 +202,7 @@ impl<'a> World<'a> {
             halted: Vec::new(),
             victims: None,
             chaos_at,
+            orders: Vec::new(),
             progressed: start,
         };
         world.connect()?;
@@ -210,6 +227,7 @@ impl<'a> World<'a> {
         for round in 0u64.. {
             self.network.advance(self.now);
             self.wreak(round);
+            self.request(round);
             let mut busy = false;
             let nodes = self.servers.len() + self.trainers.len();
             let first = self.random.below(nodes as u64) as usize;
@@ -319,6 +337,29 @@ impl<'a> World<'a> {
                 self.halted.push(victim);
                 self.victims = Some((victim, victim));
             }
+        }
+    }
+
+    /// Plays the launcher's part in checkpoints on demand: asks every shard, each a little later than the one before, and asks
+    /// again further ahead when one had passed the clock.
+    fn request(&mut self, round: u64) {
+        if self.options.requests && self.orders.is_empty() && self.random.once_in(200) {
+            let reached = self.servers.iter().map(|server| server.shard().clock_max()).max().unwrap_or(0);
+            let ahead = self.random.below(3);
+            self.order(round, reached + ahead);
+        }
+        let due = |order: &mut (u64, usize, Clock)| order.0 <= round;
+        for (_, server, clock) in self.orders.extract_if(.., due).collect::<Vec<_>>() {
+            if let Err(reached) = self.servers[server].request_checkpoint(clock, false) {
+                self.orders.clear();
+                self.order(round, reached.max(clock) + 1);
+            }
+        }
+    }
+
+    fn order(&mut self, round: u64, clock: Clock) {
+        for server in 0..self.servers.len() {
+            self.orders.push((round + 1 + self.random.below(50), server, clock));
         }
     }
 

@@ -45,6 +45,7 @@ pub(super) struct Trainer {
     clock: Clock,
     clocks: Clock,
     separate_pull: bool,
+    hasty: bool,
     aggregates: bool,
     chunks: Vec<Chunk>,
     /// Chunks whose gradient has not been pushed at this clock, in the order in which backward finishes them.
@@ -85,8 +86,9 @@ impl Trainer {
             engine: Engine::new(config, layout.clone(), paths, &parameters, &gradients)?,
             worker,
             clock: 0,
-            clocks: options.clocks,
+            clocks: options.clocks_of(worker),
             separate_pull: options.separate_pull,
+            hasty: options.hasty,
             aggregates: options.consistency.aggregates(),
             chunks,
             backward: Vec::new(),
@@ -159,14 +161,18 @@ impl Trainer {
         while self.phase == Phase::Backward && now >= self.backward_at {
             let Some(index) = self.backward.pop() else {
                 self.phase = Phase::Waiting;
-                if self.separate_pull {
+                if self.leaves_in_haste() {
+                    self.phase = Phase::Finishing;
+                    self.commands.push_back(Command::Finish);
+                } else if self.separate_pull {
                     // A version counts clocks under `Aggregate` only.
                     let min_version = if self.aggregates { self.clock + 1 } else { 0 };
                     self.pull_all(min_version);
                 }
                 return;
             };
-            let (worker, clock, wants_reply) = (self.worker, self.clock, !self.separate_pull);
+            let wants_reply = !self.separate_pull && !self.leaves_in_haste();
+            let (worker, clock) = (self.worker, self.clock);
             let Chunk { id, gradient, parameters, version } = &mut self.chunks[index];
             let mut lease = gradient.take().expect("gradients are at home when a clock begins");
             let at = At { worker, clock, chunk: *id, version: *version };
@@ -185,15 +191,16 @@ impl Trainer {
         }
     }
 
+    /// At its last clock, a program in haste finishes as soon as it has pushed.
+    fn leaves_in_haste(&self) -> bool {
+        self.hasty && self.clock + 1 == self.clocks
+    }
+
     /// Once everything is home, the next clock begins.
     fn next_clock(&mut self, now: Instant, random: &mut SimRandom) {
         let home = self.chunks.iter().all(|chunk| chunk.gradient.is_some() && chunk.parameters.is_some());
         match self.phase {
-            Phase::Starting if home && self.commands.is_empty() && self.engine.awaited().is_none() => {
-                if !self.chunks.is_empty() && self.engine.is_attached() {
-                    self.begin(now, random);
-                }
-            }
+            Phase::Starting if home && self.may_begin() => self.begin(now, random),
             Phase::Waiting if home => {
                 self.clock += 1;
                 if self.clock == self.clocks {
@@ -205,6 +212,12 @@ impl Trainer {
             }
             _ => {}
         }
+    }
+
+    /// Whether the first parameters have been asked for and are all here.
+    fn may_begin(&self) -> bool {
+        let asked = self.commands.is_empty() && self.engine.is_attached() && !self.chunks.is_empty();
+        asked && self.engine.awaited().is_none()
     }
 
     fn begin(&mut self, now: Instant, random: &mut SimRandom) {

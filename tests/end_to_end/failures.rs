@@ -34,6 +34,7 @@ fn killed(victim: Rank, signal: OsSignal) {
     // Detection, the report, and the launcher's grace; generous, for a busy machine.
     assert!(since.elapsed() < deadline + Duration::from_secs(20), "it took {:?}", since.elapsed());
     let reason = outcome.reason.clone().unwrap_or_default();
+    println!("{victim}, {signal}: the job had ended after {:.2} s: {reason}", since.elapsed().as_secs_f64());
     assert_ne!(outcome.code, 0, "{reason}");
     assert!(reason.contains(&victim.to_string()), "the report does not name {victim}: {reason}");
     let clock = outcome.checkpoint.expect("a checkpoint before the failure");

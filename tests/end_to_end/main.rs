@@ -8,6 +8,7 @@
 mod bits;
 mod failures;
 mod jobs;
+mod leaving;
 mod namespaces;
 mod program;
 mod surface;

@@ -100,11 +100,20 @@ pub fn play(part: &str) -> Result<()> {
         match part {
             "learning rate" if clock == 20 && rank == 0 => worker.set_learning_rate(0.003)?,
             "slow" if rank == 1 => std::thread::sleep(Duration::from_millis(3)),
+            "schedule" => worker.set_learning_rate(1.0 / (clock + 1) as f64)?,
+            "forget" if clock == 10 && rank == 1 => return Ok(()),
             "hang" if clock == 10 && rank == 1 => std::thread::sleep(Duration::from_secs(3600)),
             _ => {}
         }
         let sparse = part == "sparse" && (clock + u64::from(rank)).is_multiple_of(3);
-        if sparse {
+        if part == "schedule" {
+            worker.push_pull(0, &[0.5; 3])?;
+        } else if part == "pull midway" {
+            // In the agreed order this one comes late: it waits for its turn while those before it have not been pushed.
+            worker.push(1, &[0.5; 2000])?;
+            worker.pull(0, Duration::from_secs(1))?;
+            worker.push(3, &[0.5; 1000])?;
+        } else if sparse {
             // Nothing is pushed but the first tensor: the others are absent, or zeros where they share a chunk.
             worker.push_pull(0, &[0.5; 3])?;
         } else {
@@ -119,6 +128,14 @@ pub fn play(part: &str) -> Result<()> {
             println!("at clock 10");
         }
         std::thread::sleep(pause);
+    }
+    if part == "linger" {
+        println!("lingering");
+        std::thread::sleep(Duration::from_secs(2));
+    }
+    if part == "midway" {
+        worker.push_pull(1, &[0.5; 2000])?;
+        return worker.finish();
     }
     if part == "too early" {
         let error = worker.pull(steps + 5, Duration::from_millis(300)).unwrap_err();

@@ -10,6 +10,8 @@ mod checkpointing;
 mod contributor;
 mod reply;
 mod step;
+#[cfg(test)]
+mod tests;
 
 use std::{collections::VecDeque, sync::Arc, time::Instant};
 
@@ -186,6 +188,8 @@ pub struct Shard {
     credits_dirty: bool,
     checkpointing: Checkpointing,
     clock_max: Clock,
+    /// The number of clocks to which anybody has pushed.
+    clocks_pushed: Clock,
     /// The earliest time at which a pull's patience ends.
     pull_deadline: Option<Instant>,
 }
@@ -238,6 +242,7 @@ impl Shard {
             credits_dirty: false,
             checkpointing: Checkpointing::new(config.checkpoint_every, start, chunks.len()),
             clock_max: start,
+            clocks_pushed: start,
             pull_deadline: None,
             chunks,
             contributors,
@@ -271,6 +276,9 @@ impl Shard {
             return Err(protocol(from, format!("epoch {} instead of {}", note.epoch, self.config.epoch)));
         }
         let worker = from.rank.index;
+        if self.has_finished(worker) {
+            return Err(protocol(from, format!("a {:?} note after it has finished", note.kind)));
+        }
         match (note.kind, lease) {
             (NoteKind::Push, Some(lease)) => self.on_push(worker, &note, lease),
             (NoteKind::Absent, None) => self.on_absent(worker, &note),
@@ -379,7 +387,7 @@ impl Shard {
 
     fn on_learning_rate(&mut self, from: PeerId, note: &Note) -> Result<()> {
         let rate = f64::from_bits(note.version);
-        if !rate.is_finite() || rate < 0.0 {
+        if !(0.0..=f64::from(f32::MAX)).contains(&rate) {
             return Err(protocol(from, format!("learning rate {rate}")));
         }
         self.effects.push_back(Effect::SetLearningRate { rate, clock: note.clock });
@@ -388,9 +396,6 @@ impl Shard {
 
     fn on_finished(&mut self, worker: u16) -> Result<()> {
         let contributor = &mut self.contributors[usize::from(worker)];
-        if contributor.finished {
-            return Err(protocol(contributor.peer, "it finished twice"));
-        }
         contributor.finished = true;
         let peer = contributor.peer;
         self.post(peer, Note::new(NoteKind::Goodbye), None);

@@ -48,6 +48,7 @@ impl Shard {
         contribution: Option<Contribution>,
     ) -> Result<()> {
         self.record(worker, position)?;
+        self.clocks_pushed = self.clocks_pushed.max(note.clock + 1);
         self.want_reply(worker, index, note);
         if self.config.consistency.aggregates() {
             let cell = self.window.slot(position) * usize::from(self.config.workers) + usize::from(worker);
@@ -68,7 +69,7 @@ impl Shard {
         let here = |worker: &u16| {
             self.window.has(position, (*worker).into()) || self.contributors[usize::from(*worker)].finished
         };
-        if self.queued[slot] || !self.chunks[index].contributors.iter().all(here) {
+        if self.queued[slot] || self.window.is_finished(position) || !self.chunks[index].contributors.iter().all(here) {
             return;
         }
         self.queued[slot] = true;
@@ -76,16 +77,18 @@ impl Shard {
         self.touch(index);
     }
 
-    /// Workers that have finished complete positions by their absence. When all that have a part in this shard have, only what
-    /// somebody pushed is completed: otherwise empty positions would complete for ever.
+    /// Workers that have finished complete positions by their absence. When all that have a part in this shard have, only clocks
+    /// to which somebody pushed are completed (whole ones, since in two steps one chunk waits for the others): otherwise empty
+    /// positions would complete for ever.
     pub(super) fn complete_open_positions(&mut self) {
-        if !self.config.consistency.aggregates() || !self.contributors.iter().any(|contributor| contributor.finished) {
+        let nobody_finished = !self.contributors.iter().any(|contributor| contributor.finished);
+        if !self.config.consistency.aggregates() || nobody_finished || self.chunks.is_empty() {
             return;
         }
         let all_finished = self.contributors.iter().all(|contributor| contributor.finished || contributor.own == 0);
         for position in self.window.base()..self.window.end() {
-            let begun = (0..self.contributors.len()).any(|worker| self.window.has(position, worker));
-            if begun || !all_finished {
+            let begun = || position / (self.chunks.len() as u64) < self.clocks_pushed;
+            if !all_finished || begun() {
                 self.complete_if_all_here(position);
             }
         }

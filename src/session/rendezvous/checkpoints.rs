@@ -68,7 +68,8 @@ impl Checkpoints {
 
     /// A request, or one that joins the request already under way; the command that all ranks are to hear.
     pub fn request(&mut self, reached: Clock, stop: Option<String>, waiting: Option<ConnectionId>) -> Command {
-        let fresh = || Request { clock: reached + MARGIN_FIRST, margin: MARGIN_FIRST, stop: None, waiting: Vec::new() };
+        let clock = reached.saturating_add(MARGIN_FIRST);
+        let fresh = || Request { clock, margin: MARGIN_FIRST, stop: None, waiting: Vec::new() };
         let request = self.request.get_or_insert_with(fresh);
         request.stop = request.stop.take().or(stop);
         request.waiting.extend(waiting);

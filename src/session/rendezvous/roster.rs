@@ -109,6 +109,8 @@ pub(super) struct Roster {
     checkpoints: Checkpoints,
     layout: Option<Layout>,
     ended: bool,
+    /// The servers have been told how to end.
+    dismissed: bool,
     effects: VecDeque<Effect>,
 }
 
@@ -129,6 +131,7 @@ impl Roster {
             checkpoints,
             layout: None,
             ended: false,
+            dismissed: false,
             effects: VecDeque::new(),
         }
     }
@@ -313,10 +316,10 @@ impl Roster {
     /// When no worker will push any more, the servers may go.
     fn end_servers(&mut self) {
         let done = self.seats.iter().all(|(rank, seat)| rank.role == Role::Server || seat.finished);
-        if self.ended || !done {
-            return;
+        if self.dismissed || !done {
+            return; // a job that is to stop at a clock which nobody has reached ends here too
         }
-        self.ended = true;
+        (self.ended, self.dismissed) = (true, true);
         let checkpoint = self.config.checkpoint.at_end && self.config.checkpoint.dir.is_some();
         let clock = self.clock_reached();
         self.send(self.everybody(), FromLauncher::Command(Command::End { clock, checkpoint }));
@@ -383,13 +386,13 @@ impl Roster {
 
     /// Ends the job by name: every rank is told, nobody may join any more.
     pub fn fail(&mut self, text: String) {
-        self.ended = true;
+        (self.ended, self.dismissed) = (true, true);
         self.send(self.everybody(), FromLauncher::Command(Command::JobFailed { text }));
     }
 
     /// Tells every rank to end now, without a checkpoint.
     pub fn stop(&mut self, reason: String) {
-        self.ended = true;
+        (self.ended, self.dismissed) = (true, true);
         let command = Command::Stop { reason, checkpoint: false, clock: None };
         self.send(self.everybody(), FromLauncher::Command(command));
     }

@@ -252,6 +252,38 @@ fn the_job_ends_with_the_last_worker() {
     assert!(!stage.notices.iter().any(|notice| matches!(notice, Notice::Lost(_))));
 }
 
+/// The workers were through before the clock at which the job was to stop, and the servers waited for the word to leave until
+/// they were killed, without the checkpoint at the end.
+#[test]
+fn a_job_that_ends_before_its_stop_is_ended_as_usual() {
+    let mut stage = Stage::new(|config| config.checkpoint.dir = Some("/c".into()));
+    stage.run();
+    stage.say(WORKERS[0], ToLauncher::Report(Report::Progress { clock: 49 }));
+    stage.roster.request_checkpoint(Some("preempted".into()), None).unwrap();
+    stage.collect();
+    assert!(
+        stage.take().iter().all(|(_, m)| matches!(m, FromLauncher::Command(Command::Stop { clock: Some(51), .. })))
+    );
+    for worker in WORKERS {
+        stage.say(worker, ToLauncher::Report(Report::Progress { clock: 50 }));
+        stage.say(worker, ToLauncher::Report(Report::Finished { summary: 1.into() }));
+    }
+    let end = |m: &FromLauncher| matches!(m, FromLauncher::Command(Command::End { clock: 50, checkpoint: true }));
+    assert_eq!(stage.take().iter().filter(|(to, message)| *to == SERVER && end(message)).count(), 1);
+    stage.say(SERVER, ToLauncher::Report(Report::Finished { summary: 1.into() }));
+    assert!(stage.take().is_empty(), "told once");
+}
+
+/// A rank that reports a clock beyond all reason brought the launcher down.
+#[test]
+fn a_clock_beyond_all_reason_does_no_harm() {
+    let mut stage = Stage::new(|config| config.checkpoint.dir = Some("/c".into()));
+    stage.run();
+    stage.say(WORKERS[0], ToLauncher::Report(Report::Progress { clock: u64::MAX }));
+    stage.say(99, ToLauncher::Control(Control::Checkpoint));
+    assert_eq!(stage.take().len(), 3);
+}
+
 #[test]
 fn a_lost_rank_is_reported_and_its_seat_stays_taken() {
     let mut stage = Stage::new(|_| {});
