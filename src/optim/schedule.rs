@@ -129,6 +129,11 @@ impl LearningRates {
         Ok(())
     }
 
+    /// How many parameter groups there are, the default group included.
+    pub fn groups(&self) -> usize {
+        self.base.len()
+    }
+
     /// Drops changes that no clock from `clock` on can see. Whoever calls [`LearningRates::set`] often calls this too, with the
     /// oldest clock that may still be stepped.
     pub fn forget_before(&mut self, clock: Clock) {

@@ -24,6 +24,7 @@ use crate::{
     checkpoint::{Checkpoint, InitialParameters},
     layout::{Layout, TensorSpec},
     mem::{RegionOptions, Topology},
+    optim::LearningRates,
     session::{JobConfig, Member, Offer, Paths, Report, cores_from_environment},
     transport::tcp::{TcpOptions, TcpTransport},
     types::{Clock, PeerId, ShardId},
@@ -64,7 +65,7 @@ impl InitialValues for FromFile {
 pub fn run(mut member: Member) -> Result<()> {
     let config = member.config().clone();
     let view = member.view()?;
-    let layout = Arc::new(Layout::build(&view.declarations, config.layout_options())?);
+    let layout = Arc::new(config.layout(&view.declarations)?);
     let plan = Arc::new(Plan {
         layout,
         workers: config.workers,
@@ -262,7 +263,12 @@ fn restore(plan: &Plan, shard: ShardId, memory: &mut Memory) -> Result<Option<Ve
     }
     let rates = checkpoint.manifest().state.learning_rate.clone();
     if !rates.is_null() {
-        memory.restore_rates(serde_json::from_value(rates).map_err(|error| defect(error.to_string()))?);
+        let rates: LearningRates = serde_json::from_value(rates).map_err(|error| defect(error.to_string()))?;
+        if rates.groups() != plan.config.optimizer.group_count() {
+            let (stored, own) = (rates.groups(), plan.config.optimizer.group_count());
+            return Err(defect(format!("it holds learning rates of {stored} parameter groups, and this job has {own}")));
+        }
+        memory.restore_rates(rates);
     }
     Ok(Some(versions))
 }

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     Error, Result,
     consistency::Consistency,
-    layout::LayoutOptions,
+    layout::{Layout, LayoutOptions, TensorSpec},
     optim::{OptimizerConfig, OptimizerKind, Reduction},
     types::{Clock, Dtype, Rank, Role},
 };
@@ -257,6 +257,25 @@ impl JobConfig {
     /// What decides the layout, beside the tensors.
     pub fn layout_options(&self) -> LayoutOptions {
         LayoutOptions { chunk_elements: (self.chunk_bytes / 4) as u32, shards: self.shard_count() as u16 }
+    }
+
+    /// The layout of what the workers have declared.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::LayoutConflict`] where declarations disagree; [`Error::Config`] naming a tensor of a parameter group that the
+    /// optimizer does not have.
+    pub fn layout(&self, declarations: &[Vec<TensorSpec>]) -> Result<Layout> {
+        let layout = Layout::build(declarations, self.layout_options())?;
+        let groups = self.optimizer.group_count();
+        match layout.tensors.iter().find(|tensor| usize::from(tensor.spec.group) >= groups) {
+            None => Ok(layout),
+            Some(tensor) => Err(Error::Config(format!(
+                "tensor `{}` is of parameter group {}, and this job's optimizer has {groups}, counted from 0: add it to \
+                 `optimizer.groups`",
+                tensor.spec.name, tensor.spec.group
+            ))),
+        }
     }
 
     /// Shards of the whole job.

