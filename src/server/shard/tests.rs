@@ -1,4 +1,6 @@
 //! What a worker that errs, or means harm, can do to a shard: nothing but lose its path.
+//!
+//! Invariant: a misdeed is an error about the peer that did it, never a panic.
 
 use super::*;
 use crate::{
