@@ -266,7 +266,9 @@ fn restore(plan: &Plan, shard: ShardId, memory: &mut Memory) -> Result<Option<Ve
         let rates: LearningRates = serde_json::from_value(rates).map_err(|error| defect(error.to_string()))?;
         if rates.groups() != plan.config.optimizer.group_count() {
             let (stored, own) = (rates.groups(), plan.config.optimizer.group_count());
-            return Err(defect(format!("it holds learning rates of {stored} parameter groups, and this job has {own}")));
+            return Err(defect(format!(
+                "it holds learning rates of {stored} parameter groups, and this job has {own}"
+            )));
         }
         memory.restore_rates(rates);
     }
