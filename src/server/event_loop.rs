@@ -170,6 +170,7 @@ impl<T: Transport> EventLoop<T> {
                 // A broken path's `Broken` follows and says more; anything else would be waited for in vain.
                 if matches!(error, Error::Broken { .. }) { Ok(()) } else { Err(error) }
             }
+            Completion::Released { .. } => Ok(()), // nobody connects to a fenced peer again
             Completion::Arrived { from, note, lease } => {
                 if let Err(error) = self.shard.handle_arrived(now, from, note, lease) {
                     self.paths.fence(from);

@@ -61,6 +61,11 @@ impl<T: Transport> Paths<T> {
         self.transport.offer(peer)
     }
 
+    /// See [`Transport::fabric`].
+    pub fn fabric(&self, peer: PeerId) -> &'static str {
+        self.transport.fabric(peer)
+    }
+
     /// See [`Transport::connect`].
     pub fn connect(&mut self, peer: PeerId, remote: &Endpoint, deadline: Instant) -> Result<()> {
         self.transport.connect(peer, remote, deadline)
@@ -107,7 +112,7 @@ impl<T: Transport> Paths<T> {
                 }
                 Completion::Broken { peer, .. } => self.liveness.forget(*peer),
                 Completion::Sent { id: HEARTBEAT, .. } | Completion::Failed { id: HEARTBEAT, .. } => continue,
-                Completion::Sent { .. } | Completion::Failed { .. } => {}
+                Completion::Sent { .. } | Completion::Failed { .. } | Completion::Released { .. } => {}
             }
             completions.push(completion);
         }

@@ -22,13 +22,25 @@ use crate::{
     wire::Note,
 };
 
-/// A registered region: the key under which peers name it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// A registered region: the keys under which peers name it, one for each fabric that may carry their writes.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MemoryRegion {
-    /// The key that peers put into their writes.
-    pub rkey: u32,
+    /// Fabric and key.
+    keys: Vec<(&'static str, u32)>,
     /// Bytes from the region's start that peers may be allowed to write.
     pub len: u64,
+}
+
+impl MemoryRegion {
+    /// A region as one fabric knows it.
+    pub fn new(fabric: &'static str, rkey: u32, len: u64) -> MemoryRegion {
+        MemoryRegion { keys: vec![(fabric, rkey)], len }
+    }
+
+    /// The key under which peers on `fabric` name the region; 0, which no region has, if it is not registered there.
+    pub fn rkey(&self, fabric: &str) -> u32 {
+        self.keys.iter().find(|(name, _)| *name == fabric).map_or(0, |(_, rkey)| *rkey)
+    }
 }
 
 /// A place that one peer may write to, once armed by its owner.
@@ -42,13 +54,38 @@ pub struct RemoteSlot {
     pub len: u32,
 }
 
-/// What a peer needs to reach us: opaque to all but the driver that made it.
+/// What a peer needs to reach us: an address on every fabric that we offer it, the one that we would rather use first.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Endpoint {
-    /// The fabric's name ("tcp", "sim").
+    /// At most one of a fabric.
+    pub addresses: Vec<FabricAddress>,
+}
+
+/// Where one fabric finds us: opaque to all but the driver that made it.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct FabricAddress {
+    /// The fabric's name ("tcp", "shm").
     pub fabric: String,
     /// Where, in that fabric's own words ("127.0.0.1:4711"); empty means "I shall call you".
     pub address: String,
+}
+
+impl Endpoint {
+    /// An endpoint on one fabric.
+    pub fn new(fabric: &str, address: impl Into<String>) -> Endpoint {
+        Endpoint { addresses: vec![FabricAddress { fabric: fabric.into(), address: address.into() }] }
+    }
+
+    /// The address on a fabric, if it is offered.
+    pub fn on(&self, fabric: &str) -> Option<&str> {
+        self.addresses.iter().find(|offered| offered.fabric == fabric).map(|offered| offered.address.as_str())
+    }
+
+    /// The names of the fabrics, as errors give them.
+    pub fn fabrics(&self) -> String {
+        let names: Vec<&str> = self.addresses.iter().map(|offered| offered.fabric.as_str()).collect();
+        names.join(",")
+    }
 }
 
 /// A note, and what it says about a payload.
@@ -122,6 +159,14 @@ pub enum Completion {
         /// Why.
         error: Error,
     },
+    /// Slots that [`Transport::fence`] had to withhold, because the peer could still have been writing: nothing lands in them
+    /// any more. The one completion that may follow a fence besides `Failed`.
+    Released {
+        /// Whose slots they were.
+        peer: PeerId,
+        /// The slots.
+        slots: Vec<Lease>,
+    },
     /// The path to a peer is gone, or never came to be. Its `Failed` completions precede this; nothing of that peer follows.
     Broken {
         /// The other end.
@@ -142,14 +187,19 @@ pub trait Transport {
     /// What *this* peer needs to reach us.
     fn offer(&mut self, peer: PeerId) -> Result<Endpoint>;
 
+    /// The fabric that carries the path to `peer`, or would.
+    fn fabric(&self, peer: PeerId) -> &'static str;
+
     /// Begins a path; ends as `Connected` or `Broken` before `deadline`. Both ends call it.
     fn connect(&mut self, peer: PeerId, remote: &Endpoint, deadline: Instant) -> Result<()>;
 
     /// Opens a slot (a range of a registered region) to one write by `peer`.
     fn arm(&mut self, peer: PeerId, slot: Lease) -> Result<RemoteSlot>;
 
-    /// Ends our side of the path. Armed leases come back; nothing lands after this, and no completion of that peer follows but
-    /// the `Failed` ones of requests whose end was not told yet. After it `connect` may begin anew.
+    /// Ends our side of the path. Armed leases come back; nothing lands in them after this, and no completion of that peer
+    /// follows but the `Failed` ones of requests whose end was not told yet. After it `connect` may begin anew. Where a peer
+    /// writes by itself and is in the middle of it (stopped, perhaps), its slots are withheld until that has ended or the peer is
+    /// known to be dead, and come as `Released`.
     fn fence(&mut self, peer: PeerId) -> Vec<Lease>;
 
     /// Queues a write. Takes the payload's lease until the completion. A request that contradicts itself (a note whose kind or

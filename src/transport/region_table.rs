@@ -6,7 +6,7 @@
 
 use std::{collections::HashMap, fmt};
 
-use super::{MemoryRegion, RemoteSlot};
+use super::RemoteSlot;
 use crate::{
     Error, Result,
     mem::{Lease, Region},
@@ -69,18 +69,17 @@ impl Default for RegionTable {
 
 impl RegionTable {
     /// Registers a region under a random key that is not 0; the same region twice gets the same key.
-    pub fn register(&mut self, region: &Region) -> Result<MemoryRegion> {
-        let len = region.len() as u64;
+    pub fn register(&mut self, region: &Region) -> Result<u32> {
         let probe = self.regions.iter().find(|(_, known)| known.is_same(region));
         if let Some((rkey, _)) = probe {
-            return Ok(MemoryRegion { rkey: *rkey, len });
+            return Ok(*rkey);
         }
         if self.regions.len() == REGIONS_MAX {
             return Err(Error::Config(format!("a transport takes at most {REGIONS_MAX} regions")));
         }
         let rkey = self.fresh_rkey()?;
         self.regions.push((rkey, region.clone()));
-        Ok(MemoryRegion { rkey, len })
+        Ok(rkey)
     }
 
     /// Opens a slot to one write by `peer`.
@@ -153,20 +152,20 @@ mod tests {
     const A: PeerId = PeerId::worker(0);
     const B: PeerId = PeerId::worker(1);
 
-    fn table() -> (RegionTable, MemoryRegion, Vec<Lease>) {
+    fn table() -> (RegionTable, u32, Vec<Lease>) {
         let mut table = RegionTable::default();
         let (region, lease) = Region::allocate(8192, &RegionOptions::default()).unwrap();
-        let memory = table.register(&region).unwrap();
-        assert_eq!(table.register(&region).unwrap(), memory);
-        assert_ne!(memory.rkey, 0);
-        (table, memory, lease.chunks(1024))
+        let rkey = table.register(&region).unwrap();
+        assert_eq!(table.register(&region).unwrap(), rkey);
+        assert_ne!(rkey, 0);
+        (table, rkey, lease.chunks(1024))
     }
 
     #[test]
     fn a_slot_is_given_to_its_peer_once() {
-        let (mut table, memory, mut leases) = table();
+        let (mut table, rkey, mut leases) = table();
         let slot = table.arm(A, leases.remove(2)).unwrap();
-        assert_eq!(slot, RemoteSlot { rkey: memory.rkey, offset: 2048, len: 1024 });
+        assert_eq!(slot, RemoteSlot { rkey, offset: 2048, len: 1024 });
         assert_eq!(table.take(B, slot.rkey, 2048, 8).unwrap_err(), SlotRefusal::AnotherPeers);
         assert_eq!(table.take(A, slot.rkey, 2048, 1024).unwrap().offset(), 2048);
         assert_eq!(table.take(A, slot.rkey, 2048, 1024).unwrap_err(), SlotRefusal::NotArmed);
@@ -174,10 +173,10 @@ mod tests {
 
     #[test]
     fn only_a_write_that_begins_at_the_slot_and_fits_may_land() {
-        let (mut table, memory, mut leases) = table();
+        let (mut table, rkey, mut leases) = table();
         let slot = table.arm(A, leases.remove(7)).unwrap();
         let mut refusal = |rkey, offset, length| table.take(A, rkey, offset, length).unwrap_err();
-        assert_eq!(refusal(memory.rkey ^ 1, 7168, 8), SlotRefusal::UnknownKey);
+        assert_eq!(refusal(rkey ^ 1, 7168, 8), SlotRefusal::UnknownKey);
         assert_eq!(refusal(slot.rkey, 7169, 8), SlotRefusal::NotArmed);
         assert_eq!(refusal(slot.rkey, 7168, 1025), SlotRefusal::OutOfBounds);
         assert_eq!(refusal(slot.rkey, u64::MAX, 2), SlotRefusal::OutOfBounds);

@@ -151,7 +151,7 @@ impl<T: Transport> Engine<T> {
     fn handle(&mut self, completion: Completion) -> Result<()> {
         match completion {
             Completion::Connected { peer } => {
-                self.client.attach(peer, self.parameters.rkey, 0);
+                self.client.attach(peer, self.parameters.rkey(self.paths.fabric(peer)), 0);
                 Ok(())
             }
             Completion::Sent { id, source } => {
@@ -163,6 +163,7 @@ impl<T: Transport> Engine<T> {
                 // A broken path's `Broken` follows and says more; anything else would be waited for in vain.
                 if matches!(error, Error::Broken { .. }) { Ok(()) } else { Err(error) }
             }
+            Completion::Released { .. } => Ok(()), // nobody connects to a fenced peer again
             Completion::Arrived { from, note, lease } => {
                 if let Err(error) = self.client.handle_arrived(from, note, lease) {
                     self.paths.fence(from);

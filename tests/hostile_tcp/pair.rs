@@ -74,7 +74,7 @@ impl RunningPair {
     }
 
     pub fn address(&self) -> std::net::SocketAddr {
-        self.endpoint.address.parse().unwrap()
+        self.endpoint.on("tcp").unwrap().parse().unwrap()
     }
 
     /// Waits until the pair has made `more` further exchanges.
@@ -111,7 +111,7 @@ struct Lease2 {
 }
 
 fn passive() -> Endpoint {
-    Endpoint { fabric: "tcp".into(), address: String::new() }
+    Endpoint::new("tcp", "")
 }
 
 fn memory(transport: &mut TcpTransport) -> Lease2 {

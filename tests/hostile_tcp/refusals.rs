@@ -79,7 +79,7 @@ fn a_missing_token_and_a_wrong_version_are_refused_by_name() {
 #[test]
 fn a_listener_of_another_version_or_no_listener_of_ours_is_named() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let endpoint = Endpoint { fabric: "tcp".into(), address: listener.local_addr().unwrap().to_string() };
+    let endpoint = Endpoint::new("tcp", listener.local_addr().unwrap().to_string());
     let others = std::thread::spawn(move || {
         let mut challenge = *Answering::begin([1; 32]).challenge();
         challenge[4] = 9;
@@ -104,7 +104,7 @@ fn a_listener_of_another_version_or_no_listener_of_ours_is_named() {
 #[test]
 fn an_impostor_that_does_not_know_the_token_is_not_believed() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let endpoint = Endpoint { fabric: "tcp".into(), address: listener.local_addr().unwrap().to_string() };
+    let endpoint = Endpoint::new("tcp", listener.local_addr().unwrap().to_string());
     let impostor = std::thread::spawn(move || {
         let (mut stream, _) = listener.accept().unwrap();
         stream.write_all(Answering::begin([1; 32]).challenge()).unwrap();
@@ -125,7 +125,7 @@ fn silent_strangers_hold_neither_the_door_nor_their_seats() {
     let token = JobToken::random().unwrap();
     let mut server = TcpTransport::new(TcpOptions::new(identity(SERVER, &token))).unwrap();
     let endpoint = server.offer(WORKER).unwrap();
-    let address = endpoint.address.parse().unwrap();
+    let address = endpoint.on("tcp").unwrap().parse().unwrap();
     let mut silent: Vec<_> = (0..100).map(|_| raw::dial(address)).collect();
     let mut heard = Vec::new();
     // Sockets that nobody reads keep the descriptor quiet: the driver must not look at a listener it has no seat for.
@@ -136,7 +136,7 @@ fn silent_strangers_hold_neither_the_door_nor_their_seats() {
     let mut worker =
         TcpTransport::new(TcpOptions { listen: false, ..TcpOptions::new(identity(WORKER, &token)) }).unwrap();
     let deadline = Instant::now() + Duration::from_secs(4);
-    server.connect(WORKER, &Endpoint { fabric: "tcp".into(), address: String::new() }, deadline).unwrap();
+    server.connect(WORKER, &Endpoint::new("tcp", ""), deadline).unwrap();
     worker.connect(SERVER, &endpoint, deadline).unwrap();
     while heard.len() < 2 {
         server.poll(Instant::now(), &mut heard).unwrap();

@@ -171,7 +171,7 @@ pub fn a_full_queue_hands_the_request_back_and_takes_it_later<F: Fabric>(fabric:
 pub fn a_write_to_an_unarmed_slot_breaks_that_path_only<F: Fabric>(fabric: F) {
     let mut world = World::joined(fabric, 3, 64 << 10);
     let (a, b) = (world.peer(0), world.peer(1));
-    let nowhere = RemoteSlot { rkey: world.sides[0].memory.rkey, offset: 8192, len: 4096 };
+    let nowhere = RemoteSlot { rkey: world.rkey(0, 1), offset: 8192, len: 4096 };
     let source = world.sides[1].cut(64).freeze();
     world.sides[1].post(write(1, a, source, nowhere));
     world.until("both ends to break", |w| w.sides[0].broken_by(b).is_some() && w.sides[1].broken_by(a).is_some());

@@ -84,11 +84,11 @@ fn a_caller_tries_every_address_and_waits_for_a_late_listener() {
     let fabric = Tcp::new(Ipv6Addr::LOCALHOST, true);
     let (server, worker) = (PeerId::server(0, 0), PeerId::worker(0));
     // A port that is free a moment later, and one where nobody will ever listen.
-    let address = |transport: &mut TcpTransport| transport.offer(worker).unwrap().address;
+    let address = |transport: &mut TcpTransport| transport.offer(worker).unwrap().on("tcp").unwrap().to_string();
     let late = address(&mut TcpTransport::new(fabric.options(server)).unwrap());
     let never = address(&mut TcpTransport::new(fabric.options(server)).unwrap());
     let mut caller = TcpTransport::new(TcpOptions { listen: false, ..fabric.options(worker) }).unwrap();
-    let both = Endpoint { fabric: "tcp".into(), address: format!("{never},{late}") };
+    let both = Endpoint::new("tcp", format!("{never},{late}"));
     let deadline = Instant::now() + Duration::from_secs(20);
     caller.connect(server, &both, deadline).unwrap();
     let mut heard = Vec::new();
@@ -101,7 +101,7 @@ fn a_caller_tries_every_address_and_waits_for_a_late_listener() {
     let port = late.rsplit(':').next().unwrap().parse().unwrap();
     let options = TcpOptions { ports: Some(port..=port), ..fabric.options(server) };
     let mut listener = TcpTransport::new(options).unwrap();
-    listener.connect(worker, &Endpoint { fabric: "tcp".into(), address: String::new() }, deadline).unwrap();
+    listener.connect(worker, &Endpoint::new("tcp", ""), deadline).unwrap();
     let waiter = Waiter::new().unwrap();
     while heard.len() < 2 {
         assert!(Instant::now() < deadline, "they did not meet: {heard:?}");
@@ -117,7 +117,7 @@ fn two_transports_that_do_not_listen_are_told_so() {
     let fabric = Tcp::new(Ipv4Addr::LOCALHOST, true);
     let mut deaf = TcpTransport::new(TcpOptions { listen: false, ..fabric.options(PeerId::worker(0)) }).unwrap();
     let endpoint = deaf.offer(PeerId::worker(1)).unwrap();
-    assert_eq!(endpoint.address, "");
+    assert_eq!(endpoint.on("tcp"), Some(""));
     let error = deaf.connect(PeerId::worker(1), &endpoint, Instant::now()).unwrap_err().to_string();
     assert!(error.contains("worker 0") && error.contains("worker 1") && error.contains("listens"), "{error}");
 }

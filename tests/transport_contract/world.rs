@@ -149,6 +149,13 @@ impl<F: Fabric> World<F> {
         self.sides[at].peer
     }
 
+    /// The key under which side `by` names the memory of side `of`.
+    pub fn rkey(&mut self, of: usize, by: usize) -> u32 {
+        let by = self.peer(by);
+        let fabric = self.sides[of].transport().fabric(by);
+        self.sides[of].memory.rkey(fabric)
+    }
+
     /// Side `a` begins its half of the path to side `b`.
     pub fn connect(&mut self, a: usize, b: usize, within: Duration) {
         let (peer_a, peer_b) = (self.peer(a), self.peer(b));

@@ -187,7 +187,7 @@ fn the_view_comes_when_all_are_there_whatever_the_order() {
 fn offers_reach_those_they_are_for() {
     let mut stage = Stage::new(|_| {});
     stage.all_join();
-    let at = |text: &str| Endpoint { fabric: "tcp".into(), address: text.into() };
+    let at = |text: &str| Endpoint::new("tcp", text);
     let (server, w0, w1) = (PeerId::server(0, 0), PeerId::worker(0), PeerId::worker(1));
     stage.say(SERVER, ToLauncher::Offer(vec![(server, w0, at("s0")), (server, w1, at("s1"))]));
     stage.say(WORKERS[0], ToLauncher::Offer(vec![(w0, server, at(""))]));

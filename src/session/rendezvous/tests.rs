@@ -102,7 +102,7 @@ fn a_job_starts_from_end_to_end() {
                 assert_eq!(view.declarations[1][0].name, "t1");
                 let offers = member.exchange(Vec::new()).unwrap();
                 assert_eq!(offers.len(), 1);
-                assert_eq!(offers[0].2.address, format!("for {index}"));
+                assert_eq!(offers[0].2, Endpoint::new("tcp", format!("for {index}")));
                 member.barrier("start").unwrap();
                 member
             })
@@ -110,7 +110,7 @@ fn a_job_starts_from_end_to_end() {
         .collect();
     let mut server = job.join(Role::Server, 0);
     assert_eq!(server.view().unwrap().workers, 2);
-    let at = |index: u16| Endpoint { fabric: "tcp".into(), address: format!("for {index}") };
+    let at = |index: u16| Endpoint::new("tcp", format!("for {index}"));
     let offers = (0..2).map(|index| (PeerId::server(0, 0), PeerId::worker(index), at(index))).collect();
     assert!(server.exchange(offers).unwrap().is_empty());
     server.barrier("start").unwrap();

@@ -24,6 +24,8 @@ use crate::{
 };
 use network::Network;
 
+const FABRIC: &str = "sim";
+
 /// A generator of small random numbers (SplitMix64): the same seed gives the same run on every machine.
 #[derive(Clone, Debug)]
 pub struct SimRandom(u64);
@@ -121,11 +123,16 @@ pub struct SimTransport {
 
 impl Transport for SimTransport {
     fn register(&mut self, region: &Region) -> Result<MemoryRegion> {
-        self.network.borrow_mut().register(self.me, region)
+        let rkey = self.network.borrow_mut().register(self.me, region)?;
+        Ok(MemoryRegion::new(FABRIC, rkey, region.len() as u64))
+    }
+
+    fn fabric(&self, _peer: PeerId) -> &'static str {
+        FABRIC
     }
 
     fn offer(&mut self, _peer: PeerId) -> Result<Endpoint> {
-        Ok(Endpoint { fabric: "sim".into(), address: self.me.to_string() })
+        Ok(Endpoint::new(FABRIC, self.me.to_string()))
     }
 
     fn connect(&mut self, peer: PeerId, _remote: &Endpoint, deadline: Instant) -> Result<()> {

@@ -12,7 +12,7 @@ use super::{SimOptions, SimRandom};
 use crate::{
     Error, Result,
     mem::{Lease, Region, SharedLease},
-    transport::{Completion, MemoryRegion, QueueFull, RemoteSlot, WorkRequest, region_table::RegionTable},
+    transport::{Completion, QueueFull, RemoteSlot, WorkRequest, region_table::RegionTable},
     types::PeerId,
     wire::Note,
 };
@@ -99,7 +99,7 @@ impl Network {
         self.nodes.insert(me, Node::default());
     }
 
-    pub fn register(&mut self, me: PeerId, region: &Region) -> Result<MemoryRegion> {
+    pub fn register(&mut self, me: PeerId, region: &Region) -> Result<u32> {
         self.node(me).table.register(region)
     }
 
@@ -233,7 +233,7 @@ impl Network {
                     let error = broken(peer, "we ended it");
                     kept.push_back((of, Completion::Failed { id, source, error }));
                 }
-                failed @ Completion::Failed { .. } => kept.push_back((of, failed)),
+                other @ (Completion::Failed { .. } | Completion::Released { .. }) => kept.push_back((of, other)),
             }
         }
         node.inbox = kept;

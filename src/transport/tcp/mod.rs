@@ -201,24 +201,28 @@ impl TcpTransport {
 
 impl Transport for TcpTransport {
     fn register(&mut self, region: &Region) -> Result<MemoryRegion> {
-        self.table.register(region)
+        Ok(MemoryRegion::new(FABRIC, self.table.register(region)?, region.len() as u64))
+    }
+
+    fn fabric(&self, _peer: PeerId) -> &'static str {
+        FABRIC
     }
 
     fn offer(&mut self, _peer: PeerId) -> Result<Endpoint> {
-        Ok(Endpoint { fabric: FABRIC.into(), address: format_addresses(&self.advertised) })
+        Ok(Endpoint::new(FABRIC, format_addresses(&self.advertised)))
     }
 
     fn connect(&mut self, peer: PeerId, remote: &Endpoint, deadline: Instant) -> Result<()> {
-        if remote.fabric != FABRIC {
-            return Err(Error::Config(format!("{peer} offers `{}`, this is {FABRIC}", remote.fabric)));
-        }
+        let Some(address) = remote.on(FABRIC) else {
+            return Err(Error::Config(format!("{peer} offers `{}`, this is {FABRIC}", remote.fabrics())));
+        };
         if self.index_of.contains_key(&peer) {
             return Err(Error::Config(format!("there is a path to {peer} already; fence it first")));
         }
         // Where both listen the larger name calls, so that there is one connection and not two.
-        let they_listen = !remote.address.is_empty();
+        let they_listen = !address.is_empty();
         let state = if they_listen && (!self.options.listen || self.options.identity.me > peer) {
-            let addresses = parse_addresses(&remote.address)?;
+            let addresses = parse_addresses(address)?;
             State::Calling(Box::new(Call::new(peer, addresses, Instant::now(), deadline)))
         } else if self.options.listen {
             State::Expecting { deadline }
@@ -355,7 +359,7 @@ fn forget(peer: PeerId, done: &mut Done, slots: &mut Vec<Lease>) {
                 *completion = Completion::Failed { id: *id, source: source.take(), error };
                 true
             }
-            Completion::Failed { .. } => true,
+            Completion::Failed { .. } | Completion::Released { .. } => true,
             Completion::Arrived { lease, .. } => {
                 slots.extend(lease.take());
                 false
