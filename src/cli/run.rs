@@ -80,6 +80,9 @@ pub(super) struct RunArguments {
     /// Continue from the last checkpoint in this directory.
     #[arg(long, value_name = "DIR")]
     resume: Option<String>,
+    /// The fabrics that may be used, best first, such as shm,tcp.
+    #[arg(long, visible_alias = "transports", value_name = "NAMES")]
+    transport: Option<String>,
     /// The network interface for data.
     #[arg(long, value_name = "NAME")]
     interface: Option<String>,
@@ -120,6 +123,7 @@ impl RunArguments {
             ("checkpoint.dir", &self.checkpoint_dir),
             ("checkpoint.every", &self.checkpoint_every),
             ("resume", &self.resume),
+            ("transports", &self.transport),
             ("interface", &self.interface),
             ("ports", &self.ports),
         ];
@@ -166,6 +170,10 @@ pub(super) fn run(arguments: RunArguments) -> Result<ExitCode> {
     let outcome = job.wait();
     if let Some(reason) = &outcome.reason {
         eprintln!("gradwire: job {name}: {reason}");
+    }
+    if !outcome.paths.is_empty() {
+        let paths: Vec<String> = outcome.paths.iter().map(|(fabric, count)| format!("{count} over {fabric}")).collect();
+        eprintln!("gradwire: job {name}: paths between workers and shards: {}", paths.join(", "));
     }
     Ok(ExitCode::from(outcome.code))
 }

@@ -103,6 +103,8 @@ pub struct Outcome {
     pub reason: Option<String>,
     /// The clock of the last complete checkpoint.
     pub checkpoint: Option<u64>,
+    /// How many paths each fabric carried.
+    pub paths: BTreeMap<String, usize>,
     /// What ranks said when they had finished.
     pub summaries: BTreeMap<Rank, serde_json::Value>,
 }

@@ -25,6 +25,7 @@ use super::{
 use crate::{
     Result,
     session::{Notice, Order, Rendezvous},
+    transport::PathChoice,
     types::{Rank, Role},
 };
 
@@ -81,6 +82,7 @@ pub(super) struct Supervisor {
     joined: BTreeSet<Rank>,
     lost: BTreeSet<Rank>,
     running: bool,
+    paths: BTreeMap<Rank, Vec<PathChoice>>,
     summaries: BTreeMap<Rank, serde_json::Value>,
     checkpoint: Option<u64>,
     stopped_with_checkpoint: bool,
@@ -107,6 +109,7 @@ impl Supervisor {
             joined: BTreeSet::new(),
             lost: BTreeSet::new(),
             running: false,
+            paths: BTreeMap::new(),
             summaries: BTreeMap::new(),
             checkpoint: None,
             stopped_with_checkpoint: false,
@@ -182,6 +185,7 @@ impl Supervisor {
                 self.check_unjoined();
             }
             Notice::Running => self.running = true,
+            Notice::Paths { rank, paths } => drop(self.paths.insert(rank, paths)),
             Notice::Failed { rank, text, elsewhere } => self.see(Sight::Reported { rank, text, elsewhere }),
             // Of a rank that we started, its exit tells more, and when the job is ending it was told to leave.
             Notice::Lost(rank) => {
@@ -382,7 +386,11 @@ impl Supervisor {
             }
             Some(End::Interrupted(number)) => (shell_code(number), Some("ended by a signal".into())),
         };
-        Outcome { code, reason, checkpoint: self.checkpoint, summaries: self.summaries }
+        let mut paths = BTreeMap::new();
+        for choice in self.paths.into_values().flatten() {
+            *paths.entry(choice.fabric).or_default() += 1;
+        }
+        Outcome { code, reason, checkpoint: self.checkpoint, paths, summaries: self.summaries }
     }
 }
 

@@ -21,11 +21,13 @@ use crate::{
     wire::Attachment,
 };
 
-/// Whether there is more to do at once.
+/// What a turn has done, and whether there is more to do at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Progress {
     /// Call `turn` again.
     Busy,
+    /// Something had come and has been dealt with.
+    Moved,
     /// Nothing to do until a completion or a deadline.
     Idle,
 }
@@ -119,7 +121,9 @@ impl<T: Transport> EventLoop<T> {
     pub fn turn(&mut self, now: Instant) -> Result<Progress> {
         let mut completions = std::mem::take(&mut self.completions);
         self.paths.poll(now, &mut completions)?;
+        let mut moved = false;
         for completion in completions.drain(..) {
+            moved |= matches!(completion, Completion::Arrived { .. });
             self.handle(now, completion)?;
         }
         self.completions = completions;
@@ -128,8 +132,11 @@ impl<T: Transport> EventLoop<T> {
         self.compute();
         self.carry_out()?;
         self.paths.flush()?;
-        let busy = self.running.is_some() || !self.queue.is_empty();
-        Ok(if busy { Progress::Busy } else { Progress::Idle })
+        Ok(match self.running.is_some() || !self.queue.is_empty() {
+            true => Progress::Busy,
+            false if moved => Progress::Moved,
+            false => Progress::Idle,
+        })
     }
 
     /// When `turn` wants to be called even if nothing happens.

@@ -22,15 +22,12 @@ use crate::{
     checkpoint::{self, ChunkState},
     layout::Layout,
     session::{Command, Commands, Offer, Report, Reporter},
-    transport::{Armed, Waiter, Wakeup, tcp::TcpTransport},
+    transport::{Armed, Fabrics, Idle, Waiter, Wakeup},
     types::{Clock, PeerId, ShardId},
 };
 
 /// How often a shard reports how far it is.
 const PROGRESS_EVERY: Duration = Duration::from_millis(200);
-
-/// Turns without anything to do before the thread sleeps. Short: workers share the cores.
-const IDLE_TURNS_MAX: u32 = 20;
 
 /// How long workers may take to leave before the servers do.
 const LEAVE_TIME: Duration = Duration::from_secs(2);
@@ -39,7 +36,7 @@ const LEAVE_TIME: Duration = Duration::from_secs(2);
 pub(super) struct Lane {
     plan: Arc<Plan>,
     shard: ShardId,
-    event_loop: EventLoop<TcpTransport>,
+    event_loop: EventLoop<Fabrics>,
     reporter: Reporter,
     commands: CommandWakeup,
     writer: Option<Writer>,
@@ -72,7 +69,7 @@ impl Lane {
     pub fn new(
         plan: Arc<Plan>,
         shard: ShardId,
-        event_loop: EventLoop<TcpTransport>,
+        event_loop: EventLoop<Fabrics>,
         reporter: Reporter,
         commands: Commands,
     ) -> Lane {
@@ -105,7 +102,7 @@ impl Lane {
             self.event_loop.connect(worker, &endpoint, deadline)?;
         }
         let waiter = Waiter::new()?;
-        let mut idle = 0;
+        let mut idle = Idle::default();
         loop {
             while let Some(command) = self.commands.0.poll()? {
                 if self.obey(command)? {
@@ -123,11 +120,11 @@ impl Lane {
             if self.event_loop.is_done() && self.end.is_some() {
                 return self.finish();
             }
-            idle = if progress == Progress::Busy { 0 } else { idle + 1 };
-            if idle > IDLE_TURNS_MAX {
+            if progress != Progress::Idle {
+                idle.busy(now);
+            } else if !idle.may_spin(now) {
                 let until = self.next_deadline();
                 waiter.wait(&mut [self.event_loop.paths().transport(), &mut self.commands], until)?;
-                idle = 0;
             }
         }
     }

@@ -25,10 +25,9 @@ use crate::{
     layout::{Layout, TensorSpec},
     mem::{RegionOptions, Topology},
     optim::LearningRates,
-    session::{JobConfig, Member, Offer, Paths, Report, cores_from_environment},
-    transport::tcp::{TcpOptions, TcpTransport},
+    session::{JobConfig, Member, Offer, Paths, Report, cores_from_environment, fabrics},
+    transport::Fabrics,
     types::{Clock, PeerId, ShardId},
-    wire::{handshake::Identity, job_id},
 };
 
 /// What all lanes of a process share.
@@ -83,7 +82,7 @@ pub fn run(mut member: Member) -> Result<()> {
             plan: plan.clone(),
             me: PeerId { rank: member.rank(), lane },
             core: cores.get(usize::from(lane)).copied(),
-            identity: identity(&member, lane),
+            transport: fabrics::open(&member, lane, true)?,
             reporter: member.reporter(),
             commands: member.commands()?,
             setup: setup.clone(),
@@ -117,16 +116,6 @@ pub fn run(mut member: Member) -> Result<()> {
     member.reporter().report(Report::Finished { summary: serde_json::Value::Null })
 }
 
-fn identity(member: &Member, lane: u16) -> Identity {
-    let config = member.config();
-    Identity {
-        job: job_id(&config.name, &format!("{:016x}", config.instance)),
-        token: member.token().clone(),
-        me: PeerId { rank: member.rank(), lane },
-        epoch: 0,
-    }
-}
-
 /// What a lane's thread tells the process.
 enum Step {
     /// It is ready to be connected; these are its endpoints.
@@ -139,7 +128,7 @@ struct LaneThread {
     plan: Arc<Plan>,
     me: PeerId,
     core: Option<usize>,
-    identity: Identity,
+    transport: Fabrics,
     reporter: crate::session::Reporter,
     commands: crate::session::Commands,
     setup: Sender<Step>,
@@ -185,13 +174,7 @@ impl LaneThread {
         };
         let mut memory = Memory::new(memory, plan.layout.clone(), shard, &*initial_values(config)?)?;
         let versions = restore(&plan, shard, &mut memory)?;
-        let options = TcpOptions {
-            interface: config.interface.clone(),
-            ports: config.ports.map(|ports| ports.first..=ports.last),
-            ..TcpOptions::new(self.identity)
-        };
-        let options = options.with_environment(|name| std::env::var(name).ok())?;
-        let paths = Paths::new(TcpTransport::new(options)?, 0, config.heartbeat(), config.deadline());
+        let paths = Paths::new(self.transport, 0, config.heartbeat(), config.deadline());
         let shard_config = ShardConfig {
             me: self.me,
             shard,

@@ -4,6 +4,7 @@
 //! Invariant: every rank holds the same settings and the same view before the first gradient moves.
 #![forbid(unsafe_code)]
 
+pub(crate) mod fabrics;
 mod job;
 mod liveness;
 mod paths;

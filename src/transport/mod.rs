@@ -6,13 +6,17 @@
 //! Invariant: bytes of a leased range are never touched by safe code between `post`/`arm` and the completion that returns the
 //! lease; nothing lands after `fence`.
 
+mod fabrics;
+mod idle;
 pub mod region_table;
 pub mod sim;
 pub mod tcp;
 mod waiter;
 
-use std::{os::fd::BorrowedFd, time::Instant};
+use std::{fmt, os::fd::BorrowedFd, time::Instant};
 
+pub use fabrics::{Fabrics, PathChoice};
+pub use idle::{Idle, SPIN_MAX};
 pub use waiter::{Waiter, WakeHandle, Woken};
 
 use crate::{
@@ -232,4 +236,11 @@ pub trait Wakeup {
 
     /// When `poll` wants to be called even if nothing happens.
     fn next_deadline(&self) -> Option<Instant>;
+}
+
+/// A fabric that may be one of several in a job.
+pub trait Driver: Transport + Wakeup + Send + fmt::Debug {
+    /// Whether two ends can meet on this fabric, given what each has offered the other: why they can, or why they cannot. Both
+    /// ends ask, each with its own address first, and must come to the same answer.
+    fn judge(&self, own: &str, remote: &str) -> Result<String, String>;
 }

@@ -99,18 +99,25 @@ impl<T: Transport> Engine<T> {
         self.client.awaited(None)
     }
 
-    /// Carries out commands and does what can be done now; events are appended.
+    /// Carries out commands and does what can be done now; events are appended. `true` if something had come.
     ///
     /// # Errors
     ///
     /// [`Error::Broken`] or [`Error::Protocol`] with what was awaited, when a lane is lost before it has said goodbye.
-    pub fn turn(&mut self, now: Instant, commands: &mut VecDeque<Command>, events: &mut VecDeque<Event>) -> Result<()> {
+    pub fn turn(
+        &mut self,
+        now: Instant,
+        commands: &mut VecDeque<Command>,
+        events: &mut VecDeque<Event>,
+    ) -> Result<bool> {
         for command in commands.drain(..) {
             self.command(command);
         }
         let mut completions = std::mem::take(&mut self.completions);
         self.paths.poll(now, &mut completions)?;
+        let mut moved = false;
         for completion in completions.drain(..) {
+            moved |= matches!(completion, Completion::Arrived { .. });
             self.handle(completion)?;
         }
         self.completions = completions;
@@ -126,7 +133,7 @@ impl<T: Transport> Engine<T> {
         while let Some(event) = self.client.poll_event() {
             events.push_back(event);
         }
-        Ok(())
+        Ok(moved)
     }
 
     /// When `turn` wants to be called even if nothing happens.

@@ -16,10 +16,8 @@ use super::{
 use crate::{
     Error, Result,
     layout::{Layout, TensorSpec},
-    session::{JobConfig, Member, Paths, Report},
-    transport::tcp::{TcpOptions, TcpTransport},
-    types::{Clock, PeerId, Rank, Role, Version},
-    wire::{handshake::Identity, job_id},
+    session::{JobConfig, Member, Paths, Report, fabrics},
+    types::{Clock, PeerId, Role, Version},
 };
 
 /// How often a worker tells the launcher how far it is.
@@ -110,7 +108,7 @@ impl Worker {
             gradient_dtype: config.gradient_dtype,
             parameter_dtype: config.parameter_dtype,
         };
-        let paths = Paths::new(transport(member)?, 0, config.heartbeat(), config.deadline());
+        let paths = Paths::new(fabrics::open(member, 0, false)?, 0, config.heartbeat(), config.deadline());
         let mut engine = Engine::new(client, layout.clone(), paths, &parameters, &gradients)?;
         let me = PeerId::worker(rank.index);
         let offers = lanes.iter().map(|lane| Ok((me, *lane, engine.paths().offer(*lane)?))).collect::<Result<_>>()?;
@@ -118,6 +116,8 @@ impl Worker {
         for (lane, _, endpoint) in member.exchange(offers)? {
             engine.connect(lane, &endpoint, deadline)?;
         }
+        let choices = engine.paths().transport().choices().cloned().collect();
+        member.reporter().report(Report::Paths(choices))?;
         let progress = Progress::start(engine, member.commands()?, member.reporter())?;
         Ok((layout, lanes, buffers, progress))
     }
@@ -449,17 +449,4 @@ impl Worker {
     fn wait_time(&self) -> Duration {
         Duration::from_millis(self.config().wait_ms)
     }
-}
-
-/// A worker calls the servers; nobody calls it.
-fn transport(member: &Member) -> Result<TcpTransport> {
-    let config = member.config();
-    let Rank { index, .. } = member.rank();
-    let identity = Identity {
-        job: job_id(&config.name, &format!("{:016x}", config.instance)),
-        token: member.token().clone(),
-        me: PeerId::worker(index),
-        epoch: 0,
-    };
-    TcpTransport::new(TcpOptions { listen: false, ..TcpOptions::new(identity) })
 }

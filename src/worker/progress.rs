@@ -16,12 +16,9 @@ use super::{Command, Engine, Event};
 use crate::{
     Error, Result,
     session::{self, Commands, Report, Reporter},
-    transport::{Armed, Transport, Waiter, WakeHandle, Wakeup},
+    transport::{Armed, Idle, Transport, Waiter, WakeHandle, Wakeup},
     types::Clock,
 };
-
-/// Turns without anything to do before the thread sleeps. Short: the user's own threads need the cores.
-const IDLE_TURNS_MAX: u32 = 20;
 
 /// How long a broken path waits for the launcher's word.
 const EXPLANATION_TIME: Duration = Duration::from_secs(1);
@@ -168,7 +165,7 @@ struct ProgressThread<T> {
 impl<T: Transport + Wakeup> ProgressThread<T> {
     fn run(&mut self) -> Result<()> {
         let (mut commands, mut events) = (VecDeque::new(), VecDeque::new());
-        let mut idle = 0;
+        let mut idle = Idle::default();
         loop {
             {
                 let mut state = self.shared.lock();
@@ -178,20 +175,19 @@ impl<T: Transport + Wakeup> ProgressThread<T> {
                 std::mem::swap(&mut commands, &mut state.commands);
             }
             self.obey()?;
-            idle = if commands.is_empty() { idle + 1 } else { 0 };
-            let turned = self.engine.turn(Instant::now(), &mut commands, &mut events);
+            let now = Instant::now();
+            let commanded = !commands.is_empty();
+            let turned = self.engine.turn(now, &mut commands, &mut events);
             if !events.is_empty() {
-                idle = 0;
                 self.shared.lock().events.append(&mut events);
                 self.shared.changed.notify_all();
             }
-            if let Err(error) = turned {
-                return Err(self.explain(error));
-            }
-            if idle > IDLE_TURNS_MAX {
+            let moved = turned.map_err(|error| self.explain(error))?;
+            if moved || commanded {
+                idle.busy(now);
+            } else if !idle.may_spin(now) {
                 let until = self.engine.next_deadline();
                 self.waiter.wait(&mut [self.engine.paths().transport(), &mut self.launcher], until)?;
-                idle = 0;
             }
         }
     }

@@ -26,9 +26,10 @@ use super::{
         Answer, Challenge, FromLauncher, LINE_BYTES_MAX, LineBuffer, Purpose, STRANGER_BYTES_MAX, Verdict, decode,
         encode,
     },
+    notice::Notice,
     notify::Notify,
     peer::keep_alive,
-    roster::{ConnectionId, Effect, Notice, Roster},
+    roster::{ConnectionId, Effect, Roster},
 };
 use crate::{
     Error, Result,

@@ -10,7 +10,7 @@ use crate::{
     Error,
     layout::TensorSpec,
     session::JobConfig,
-    transport::Endpoint,
+    transport::{Endpoint, PathChoice},
     types::{Clock, PeerId, Rank, Role, ShardId},
 };
 
@@ -106,6 +106,8 @@ pub enum Report {
         /// Which clock.
         clock: Clock,
     },
+    /// The fabrics that carry this worker's paths, one for each lane.
+    Paths(Vec<PathChoice>),
     /// A shard's part of a checkpoint is on the disk.
     CheckpointWritten {
         /// Whose part.
@@ -204,6 +206,8 @@ pub struct RankStatus {
     pub pid: u32,
     /// The last clock that it reported.
     pub clock: Option<Clock>,
+    /// The fabrics of a worker's paths; empty for servers, which are their other ends.
+    pub paths: Vec<PathChoice>,
 }
 
 /// The job, as the launcher sees it.

@@ -11,6 +11,7 @@ mod connection;
 mod hub;
 mod member;
 mod message;
+mod notice;
 mod notify;
 mod peer;
 mod roster;
@@ -25,8 +26,8 @@ pub use hub::{CheckpointSink, NoticeSink, Order, Rendezvous, RendezvousOptions};
 pub use member::{Commands, Member, Reporter};
 pub(crate) use member::{ControlAnswer, control};
 pub use message::{Command, Control, Offer, RankStatus, Report, Status, VERSION, View, decode_lines};
+pub use notice::Notice;
 pub use peer::token_from_environment;
-pub use roster::Notice;
 
 use crate::{Error, Result, types::Rank};
 

@@ -11,11 +11,14 @@ use std::{
 use super::{
     checkpoints::Checkpoints,
     message::{Command, Control, FromLauncher, Offer, PackedView, RankStatus, Report, Status, ToLauncher},
-    names, seconds,
+    names,
+    notice::Notice,
+    seconds,
 };
 use crate::{
     layout::{Layout, TensorSpec},
     session::JobConfig,
+    transport::PathChoice,
     types::{Clock, Rank, Role},
 };
 
@@ -36,44 +39,6 @@ pub(super) enum Effect {
     Record { clock: Clock, parts: Vec<serde_json::Value> },
 }
 
-/// What the launcher must know.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Notice {
-    /// A rank has taken its seat.
-    Joined(Rank),
-    /// All workers have declared and every rank has offered its endpoints: the job runs.
-    Running,
-    /// A rank says that it cannot go on.
-    Failed {
-        /// Who.
-        rank: Rank,
-        /// Why, in its words.
-        text: String,
-        /// Whether it lays the cause with another rank.
-        elsewhere: bool,
-    },
-    /// A rank's connection ended before it had finished.
-    Lost(Rank),
-    /// A rank has done its part.
-    Finished {
-        /// Who.
-        rank: Rank,
-        /// What it said about it.
-        summary: serde_json::Value,
-    },
-    /// Somebody did not come in time; the text names all who are missing.
-    TimedOut(String),
-    /// A checkpoint is complete, its manifest included.
-    Checkpoint {
-        /// Of which clock.
-        clock: Clock,
-        /// Whether the job was told to end with it.
-        stopping: bool,
-    },
-    /// A checkpoint's manifest could not be written.
-    CheckpointFailed(String),
-}
-
 #[derive(Debug, Default)]
 struct Seat {
     connection: Option<ConnectionId>,
@@ -83,6 +48,7 @@ struct Seat {
     declared: Option<Vec<TensorSpec>>,
     offered: Option<Vec<Offer>>,
     clock: Option<Clock>,
+    paths: Vec<PathChoice>,
     finished: bool,
 }
 
@@ -293,6 +259,10 @@ impl Roster {
                 let seat = self.seat(rank);
                 seat.clock = seat.clock.max(Some(clock));
             }
+            Report::Paths(paths) => {
+                self.seat(rank).paths.clone_from(&paths);
+                self.notice(Notice::Paths { rank, paths });
+            }
             Report::CheckpointWritten { shard, clock, info } => {
                 if let Some(parts) = self.checkpoints.written(shard, clock, info)? {
                     self.effects.push_back(Effect::Record { clock, parts });
@@ -459,6 +429,7 @@ impl Roster {
             host: seat.host.clone(),
             pid: seat.pid,
             clock: seat.clock,
+            paths: seat.paths.clone(),
         });
         Status {
             name: self.config.name.clone(),

@@ -9,7 +9,8 @@ use std::{
 
 use super::{
     message::{Command, Control, FromLauncher, Report, ToLauncher},
-    roster::{ConnectionId, Effect, Notice, Roster},
+    notice::Notice,
+    roster::{ConnectionId, Effect, Roster},
 };
 use crate::{
     layout::TensorSpec,

@@ -30,7 +30,7 @@ use path::{Done, Open, Path, State};
 use strangers::{Guest, Strangers};
 
 use super::{
-    Armed, Completion, Endpoint, MemoryRegion, QueueFull, RemoteSlot, Transport, Wakeup, WorkRequest,
+    Armed, Completion, Driver, Endpoint, MemoryRegion, QueueFull, RemoteSlot, Transport, Wakeup, WorkRequest,
     region_table::RegionTable,
 };
 use crate::{
@@ -332,6 +332,15 @@ impl Wakeup for TcpTransport {
             next = waits.chain(next).min();
         }
         next
+    }
+}
+
+impl Driver for TcpTransport {
+    fn judge(&self, own: &str, remote: &str) -> Result<String, String> {
+        match own.is_empty() && remote.is_empty() {
+            true => Err("neither end listens".into()),
+            false => Ok("sockets reach any host".into()),
+        }
     }
 }
 

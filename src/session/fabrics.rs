@@ -1,0 +1,81 @@
+//! A rank's transport: the drivers of the fabrics that its job allows, as the job's settings want them.
+//!
+//! Invariant: a fabric that the job does not name is never used, and one that it names and that cannot be had here is said so.
+#![forbid(unsafe_code)]
+
+use super::{Fabric, JobConfig, Member};
+use crate::{
+    Error, Result,
+    transport::{
+        Driver, Fabrics,
+        tcp::{TcpOptions, TcpTransport},
+    },
+    types::PeerId,
+    wire::{handshake::Identity, job_id},
+};
+
+/// The variable with which one rank uses only some of its job's fabrics.
+const OWN_TRANSPORTS: &str = "GRADWIRE_RANK_TRANSPORTS";
+
+/// The transport of one lane of a rank, or of a worker (lane 0). Servers listen; workers call.
+///
+/// # Errors
+///
+/// [`Error::Config`] if `GRADWIRE_RANK_TRANSPORTS` leaves nothing; [`Error::Os`] if a fabric cannot be opened.
+pub fn open(member: &Member, lane: u16, listen: bool) -> Result<Fabrics> {
+    let config = member.config();
+    let me = PeerId { rank: member.rank(), lane };
+    let identity = Identity {
+        job: job_id(&config.name, &format!("{:016x}", config.instance)),
+        token: member.token().clone(),
+        me,
+        epoch: 0,
+    };
+    let own = std::env::var(OWN_TRANSPORTS).ok();
+    let mut drivers: Vec<Box<dyn Driver>> = Vec::new();
+    for fabric in allowed(&config.transports, own.as_deref())? {
+        drivers.push(driver(fabric, config, identity.clone(), listen)?);
+    }
+    Fabrics::new(me, drivers)
+}
+
+fn driver(fabric: Fabric, config: &JobConfig, identity: Identity, listen: bool) -> Result<Box<dyn Driver>> {
+    Ok(match fabric {
+        Fabric::Tcp => {
+            let options = TcpOptions {
+                listen,
+                interface: config.interface.clone(),
+                ports: config.ports.map(|ports| ports.first..=ports.last),
+                ..TcpOptions::new(identity)
+            };
+            Box::new(TcpTransport::new(options.with_environment(|name| std::env::var(name).ok())?)?)
+        }
+    })
+}
+
+/// The job's fabrics, in its order, without those that this rank does without.
+fn allowed(job: &[Fabric], own: Option<&str>) -> Result<Vec<Fabric>> {
+    let Some(own) = own else { return Ok(job.to_vec()) };
+    let names: Vec<&str> = own.split(',').map(str::trim).collect();
+    let left: Vec<Fabric> = job.iter().copied().filter(|fabric| names.contains(&fabric.name())).collect();
+    match left.is_empty() {
+        true => Err(Error::Config(format!(
+            "{OWN_TRANSPORTS} is `{own}`, which names none of the job's fabrics: {}",
+            job.iter().map(|fabric| fabric.name()).collect::<Vec<_>>().join(",")
+        ))),
+        false => Ok(left),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rank_may_do_without_a_fabric_but_not_without_all() {
+        assert_eq!(allowed(&[Fabric::Tcp], None).unwrap(), [Fabric::Tcp]);
+        assert_eq!(allowed(&[Fabric::Tcp], Some("verbs, tcp")).unwrap(), [Fabric::Tcp]);
+        let error = allowed(&[Fabric::Tcp], Some("verbs")).unwrap_err().to_string();
+        assert!(error.contains(OWN_TRANSPORTS) && error.contains("verbs") && error.contains("tcp"), "{error}");
+    }
+}

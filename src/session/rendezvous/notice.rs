@@ -1,0 +1,53 @@
+//! What the launcher learns from its rendezvous.
+//!
+//! Invariant: every notice speaks of a rank that has proved itself, or of the job as a whole.
+
+use crate::{
+    transport::PathChoice,
+    types::{Clock, Rank},
+};
+
+/// What the launcher must know.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Notice {
+    /// A rank has taken its seat.
+    Joined(Rank),
+    /// All workers have declared and every rank has offered its endpoints: the job runs.
+    Running,
+    /// A worker has chosen the fabrics of its paths.
+    Paths {
+        /// Who.
+        rank: Rank,
+        /// One for each lane.
+        paths: Vec<PathChoice>,
+    },
+    /// A rank says that it cannot go on.
+    Failed {
+        /// Who.
+        rank: Rank,
+        /// Why, in its words.
+        text: String,
+        /// Whether it lays the cause with another rank.
+        elsewhere: bool,
+    },
+    /// A rank's connection ended before it had finished.
+    Lost(Rank),
+    /// A rank has done its part.
+    Finished {
+        /// Who.
+        rank: Rank,
+        /// What it said about it.
+        summary: serde_json::Value,
+    },
+    /// Somebody did not come in time; the text names all who are missing.
+    TimedOut(String),
+    /// A checkpoint is complete, its manifest included.
+    Checkpoint {
+        /// Of which clock.
+        clock: Clock,
+        /// Whether the job was told to end with it.
+        stopping: bool,
+    },
+    /// A checkpoint's manifest could not be written.
+    CheckpointFailed(String),
+}
