@@ -15,7 +15,7 @@ use crate::{
 };
 
 /// What the simulator makes of the same job.
-fn simulated(declarations: Vec<Vec<TensorSpec>>, two_step: bool) -> BTreeMap<String, Vec<u32>> {
+pub fn simulated(declarations: Vec<Vec<TensorSpec>>, two_step: bool) -> BTreeMap<String, Vec<u32>> {
     let options = WorldOptions {
         seed: 7,
         servers: 2,
@@ -46,7 +46,7 @@ fn simulated(declarations: Vec<Vec<TensorSpec>>, two_step: bool) -> BTreeMap<Str
     })
 }
 
-fn same(left: &BTreeMap<String, Vec<u32>>, right: &BTreeMap<String, Vec<u32>>, what: &str) {
+pub fn same(left: &BTreeMap<String, Vec<u32>>, right: &BTreeMap<String, Vec<u32>>, what: &str) {
     assert_eq!(left.len(), right.len());
     for (name, values) in left {
         let differ = values.iter().zip(&right[name]).filter(|(a, b)| a != b).count();

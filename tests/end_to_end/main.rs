@@ -6,11 +6,14 @@
 //! Invariant: every test ends all that it started, also when it fails; no assertion is on how fast something is.
 
 mod bits;
+mod fabrics;
 mod failures;
+mod idle;
 mod jobs;
 mod leaving;
 mod namespaces;
 mod program;
+mod random_faults;
 mod surface;
 
 /// Not a test: a worker of the jobs of these tests. Started by the test runner it does nothing.
