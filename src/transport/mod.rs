@@ -8,6 +8,7 @@
 
 pub mod region_table;
 pub mod sim;
+pub mod soft;
 pub mod tcp;
 mod waiter;
 
