@@ -118,7 +118,8 @@ impl Side {
         let mut transport = SoftTransport::new(SoftOptions::default()).unwrap();
         let (region, lease) = Region::allocate(2 * BYTES, &RegionOptions::default()).unwrap();
         transport.register(&region).unwrap();
-        let (source, slot) = lease.split_at(BYTES);
+        let (source, rest) = lease.split_at(BYTES);
+        let (slot, _) = rest.split_at(BYTES);
         Side { transport, source: Some(source), slot: Some(slot) }
     }
 }
