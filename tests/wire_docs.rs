@@ -2,7 +2,10 @@
 //!
 //! Invariant: the page is read as it is; no list of kinds is kept here.
 
-use gradwire::wire::{FrameHeader, Note, NoteKind};
+use gradwire::{
+    rc::{Body, Packet, Psn, Secret, Syndrome, Target},
+    wire::{FrameHeader, Note, NoteKind},
+};
 
 const PAGE: &str = include_str!("../docs/wire.md");
 
@@ -64,4 +67,71 @@ fn the_fields_of_a_note_are_where_the_page_says() {
     assert_eq!((end, table.len()), (Note::SIZE, all_ones.len() + 2));
     assert!(PAGE.contains(&format!("## Note ({} bytes", Note::SIZE)));
     assert!(PAGE.contains(&format!("({} bytes, `wire/frame.rs`)", FrameHeader::SIZE)));
+}
+
+/// Every body that a packet can have, with the bytes of payload that make it a whole packet.
+fn bodies() -> Vec<(Body, usize)> {
+    let target = Target { rkey: 1, offset: 2, length: 3 };
+    vec![
+        (Body::Send([0; 48]), 0),
+        (Body::WriteFirst(target), 1),
+        (Body::WriteMiddle, 1),
+        (Body::WriteLast([0; 48]), 1),
+        (Body::Probe, 0),
+        (Body::WriteOnly(target, [0; 48]), 3),
+        (Body::Acknowledge(Syndrome::Ack), 0),
+        (Body::Hello, 0),
+        (Body::Ready, 0),
+        (Body::Bye, 0),
+    ]
+}
+
+#[test]
+fn the_table_of_opcodes_is_the_code() {
+    let secret = Secret([0; 16]);
+    let table = rows("| opcode | what follows");
+    assert_eq!(table.len(), bodies().len());
+    for (row, (body, payload)) in table.iter().zip(bodies()) {
+        let mut bytes = Vec::new();
+        Packet { qpn: 1, psn: Psn::new(0), ack_request: false, body }.encode(&vec![0; payload], &secret, &mut bytes);
+        assert_eq!((bytes[0].to_string().as_str(), name(&body).as_str()), (row[0], row[2]));
+        let parts = [("target", 16), ("immediate", 48), ("acknowledge", 4), ("payload", payload)];
+        let documented: usize = parts.iter().filter(|(part, _)| row[1].contains(part)).map(|(_, size)| size).sum();
+        assert_eq!(bytes.len(), 12 + documented + 4, "{}", row[2]);
+        assert!(Packet::decode(&bytes, &secret).is_ok());
+    }
+}
+
+fn name(body: &Body) -> String {
+    let text = format!("{body:?}");
+    text.split('(').next().unwrap_or_default().to_string()
+}
+
+#[test]
+fn the_base_header_of_a_packet_is_where_the_page_says() {
+    let encode = |body, qpn, psn, ack_request| {
+        let mut bytes = Vec::new();
+        Packet { qpn, psn: Psn::new(psn), ack_request, body }.encode(&[], &Secret([0; 16]), &mut bytes);
+        bytes
+    };
+    let base = encode(Body::Probe, 0, 0, false);
+    let changed = |other: Vec<u8>| (0..12).filter(|at| base[*at] != other[*at]).collect::<Vec<usize>>();
+    let fields = [
+        ("opcode", changed(encode(Body::Hello, 0, 0, false))),
+        ("flags", changed(encode(Body::Probe, 0, 0, true))),
+        ("version", vec![2]),
+        ("qpn", changed(encode(Body::Probe, Psn::MASK, 0, false))),
+        ("psn", changed(encode(Body::Probe, 0, Psn::MASK, false))),
+    ];
+    assert_eq!(base[2..4], [1, 0]);
+    let mut end = 0;
+    let table = rows("| at | bytes | field of the base header |");
+    assert_eq!(table.len(), fields.len());
+    for (row, (field, bytes)) in table.iter().zip(fields) {
+        let (at, size): (usize, usize) = (row[0].parse().unwrap(), row[1].parse().unwrap());
+        assert_eq!((at, row[2]), (end, field));
+        end = at + size;
+        assert!(bytes.first() == Some(&at) && bytes.iter().all(|byte| *byte < end), "{field}: {bytes:?}");
+    }
+    assert_eq!(end, 12);
 }

@@ -10,6 +10,7 @@ mod fabrics;
 mod idle;
 pub mod region_table;
 pub mod sim;
+pub mod soft;
 pub mod tcp;
 mod waiter;
 

@@ -5,5 +5,6 @@
 #[macro_use]
 mod contract;
 mod sim;
+mod soft;
 mod tcp;
 mod world;
