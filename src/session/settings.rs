@@ -13,7 +13,7 @@ use super::{JobConfig, setting};
 use crate::{Error, Result};
 
 /// Variables of this program that are no settings of a job.
-const OTHER_VARIABLES: [&str; 14] = [
+const OTHER_VARIABLES: [&str; 15] = [
     "GRADWIRE_CONFIG",
     "GRADWIRE_LOG",
     "GRADWIRE_HOME",
@@ -27,6 +27,7 @@ const OTHER_VARIABLES: [&str; 14] = [
     "GRADWIRE_ISA",
     "GRADWIRE_TARGET",
     "GRADWIRE_IFNAME",
+    "GRADWIRE_TCP_IO",
     "GRADWIRE_TORCH",
 ];
 

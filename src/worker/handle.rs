@@ -461,5 +461,6 @@ fn transport(member: &Member) -> Result<TcpTransport> {
         me: PeerId::worker(index),
         epoch: 0,
     };
-    TcpTransport::new(TcpOptions { listen: false, ..TcpOptions::new(identity) })
+    let options = TcpOptions { listen: false, ..TcpOptions::new(identity) };
+    TcpTransport::new(options.with_environment(|name| std::env::var(name).ok())?)
 }
