@@ -7,10 +7,13 @@
 
 mod bits;
 mod failures;
+mod io_uring;
 mod jobs;
 mod leaving;
 mod namespaces;
 mod program;
+#[path = "../seccomp/filter.rs"]
+mod seccomp;
 mod surface;
 
 /// Not a test: a worker of the jobs of these tests. Started by the test runner it does nothing.

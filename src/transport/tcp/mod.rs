@@ -22,7 +22,7 @@ mod strangers;
 
 use std::{
     collections::HashMap,
-    net::{IpAddr, SocketAddr, TcpStream},
+    net::{SocketAddr, TcpStream},
     os::fd::BorrowedFd,
     time::{Duration, Instant},
 };
@@ -31,7 +31,7 @@ pub use choice::{Io, IoChoice};
 use connecting::{Call, Outcome};
 use epoll::{Kind, Poller, Readiness, Token};
 pub use options::TcpOptions;
-use path::{Done, Open, Path, State};
+use path::{Done, Open, Path, State, forget};
 use ring::{Finished, Operation, Ring};
 use strangers::{Guest, Strangers};
 
@@ -43,7 +43,7 @@ use crate::{
     Error, Result,
     mem::{Lease, Region},
     types::PeerId,
-    wire::{ADDRESSES_MAX, FrameHeader, FrameTarget, format_addresses, handshake::Refusal, parse_addresses},
+    wire::{FrameHeader, FrameTarget, format_addresses, handshake::Refusal, parse_addresses},
 };
 
 const FABRIC: &str = "tcp";
@@ -84,7 +84,7 @@ impl TcpTransport {
             let listener = socket::listen_on(options.listening_ip()?, options.ports.as_ref())?;
             let room = strangers.insert(Strangers::new(listener, &mut poller)?);
             let bound = room.address().map_err(|e| Error::os("getsockname", "the tcp listener", e))?;
-            advertised = reachable(bound, options.advertise)?;
+            advertised = socket::reachable(bound, options.advertise)?;
         }
         Ok(TcpTransport {
             options,
@@ -481,35 +481,5 @@ fn is_pending(state: &State) -> bool {
     matches!(state, State::Expecting { .. } | State::Calling(_))
 }
 
-/// After a fence only `Failed` may follow: a `Sent` that nobody has heard of yet becomes one, so that its source comes back.
-fn forget(peer: PeerId, done: &mut Done, slots: &mut Vec<Lease>) {
-    done.retain_mut(|(about, completion)| {
-        if *about != peer {
-            return true;
-        }
-        match completion {
-            Completion::Sent { id, source } => {
-                let error = Error::Broken { peer, reason: "we ended it".into() };
-                *completion = Completion::Failed { id: *id, source: source.take(), error };
-                true
-            }
-            Completion::Failed { .. } | Completion::Released { .. } => true,
-            Completion::Arrived { lease, .. } => {
-                slots.extend(lease.take());
-                false
-            }
-            Completion::Connected { .. } | Completion::Broken { .. } => false,
-        }
-    });
-}
-
-/// What peers are told to call, given the address that we are bound to.
-fn reachable(bound: SocketAddr, advertise: Option<IpAddr>) -> Result<Vec<SocketAddr>> {
-    let mut ips = match advertise {
-        Some(ip) => vec![ip],
-        None if bound.ip().is_unspecified() => socket::reachable_addresses(bound.ip())?,
-        None => vec![bound.ip()],
-    };
-    ips.truncate(ADDRESSES_MAX);
-    Ok(ips.into_iter().map(|ip| SocketAddr::new(ip, bound.port())).collect())
-}
+#[cfg(test)]
+mod tests;

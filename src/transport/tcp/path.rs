@@ -308,6 +308,28 @@ impl Path {
     }
 }
 
+/// After a fence only `Failed` may follow: a `Sent` that nobody has heard of yet becomes one, so that its source comes back.
+pub(super) fn forget(peer: PeerId, done: &mut Done, slots: &mut Vec<Lease>) {
+    done.retain_mut(|(about, completion)| {
+        if *about != peer {
+            return true;
+        }
+        match completion {
+            Completion::Sent { id, source } => {
+                let error = Error::Broken { peer, reason: "we ended it".into() };
+                *completion = Completion::Failed { id: *id, source: source.take(), error };
+                true
+            }
+            Completion::Failed { .. } | Completion::Released { .. } => true,
+            Completion::Arrived { lease, .. } => {
+                slots.extend(lease.take());
+                false
+            }
+            Completion::Connected { .. } | Completion::Broken { .. } => false,
+        }
+    });
+}
+
 /// Tells of every write that is complete.
 fn deliver(peer: PeerId, inbound: &mut Inbound, table: &mut RegionTable, done: &mut Done) -> Result<(), String> {
     let mut take = |header: &FrameHeader| {
