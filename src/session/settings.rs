@@ -13,7 +13,7 @@ use super::{JobConfig, setting};
 use crate::{Error, Result};
 
 /// Variables of this program that are no settings of a job.
-const OTHER_VARIABLES: [&str; 15] = [
+const OTHER_VARIABLES: [&str; 16] = [
     "GRADWIRE_CONFIG",
     "GRADWIRE_LOG",
     "GRADWIRE_HOME",
@@ -28,6 +28,7 @@ const OTHER_VARIABLES: [&str; 15] = [
     "GRADWIRE_TARGET",
     "GRADWIRE_IFNAME",
     "GRADWIRE_RANK_TRANSPORTS",
+    "GRADWIRE_TCP_IO",
     "GRADWIRE_TORCH",
 ];
 

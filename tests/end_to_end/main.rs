@@ -9,11 +9,14 @@ mod bits;
 mod fabrics;
 mod failures;
 mod idle;
+mod io_uring;
 mod jobs;
 mod leaving;
 mod namespaces;
 mod program;
 mod random_faults;
+#[path = "../seccomp/filter.rs"]
+mod seccomp;
 mod surface;
 
 /// Not a test: a worker of the jobs of these tests. Started by the test runner it does nothing.

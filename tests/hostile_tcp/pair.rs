@@ -15,7 +15,7 @@ use gradwire::{
     mem::{Lease, Region, RegionOptions},
     transport::{
         Completion, Endpoint, RemoteSlot, Transport, Waiter, WorkRequest,
-        tcp::{TcpOptions, TcpTransport},
+        tcp::{Io, TcpOptions, TcpTransport},
     },
     types::PeerId,
     wire::{JobToken, Note, NoteKind, handshake::Identity},
@@ -52,10 +52,23 @@ pub fn identity(me: PeerId, token: &JobToken) -> Identity {
     Identity { job: JOB, token: token.clone(), me, epoch: 0 }
 }
 
+/// The interfaces of the kernel that this process may use.
+pub fn interfaces() -> Vec<Io> {
+    let token = JobToken::random().unwrap();
+    let uring = TcpOptions { io: Io::Uring, listen: false, ..TcpOptions::new(identity(WORKER, &token)) };
+    match TcpTransport::new(uring) {
+        Ok(_) => vec![Io::Epoll, Io::Uring],
+        Err(refusal) => {
+            eprintln!("NOT RUN with io_uring: {refusal}");
+            vec![Io::Epoll]
+        }
+    }
+}
+
 impl RunningPair {
-    pub fn start() -> RunningPair {
+    pub fn start(io: Io) -> RunningPair {
         let token = JobToken::random().unwrap();
-        let mut server = TcpTransport::new(TcpOptions::new(identity(SERVER, &token))).unwrap();
+        let mut server = TcpTransport::new(TcpOptions { io, ..TcpOptions::new(identity(SERVER, &token)) }).unwrap();
         let endpoint = server.offer(WORKER).unwrap();
         let (region, lease) = Region::allocate(4096, &RegionOptions::default()).unwrap();
         server.register(&region).unwrap();
@@ -65,7 +78,7 @@ impl RunningPair {
         let thread = thread::spawn({
             let (token, endpoint, shared) = (token.clone(), endpoint.clone(), shared.clone());
             move || {
-                let options = TcpOptions { listen: false, ..TcpOptions::new(identity(WORKER, &token)) };
+                let options = TcpOptions { io, listen: false, ..TcpOptions::new(identity(WORKER, &token)) };
                 let worker = TcpTransport::new(options).unwrap();
                 Exchange::new(server, worker, &endpoint).run(&shared)
             }
@@ -250,7 +263,9 @@ fn post(
 
 #[test]
 fn an_undisturbed_pair_allocates_nothing() {
-    let pair = RunningPair::start();
-    pair.await_exchanges(500);
-    assert_eq!(pair.stop(), Allocated { count: 0, largest: 0 });
+    for io in interfaces() {
+        let pair = RunningPair::start(io);
+        pair.await_exchanges(500);
+        assert_eq!(pair.stop(), Allocated { count: 0, largest: 0 }, "{io:?}");
+    }
 }

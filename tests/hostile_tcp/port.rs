@@ -9,12 +9,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use gradwire::wire::{FrameHeader, FrameTarget, Note, NoteKind};
+use gradwire::{
+    transport::tcp::Io,
+    wire::{FrameHeader, FrameTarget, Note, NoteKind},
+};
 
 use crate::{
     Random,
     decoders::{seal, sealed_frame},
-    pair::{ROGUE, RunningPair, SERVER, identity},
+    pair::{ROGUE, RunningPair, SERVER, identity, interfaces},
     raw,
 };
 
@@ -23,10 +26,15 @@ const LARGEST_ALLOCATION: usize = 32 << 10;
 
 #[test]
 fn three_thousand_strangers_do_not_disturb_the_pair() {
-    let pair = RunningPair::start();
+    let interfaces = interfaces();
+    interfaces.iter().for_each(|io| strangers(*io, 3000 / interfaces.len()));
+}
+
+fn strangers(io: Io, count: usize) {
+    let pair = RunningPair::start(io);
     pair.await_exchanges(1);
     let mut random = Random(3);
-    for turn in 0..3000 {
+    for turn in 0..count {
         let mut stream = raw::dial(pair.address());
         let mut bytes = vec![0; 1 + random.below(300)];
         random.fill(&mut bytes);
@@ -48,12 +56,17 @@ fn three_thousand_strangers_do_not_disturb_the_pair() {
 
 #[test]
 fn two_thousand_wrong_frames_of_an_authenticated_peer_break_its_own_path_only() {
-    let pair = RunningPair::start();
+    let interfaces = interfaces();
+    interfaces.iter().for_each(|io| wrong_frames(*io, 2000 / interfaces.len()));
+}
+
+fn wrong_frames(io: Io, count: usize) {
+    let pair = RunningPair::start(io);
     let mut random = Random(4);
     let rogue = identity(ROGUE, &pair.token);
     let slot = pair.rogue_slot;
     let mut good = 0;
-    for turn in 0..2000usize {
+    for turn in 0..count {
         let mut stream = raw::call_until_accepted(pair.address(), &rogue, SERVER);
         let mut bytes = Vec::new();
         for clock in 0..random.below(4) {
@@ -74,7 +87,7 @@ fn two_thousand_wrong_frames_of_an_authenticated_peer_break_its_own_path_only() 
         }
     }
     let limit = Instant::now() + Duration::from_secs(20);
-    while pair.shared.rogue_breaks.lock().unwrap().len() < 2000 {
+    while pair.shared.rogue_breaks.lock().unwrap().len() < count {
         assert!(Instant::now() < limit, "not every wrong frame broke its path");
         std::thread::sleep(Duration::from_millis(1));
     }
@@ -87,7 +100,7 @@ fn two_thousand_wrong_frames_of_an_authenticated_peer_break_its_own_path_only() 
         assert!(reasons.iter().any(|reason| reason.contains(part)), "no path broke because of `{part}`");
     }
     let allocated = pair.stop();
-    assert!(allocated.largest <= LARGEST_ALLOCATION.max(2000 * 24 * 2), "{allocated:?}");
+    assert!(allocated.largest <= LARGEST_ALLOCATION.max(count * 24 * 2), "{allocated:?}");
 }
 
 /// A frame that must break the path; what is wrong with it depends on `turn`.

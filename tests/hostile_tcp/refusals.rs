@@ -11,7 +11,7 @@ use std::{
 use gradwire::{
     transport::{
         Completion, Endpoint, Transport,
-        tcp::{TcpOptions, TcpTransport},
+        tcp::{Io, TcpOptions, TcpTransport},
     },
     types::PeerId,
     wire::{
@@ -21,7 +21,7 @@ use gradwire::{
 };
 
 use crate::{
-    pair::{JOB, ROGUE, RunningPair, SERVER, WORKER, identity},
+    pair::{JOB, ROGUE, RunningPair, SERVER, WORKER, identity, interfaces},
     raw,
 };
 
@@ -43,7 +43,11 @@ fn hears(identity: Identity, peer: PeerId, endpoint: &Endpoint, within: Duration
 
 #[test]
 fn every_wrong_caller_hears_why() {
-    let pair = RunningPair::start();
+    interfaces().into_iter().for_each(every_wrong_caller_hears_why_by);
+}
+
+fn every_wrong_caller_hears_why_by(io: Io) {
+    let pair = RunningPair::start(io);
     pair.await_exchanges(1);
     let long = Duration::from_secs(20);
     let ours = |me| identity(me, &pair.token);
@@ -66,7 +70,11 @@ fn every_wrong_caller_hears_why() {
 
 #[test]
 fn a_missing_token_and_a_wrong_version_are_refused_by_name() {
-    let pair = RunningPair::start();
+    interfaces().into_iter().for_each(a_missing_token_and_a_wrong_version_are_refused_by_name_by);
+}
+
+fn a_missing_token_and_a_wrong_version_are_refused_by_name_by(io: Io) {
+    let pair = RunningPair::start(io);
     pair.await_exchanges(1);
     let rogue = identity(ROGUE, &pair.token);
     let unsigned = raw::call(pair.address(), &rogue, SERVER, |hello| hello[72..].fill(0)).unwrap();
@@ -122,8 +130,12 @@ fn an_impostor_that_does_not_know_the_token_is_not_believed() {
 
 #[test]
 fn silent_strangers_hold_neither_the_door_nor_their_seats() {
+    interfaces().into_iter().for_each(silent_strangers_hold_neither_the_door_nor_their_seats_by);
+}
+
+fn silent_strangers_hold_neither_the_door_nor_their_seats_by(io: Io) {
     let token = JobToken::random().unwrap();
-    let mut server = TcpTransport::new(TcpOptions::new(identity(SERVER, &token))).unwrap();
+    let mut server = TcpTransport::new(TcpOptions { io, ..TcpOptions::new(identity(SERVER, &token)) }).unwrap();
     let endpoint = server.offer(WORKER).unwrap();
     let address = endpoint.on("tcp").unwrap().parse().unwrap();
     let mut silent: Vec<_> = (0..100).map(|_| raw::dial(address)).collect();
@@ -134,7 +146,7 @@ fn silent_strangers_hold_neither_the_door_nor_their_seats() {
     }
 
     let mut worker =
-        TcpTransport::new(TcpOptions { listen: false, ..TcpOptions::new(identity(WORKER, &token)) }).unwrap();
+        TcpTransport::new(TcpOptions { io, listen: false, ..TcpOptions::new(identity(WORKER, &token)) }).unwrap();
     let deadline = Instant::now() + Duration::from_secs(4);
     server.connect(WORKER, &Endpoint::new("tcp", ""), deadline).unwrap();
     worker.connect(SERVER, &endpoint, deadline).unwrap();
@@ -155,7 +167,11 @@ fn silent_strangers_hold_neither_the_door_nor_their_seats() {
 
 #[test]
 fn a_reset_is_told_from_a_close() {
-    let pair = RunningPair::start();
+    interfaces().into_iter().for_each(a_reset_is_told_from_a_close_by);
+}
+
+fn a_reset_is_told_from_a_close_by(io: Io) {
+    let pair = RunningPair::start(io);
     pair.await_exchanges(1);
     let rogue = identity(ROGUE, &pair.token);
     drop(raw::call_until_accepted(pair.address(), &rogue, SERVER));

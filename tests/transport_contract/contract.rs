@@ -12,10 +12,13 @@ use gradwire::{
 
 use crate::world::{Fabric, World, fill, is_filled, note, write};
 
-/// Makes a test of every promise. `$make` is an expression that gives a fresh fabric.
+/// Makes a test of every promise. `$make` is an expression that gives a fresh fabric; `$before` is done first, and may return.
 macro_rules! contract {
     ($make:expr) => {
-        contract!(@ $make,
+        contract!($make, ());
+    };
+    ($make:expr, $before:expr) => {
+        contract!(@ $make, $before,
             both_sides_hear_connected_once,
             a_note_travels_alone,
             a_payload_lands_in_its_slot_and_nowhere_else,
@@ -37,8 +40,8 @@ macro_rules! contract {
             a_request_without_a_path_fails,
         );
     };
-    (@ $make:expr, $($promise:ident,)*) => {
-        $(#[test] fn $promise() { crate::contract::$promise($make); })*
+    (@ $make:expr, $before:expr, $($promise:ident,)*) => {
+        $(#[test] fn $promise() { $before; crate::contract::$promise($make); })*
     };
 }
 

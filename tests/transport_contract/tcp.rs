@@ -1,6 +1,8 @@
-//! The contract on tcp, over both families of addresses and both ways to meet, and what is tcp's own.
+//! The contract on tcp, over both families of addresses, both ways to meet and both interfaces of the kernel, and what is tcp's
+//! own.
 //!
-//! Invariant: sockets are real; all of them are on the loopback interface.
+//! Invariant: sockets are real; all of them are on the loopback interface. Where the kernel refuses io_uring, its tests say so
+//! loudly and are not run.
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
@@ -10,7 +12,7 @@ use std::{
 use gradwire::{
     transport::{
         Completion, Endpoint, Transport, Waiter, Woken,
-        tcp::{TcpOptions, TcpTransport},
+        tcp::{Io, TcpOptions, TcpTransport},
     },
     types::PeerId,
     wire::{JobToken, Note, NoteKind, handshake::Identity, job_id},
@@ -22,17 +24,42 @@ struct Tcp {
     address: IpAddr,
     /// Whether workers listen as well.
     all_listen: bool,
+    /// The interface of each end; with fewer than there are ends, in turn.
+    io: &'static [Io],
     token: JobToken,
 }
 
+const EPOLL: &[Io] = &[Io::Epoll];
+const URING: &[Io] = &[Io::Uring];
+const MIXED: &[Io] = &[Io::Epoll, Io::Uring];
+
+/// What the kernel answers to whoever wants io_uring here, if it refuses.
+fn refusal() -> Option<String> {
+    let fabric = Tcp::new(Ipv4Addr::LOCALHOST, true, EPOLL);
+    let options = TcpOptions { io: Io::Uring, ..fabric.options(PeerId::worker(0)) };
+    TcpTransport::new(options).err().map(|error| error.to_string())
+}
+
+/// Ends a test that needs io_uring where the kernel refuses it.
+macro_rules! needs {
+    ($io:expr) => {
+        if $io.contains(&Io::Uring)
+            && let Some(refusal) = refusal()
+        {
+            eprintln!("NOT RUN: {refusal}");
+            return;
+        }
+    };
+}
+
 impl Tcp {
-    fn new(address: impl Into<IpAddr>, all_listen: bool) -> Tcp {
-        Tcp { address: address.into(), all_listen, token: JobToken::random().unwrap() }
+    fn new(address: impl Into<IpAddr>, all_listen: bool, io: &'static [Io]) -> Tcp {
+        Tcp { address: address.into(), all_listen, io, token: JobToken::random().unwrap() }
     }
 
     fn options(&self, me: PeerId) -> TcpOptions {
         let identity = Identity { job: job_id("contract", "1"), token: self.token.clone(), me, epoch: 0 };
-        TcpOptions { address: Some(self.address), queue_limit: 512, ..TcpOptions::new(identity) }
+        TcpOptions { address: Some(self.address), queue_limit: 512, io: self.io[0], ..TcpOptions::new(identity) }
     }
 }
 
@@ -43,7 +70,8 @@ impl Fabric for Tcp {
         // Between two workers one must listen: all but the last do, unless all do.
         let last = peers.len() - 1;
         let ends = peers.iter().enumerate().map(|(at, peer)| {
-            let options = TcpOptions { listen: self.all_listen || at < last, ..self.options(*peer) };
+            let (listen, io) = (self.all_listen || at < last, self.io[at % self.io.len()]);
+            let options = TcpOptions { listen, io, ..self.options(*peer) };
             TcpTransport::new(options).unwrap()
         });
         ends.collect()
@@ -58,17 +86,39 @@ impl Fabric for Tcp {
     }
 }
 
-mod ipv4_all_listen {
-    contract!(super::Tcp::new(std::net::Ipv4Addr::LOCALHOST, true));
+mod epoll_ipv4_all_listen {
+    contract!(super::Tcp::new(std::net::Ipv4Addr::LOCALHOST, true, super::EPOLL));
 }
 
-mod ipv6_one_listens {
-    contract!(super::Tcp::new(std::net::Ipv6Addr::LOCALHOST, false));
+mod epoll_ipv6_one_listens {
+    contract!(super::Tcp::new(std::net::Ipv6Addr::LOCALHOST, false, super::EPOLL));
+}
+
+mod uring_ipv4_all_listen {
+    use super::{Io, refusal};
+    contract!(super::Tcp::new(std::net::Ipv4Addr::LOCALHOST, true, super::URING), needs!(super::URING));
+}
+
+mod uring_ipv6_one_listens {
+    use super::{Io, refusal};
+    contract!(super::Tcp::new(std::net::Ipv6Addr::LOCALHOST, false, super::URING), needs!(super::URING));
+}
+
+mod mixed_ipv4_all_listen {
+    use super::{Io, refusal};
+    contract!(super::Tcp::new(std::net::Ipv4Addr::LOCALHOST, true, super::MIXED), needs!(super::MIXED));
 }
 
 #[test]
 fn what_is_posted_before_the_connection_is_there_is_sent_when_it_is() {
-    let mut world = World::apart(Tcp::new(Ipv4Addr::LOCALHOST, true), 2, 4096);
+    for io in [EPOLL, URING] {
+        needs!(io);
+        what_is_posted_before_the_connection_is_there_is_sent_when_it_is_by(io);
+    }
+}
+
+fn what_is_posted_before_the_connection_is_there_is_sent_when_it_is_by(io: &'static [Io]) {
+    let mut world = World::apart(Tcp::new(Ipv4Addr::LOCALHOST, true, io), 2, 4096);
     let (a, b) = (world.peer(0), world.peer(1));
     world.connect(0, 1, Duration::from_secs(20));
     world.sides[0].post(note(1, b, Note::new(NoteKind::Heartbeat)));
@@ -81,7 +131,14 @@ fn what_is_posted_before_the_connection_is_there_is_sent_when_it_is() {
 
 #[test]
 fn a_caller_tries_every_address_and_waits_for_a_late_listener() {
-    let fabric = Tcp::new(Ipv6Addr::LOCALHOST, true);
+    for io in [EPOLL, URING] {
+        needs!(io);
+        a_caller_tries_every_address_and_waits_for_a_late_listener_by(io);
+    }
+}
+
+fn a_caller_tries_every_address_and_waits_for_a_late_listener_by(io: &'static [Io]) {
+    let fabric = Tcp::new(Ipv6Addr::LOCALHOST, true, io);
     let (server, worker) = (PeerId::server(0, 0), PeerId::worker(0));
     // A port that is free a moment later, and one where nobody will ever listen.
     let address = |transport: &mut TcpTransport| transport.offer(worker).unwrap().on("tcp").unwrap().to_string();
@@ -114,7 +171,7 @@ fn a_caller_tries_every_address_and_waits_for_a_late_listener() {
 
 #[test]
 fn two_transports_that_do_not_listen_are_told_so() {
-    let fabric = Tcp::new(Ipv4Addr::LOCALHOST, true);
+    let fabric = Tcp::new(Ipv4Addr::LOCALHOST, true, EPOLL);
     let mut deaf = TcpTransport::new(TcpOptions { listen: false, ..fabric.options(PeerId::worker(0)) }).unwrap();
     let endpoint = deaf.offer(PeerId::worker(1)).unwrap();
     assert_eq!(endpoint.on("tcp"), Some(""));
@@ -124,7 +181,14 @@ fn two_transports_that_do_not_listen_are_told_so() {
 
 #[test]
 fn an_idle_pair_sleeps_and_a_note_wakes_it() {
-    let mut world = World::joined(Tcp::new(Ipv4Addr::LOCALHOST, true), 2, 4096);
+    for io in [EPOLL, URING] {
+        needs!(io);
+        an_idle_pair_sleeps_and_a_note_wakes_it_by(io);
+    }
+}
+
+fn an_idle_pair_sleeps_and_a_note_wakes_it_by(io: &'static [Io]) {
+    let mut world = World::joined(Tcp::new(Ipv4Addr::LOCALHOST, true, io), 2, 4096);
     let (a, b) = (world.peer(0), world.peer(1));
     let waiter = Waiter::new().unwrap();
     let soon = || Some(Instant::now() + Duration::from_millis(40));

@@ -43,6 +43,16 @@ impl Token {
     pub(super) fn index(self) -> usize {
         (self.0 & u64::from(u32::MAX)) as usize
     }
+
+    /// Serial number and index alone, for whoever needs the two highest bits for something else.
+    pub(super) fn without_kind(self) -> u64 {
+        self.0 & !(0b11 << 62)
+    }
+
+    /// The token of a path, from [`Token::without_kind`]; the two highest bits are not looked at.
+    pub(super) fn of_path(bits: u64) -> Token {
+        Token((Kind::Path as u64) << 62 | Token(bits).without_kind())
+    }
 }
 
 /// What a socket can do now.

@@ -1,32 +1,38 @@
-//! The TCP driver: one-sided writes emulated over authenticated byte streams, with epoll for readiness.
+//! The TCP driver: one-sided writes emulated over authenticated byte streams, moved by io_uring or by epoll.
 //!
 //! A write travels as a frame (header, then payload: docs/wire.md). The receiver checks the header's checksums, looks the slot up
-//! in the region table, and receives the payload straight into it. The parts: `framing` knows bytes and no socket, `epoll` and
-//! `socket` know the kernel, `connecting` and `strangers` are the two ends of a handshake, `path` is one peer's connection, and
-//! this file ties them to the transport's trait.
+//! in the region table, and receives the payload straight into it. The parts: `framing` knows bytes and no socket; `socket`,
+//! `epoll` and `ring` know the kernel, and `choice` which of the last two is used; `connecting` and `strangers` are the two ends of
+//! a handshake, by readiness always; `path` is one peer's connection, and `flow` its memory while a ring works on it; this file
+//! ties them to the transport's trait.
 //!
-//! Invariant: an error on one path ends that path and no other; `poll` and `flush` never block, and do bounded work per peer.
-#![forbid(unsafe_code)]
+//! Invariant: an error on one path ends that path and no other; `poll` and `flush` never block, and do bounded work per peer; a
+//! lease that the kernel may still write to is given to nobody.
 
+mod choice;
 mod connecting;
 mod epoll;
+mod flow;
 mod framing;
 mod options;
 mod path;
+mod ring;
 mod socket;
 mod strangers;
 
 use std::{
     collections::HashMap,
-    net::{IpAddr, SocketAddr, TcpStream},
+    net::{SocketAddr, TcpStream},
     os::fd::BorrowedFd,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
+pub use choice::{Io, IoChoice};
 use connecting::{Call, Outcome};
 use epoll::{Kind, Poller, Readiness, Token};
 pub use options::TcpOptions;
-use path::{Done, Open, Path, State};
+use path::{Done, Open, Path, State, forget};
+use ring::{Finished, Operation, Ring};
 use strangers::{Guest, Strangers};
 
 use super::{
@@ -37,16 +43,23 @@ use crate::{
     Error, Result,
     mem::{Lease, Region},
     types::PeerId,
-    wire::{ADDRESSES_MAX, FrameHeader, FrameTarget, format_addresses, handshake::Refusal, parse_addresses},
+    wire::{FrameHeader, FrameTarget, format_addresses, handshake::Refusal, parse_addresses},
 };
 
 const FABRIC: &str = "tcp";
+
+/// How long a fence waits for the kernel to let go of a path's memory. It does so at once; what it keeps is withheld.
+const SETTLE_TIME: Duration = Duration::from_secs(1);
 
 /// One-sided writes over TCP, seen from one thread.
 #[derive(Debug)]
 pub struct TcpTransport {
     options: TcpOptions,
+    choice: IoChoice,
     poller: Poller,
+    ring: Option<Ring>,
+    /// With a ring: the poller has something to say.
+    poller_is_ready: bool,
     strangers: Option<Strangers>,
     /// What peers are told to call; empty if we do not listen.
     advertised: Vec<SocketAddr>,
@@ -57,22 +70,28 @@ pub struct TcpTransport {
     pending: usize,
     dirty: Vec<usize>,
     done: Done,
+    /// Paths that were fenced while the kernel did not let go of their memory.
+    withheld: Vec<Path>,
 }
 
 impl TcpTransport {
     /// A transport without paths; listens from now on if its options say so.
     pub fn new(options: TcpOptions) -> Result<TcpTransport> {
+        let (choice, ring) = options.io.choose()?;
         let mut poller = Poller::new()?;
         let (mut strangers, mut advertised) = (None, Vec::new());
         if options.listen {
             let listener = socket::listen_on(options.listening_ip()?, options.ports.as_ref())?;
             let room = strangers.insert(Strangers::new(listener, &mut poller)?);
             let bound = room.address().map_err(|e| Error::os("getsockname", "the tcp listener", e))?;
-            advertised = reachable(bound, options.advertise)?;
+            advertised = socket::reachable(bound, options.advertise)?;
         }
         Ok(TcpTransport {
             options,
+            choice,
             poller,
+            ring,
+            poller_is_ready: false,
             strangers,
             advertised,
             table: RegionTable::default(),
@@ -81,12 +100,67 @@ impl TcpTransport {
             pending: 0,
             dirty: Vec::new(),
             done: Vec::new(),
+            withheld: Vec::new(),
         })
+    }
+
+    /// How the kernel moves this transport's bytes, and why so.
+    pub fn io(&self) -> &IoChoice {
+        &self.choice
     }
 
     fn path(&mut self, peer: PeerId) -> Option<(usize, &mut Path)> {
         let index = *self.index_of.get(&peer)?;
         Some((index, self.paths[index].as_mut()?))
+    }
+
+    /// The ring, which is this thread's from its first use on.
+    fn ring(&mut self) -> Result<Option<&mut Ring>> {
+        if let Some(ring) = &mut self.ring {
+            ring.enable(self.poller.fd())?;
+        }
+        Ok(self.ring.as_mut())
+    }
+
+    /// Looks at what is ready: without a ring everything, with one what is not connected yet.
+    fn look(&mut self, now: Instant) -> Result<()> {
+        for at in 0..self.poller.collect()? {
+            self.on_ready(self.poller.ready(at), now)?;
+        }
+        Ok(())
+    }
+
+    fn on_finished(&mut self, finished: Finished) {
+        if finished.operation() == Operation::Watch {
+            self.poller_is_ready = true;
+            return;
+        }
+        let (token, ring) = (finished.token(), self.ring.as_mut().expect("it finished something"));
+        let index = token.index();
+        let path = self.paths.get_mut(index).and_then(Option::as_mut).filter(|path| path.is_connected_as(token));
+        let Some(path) = path else { return self.release(finished) };
+        let result = path.finished(finished, ring, &mut self.table, &mut self.done);
+        if let Err(reason) = result {
+            self.break_path(index, &reason);
+        } else if let State::Ending { reason, .. } = &path.state
+            && !path.is_busy()
+        {
+            let reason = reason.clone();
+            self.bury(index, &reason);
+        }
+    }
+
+    /// The kernel is done with something of a path that was fenced.
+    fn release(&mut self, finished: Finished) {
+        let token = finished.token();
+        let Some(at) = self.withheld.iter().position(|path| path.is_connected_as(token)) else { return };
+        self.withheld[at].take_back(finished, &mut self.done);
+        if !self.withheld[at].is_busy() {
+            let mut path = self.withheld.swap_remove(at);
+            let slots = path.end(&self.poller).into_iter().collect();
+            self.done.push((path.peer, Completion::Released { peer: path.peer, slots }));
+            path.fail_queued("we ended it", &mut self.done);
+        }
     }
 
     fn on_ready(&mut self, ready: Readiness, now: Instant) -> Result<()> {
@@ -109,7 +183,7 @@ impl TcpTransport {
             Some(State::Expecting { .. }) => Ok(()),
             Some(State::Open(_)) => Err(Refusal::Duplicate),
             // Not fenced and connected again yet, or never expected: the caller may try again.
-            Some(State::Dead | State::Calling(_)) | None => Err(Refusal::UnknownPeer),
+            Some(State::Ending { .. } | State::Dead | State::Calling(_)) | None => Err(Refusal::UnknownPeer),
         };
         let guest = strangers.readable(token, &self.options.identity, &mut self.poller, admit);
         let Some(Guest { peer, stream }) = guest else { return Ok(()) };
@@ -127,7 +201,7 @@ impl TcpTransport {
             self.conclude(index, outcome);
             return Ok(());
         }
-        if !path.is_open_as(ready.token) {
+        if !path.is_connected_as(ready.token) {
             return Ok(());
         }
         let mut result = Ok(());
@@ -135,7 +209,7 @@ impl TcpTransport {
             result = path.read(&mut self.table, &mut self.done);
         }
         if ready.writable && result.is_ok() {
-            result = path.write(&self.poller, &mut self.done);
+            result = path.write(&self.poller, self.ring.as_mut(), &mut self.done);
         }
         if let Err(reason) = result {
             self.break_path(index, &reason);
@@ -153,12 +227,13 @@ impl TcpTransport {
 
     fn open(&mut self, index: usize, stream: TcpStream, token: Token) {
         let Some(path) = &mut self.paths[index] else { return };
-        let result = Open::new(stream, token).map_err(|e| e.to_string()).and_then(|open| {
+        let open = Open::new(stream, token, &self.poller, self.ring.as_mut());
+        let result = open.map_err(|e| e.to_string()).and_then(|open| {
             path.state = State::Open(open);
             self.pending -= 1;
             self.done.push((path.peer, Completion::Connected { peer: path.peer }));
             // What was posted and flushed before there was a connection.
-            path.write(&self.poller, &mut self.done)
+            path.write(&self.poller, self.ring.as_mut(), &mut self.done)
         });
         if let Err(reason) = result {
             self.break_path(index, &reason);
@@ -167,13 +242,42 @@ impl TcpTransport {
 
     fn break_path(&mut self, index: usize, reason: &str) {
         let Some(path) = &mut self.paths[index] else { return };
+        if let (true, Some(ring)) = (path.is_busy(), &mut self.ring) {
+            // The rest follows when the kernel has let go.
+            path.begin_end(reason, ring);
+            return;
+        }
         if is_pending(&path.state) {
             self.pending -= 1;
         }
-        path.end(&self.poller, &mut self.table);
+        self.bury(index, reason);
+    }
+
+    fn bury(&mut self, index: usize, reason: &str) {
+        let Some(path) = &mut self.paths[index] else { return };
+        if let Some(slot) = path.end(&self.poller) {
+            self.table.put_back(path.peer, slot);
+        }
         path.fail_queued(reason, &mut self.done);
         let error = Error::Broken { peer: path.peer, reason: reason.to_string() };
         self.done.push((path.peer, Completion::Broken { peer: path.peer, error }));
+    }
+
+    /// Has the kernel let go of a path's memory; `false` if it does not until then.
+    fn settle(&mut self, path: &mut Path, until: Instant) -> bool {
+        let Some(ring) = &mut self.ring else { return true };
+        path.begin_end("we ended it", ring);
+        while let (true, Some(token)) = (path.is_busy(), path.token()) {
+            match ring.wait_for(token, until) {
+                Ok(Some(finished)) => path.take_back(finished, &mut self.done),
+                Ok(None) => return false,
+                Err(error) => {
+                    tracing::warn!(%error, peer = %path.peer, "cannot wait for the end of a path's operations");
+                    return false;
+                }
+            }
+        }
+        true
     }
 
     fn tick(&mut self, now: Instant) -> Result<()> {
@@ -233,7 +337,7 @@ impl Transport for TcpTransport {
         if index == self.paths.len() {
             self.paths.push(None);
         }
-        self.paths[index] = Some(Path { peer, state, outbound: Default::default(), is_dirty: false });
+        self.paths[index] = Some(Path::new(peer, state));
         self.index_of.insert(peer, index);
         self.pending += 1;
         Ok(())
@@ -251,10 +355,17 @@ impl Transport for TcpTransport {
             if is_pending(&path.state) {
                 self.pending -= 1;
             }
-            path.end(&self.poller, &mut self.table);
+            let settled = self.settle(&mut path, Instant::now() + SETTLE_TIME);
             forget(peer, &mut self.done, &mut slots);
-            path.fail_queued("we ended it", &mut self.done);
             self.dirty.retain(|dirty| *dirty != index);
+            if settled {
+                if let Some(slot) = path.end(&self.poller) {
+                    self.table.put_back(peer, slot);
+                }
+                path.fail_queued("we ended it", &mut self.done);
+            } else {
+                self.withheld.push(path);
+            }
         }
         slots.append(&mut self.table.fence(peer));
         slots
@@ -268,7 +379,7 @@ impl Transport for TcpTransport {
             Some((_, Path { state: State::Dead, .. })) => {
                 Some(Error::Broken { peer, reason: "it ended before".into() })
             }
-            Some((_, path)) if path.outbound.len() >= queue_limit => return Err(QueueFull(request)),
+            Some((_, path)) if path.unsent() >= queue_limit => return Err(QueueFull(request)),
             Some(_) => request.defect(),
         };
         let WorkRequest { id, note, payload, .. } = request;
@@ -279,8 +390,7 @@ impl Transport for TcpTransport {
         }
         let target = slot.map(|slot| FrameTarget { rkey: slot.rkey, offset: slot.offset });
         let (index, path) = self.path(peer).expect("looked up above");
-        path.outbound.push(id, &FrameHeader { target, note }, source);
-        if !std::mem::replace(&mut path.is_dirty, true) {
+        if path.push(id, &FrameHeader { target, note }, source) {
             self.dirty.push(index);
         }
         Ok(())
@@ -292,19 +402,35 @@ impl Transport for TcpTransport {
             let Some(path) = &mut self.paths[index] else { continue };
             path.is_dirty = false;
             if path.can_write()
-                && let Err(reason) = path.write(&self.poller, &mut self.done)
+                && let Err(reason) = path.write(&self.poller, self.ring.as_mut(), &mut self.done)
             {
                 self.break_path(index, &reason);
             }
         }
         // The list keeps its memory.
         self.dirty = dirty;
-        Ok(())
+        match self.ring()? {
+            Some(ring) => ring.flush(),
+            None => Ok(()),
+        }
     }
 
     fn poll(&mut self, now: Instant, completions: &mut Vec<Completion>) -> Result<()> {
-        for at in 0..self.poller.collect()? {
-            self.on_ready(self.poller.ready(at), now)?;
+        match self.ring()? {
+            None => self.look(now)?,
+            Some(ring) => {
+                ring.collect()?;
+                // What they bring about has its turn in the next poll.
+                for _ in 0..ring.finished() {
+                    let finished = self.ring.as_mut().and_then(Ring::next);
+                    finished.into_iter().for_each(|finished| self.on_finished(finished));
+                }
+                if std::mem::take(&mut self.poller_is_ready) {
+                    self.look(now)?;
+                    let (ring, poller) = (self.ring.as_mut().expect("it is there"), &self.poller);
+                    ring.watch(poller.fd())?;
+                }
+            }
         }
         self.tick(now)?;
         completions.extend(self.done.drain(..).map(|(_, completion)| completion));
@@ -314,11 +440,16 @@ impl Transport for TcpTransport {
 
 impl Wakeup for TcpTransport {
     fn fd(&self) -> BorrowedFd<'_> {
-        self.poller.fd()
+        self.ring.as_ref().map_or(self.poller.fd(), Ring::fd)
     }
 
     fn arm_wakeup(&mut self) -> Result<Armed> {
-        Ok(if self.done.is_empty() { Armed::Sleep } else { Armed::Ready })
+        let nothing_to_tell = self.done.is_empty();
+        let may_sleep = match self.ring()? {
+            Some(ring) if nothing_to_tell => ring.may_sleep()?,
+            _ => nothing_to_tell,
+        };
+        Ok(if may_sleep { Armed::Sleep } else { Armed::Ready })
     }
 
     fn next_deadline(&self) -> Option<Instant> {
@@ -327,7 +458,7 @@ impl Wakeup for TcpTransport {
             let waits = self.paths.iter().flatten().filter_map(|path| match &path.state {
                 State::Expecting { deadline } => Some(*deadline),
                 State::Calling(call) => Some(call.next_deadline()),
-                State::Open(_) | State::Dead => None,
+                State::Open(_) | State::Ending { .. } | State::Dead => None,
             });
             next = waits.chain(next).min();
         }
@@ -346,8 +477,11 @@ impl Driver for TcpTransport {
 
 impl Drop for TcpTransport {
     fn drop(&mut self) {
-        for path in self.paths.iter_mut().flatten() {
-            path.end(&self.poller, &mut self.table);
+        let until = Instant::now() + SETTLE_TIME;
+        for mut path in std::mem::take(&mut self.paths).into_iter().flatten() {
+            if self.settle(&mut path, until) {
+                path.end(&self.poller);
+            }
         }
     }
 }
@@ -356,35 +490,5 @@ fn is_pending(state: &State) -> bool {
     matches!(state, State::Expecting { .. } | State::Calling(_))
 }
 
-/// After a fence only `Failed` may follow: a `Sent` that nobody has heard of yet becomes one, so that its source comes back.
-fn forget(peer: PeerId, done: &mut Done, slots: &mut Vec<Lease>) {
-    done.retain_mut(|(about, completion)| {
-        if *about != peer {
-            return true;
-        }
-        match completion {
-            Completion::Sent { id, source } => {
-                let error = Error::Broken { peer, reason: "we ended it".into() };
-                *completion = Completion::Failed { id: *id, source: source.take(), error };
-                true
-            }
-            Completion::Failed { .. } | Completion::Released { .. } => true,
-            Completion::Arrived { lease, .. } => {
-                slots.extend(lease.take());
-                false
-            }
-            Completion::Connected { .. } | Completion::Broken { .. } => false,
-        }
-    });
-}
-
-/// What peers are told to call, given the address that we are bound to.
-fn reachable(bound: SocketAddr, advertise: Option<IpAddr>) -> Result<Vec<SocketAddr>> {
-    let mut ips = match advertise {
-        Some(ip) => vec![ip],
-        None if bound.ip().is_unspecified() => socket::reachable_addresses(bound.ip())?,
-        None => vec![bound.ip()],
-    };
-    ips.truncate(ADDRESSES_MAX);
-    Ok(ips.into_iter().map(|ip| SocketAddr::new(ip, bound.port())).collect())
-}
+#[cfg(test)]
+mod tests;

@@ -8,7 +8,7 @@ use std::{
     ops::RangeInclusive,
 };
 
-use super::socket;
+use super::{Io, socket};
 use crate::{Error, Result, wire::handshake::Identity};
 
 /// How to make a [`super::TcpTransport`].
@@ -29,6 +29,8 @@ pub struct TcpOptions {
     pub advertise: Option<IpAddr>,
     /// Requests that may be queued to one peer before `post` answers `QueueFull`.
     pub queue_limit: usize,
+    /// How the kernel moves the bytes (`GRADWIRE_TCP_IO`: auto, epoll or uring).
+    pub io: Io,
 }
 
 impl TcpOptions {
@@ -43,16 +45,20 @@ impl TcpOptions {
             ports: None,
             advertise: None,
             queue_limit: 4096,
+            io: Io::Auto,
         }
     }
 
-    /// Takes `GRADWIRE_IFNAME` and `GRADWIRE_PORTS` (`4000-4100`) from `lookup` where nothing was said before.
+    /// Takes `GRADWIRE_IFNAME`, `GRADWIRE_PORTS` (`4000-4100`) and `GRADWIRE_TCP_IO` from `lookup` where nothing was said before.
     pub fn with_environment(mut self, lookup: impl Fn(&str) -> Option<String>) -> Result<TcpOptions> {
         if self.interface.is_none() && self.address.is_none() {
             self.interface = lookup("GRADWIRE_IFNAME").filter(|name| !name.is_empty());
         }
         if let (None, Some(text)) = (&self.ports, lookup("GRADWIRE_PORTS").filter(|ports| !ports.is_empty())) {
             self.ports = Some(parse_ports(&text)?);
+        }
+        if let (Io::Auto, Some(text)) = (self.io, lookup("GRADWIRE_TCP_IO").filter(|io| !io.is_empty())) {
+            self.io = Io::parse(&text)?;
         }
         Ok(self)
     }
@@ -92,14 +98,17 @@ mod tests {
         let environment = |name: &str| match name {
             "GRADWIRE_IFNAME" => Some("lo".to_string()),
             "GRADWIRE_PORTS" => Some("4000-4100".to_string()),
+            "GRADWIRE_TCP_IO" => Some("uring".to_string()),
             _ => None,
         };
         let filled = options().with_environment(environment).unwrap();
+        assert_eq!(filled.io, Io::Uring);
         assert_eq!((filled.interface.as_deref(), filled.ports.clone()), (Some("lo"), Some(4000..=4100)));
         assert!(filled.listening_ip().unwrap().is_loopback());
-        let said = TcpOptions { ports: Some(1..=2), address: Some(Ipv4Addr::UNSPECIFIED.into()), ..options() };
+        let address = Some(Ipv4Addr::UNSPECIFIED.into());
+        let said = TcpOptions { ports: Some(1..=2), address, io: Io::Epoll, ..options() };
         let kept = said.with_environment(environment).unwrap();
-        assert_eq!((kept.interface, kept.ports), (None, Some(1..=2)));
+        assert_eq!((kept.interface, kept.ports, kept.io), (None, Some(1..=2), Io::Epoll));
         assert!(options().listening_ip().unwrap().is_loopback());
     }
 

@@ -20,7 +20,7 @@ use nix::{
     },
 };
 
-use crate::{Error, Result};
+use crate::{Error, Result, wire::ADDRESSES_MAX};
 
 /// Listens on `ip` at the first free port of `ports`, or at any free port.
 pub(super) fn listen_on(ip: IpAddr, ports: Option<&RangeInclusive<u16>>) -> Result<TcpListener> {
@@ -118,9 +118,20 @@ pub(super) fn interface_address(name: &str) -> Result<IpAddr> {
     })
 }
 
+/// What peers are told to call, given the address that we are bound to.
+pub(super) fn reachable(bound: SocketAddr, advertise: Option<IpAddr>) -> Result<Vec<SocketAddr>> {
+    let mut ips = match advertise {
+        Some(ip) => vec![ip],
+        None if bound.ip().is_unspecified() => reachable_addresses(bound.ip())?,
+        None => vec![bound.ip()],
+    };
+    ips.truncate(ADDRESSES_MAX);
+    Ok(ips.into_iter().map(|ip| SocketAddr::new(ip, bound.port())).collect())
+}
+
 /// The addresses by which others reach a listener that is bound to all addresses: those of all interfaces that are up, or the
 /// loopback address if there is no other.
-pub(super) fn reachable_addresses(family: IpAddr) -> Result<Vec<IpAddr>> {
+fn reachable_addresses(family: IpAddr) -> Result<Vec<IpAddr>> {
     let mut all = Vec::new();
     for entry in getifaddrs().map_err(|e| Error::os("getifaddrs", "all interfaces", e))? {
         if entry.flags.contains(InterfaceFlags::IFF_UP) {
