@@ -4,6 +4,7 @@
 
 #[macro_use]
 mod contract;
+mod shm;
 mod sim;
 mod tcp;
 mod world;
