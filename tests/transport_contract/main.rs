@@ -5,6 +5,8 @@
 #[macro_use]
 mod contract;
 mod shm;
+mod shm_hostile;
+mod shm_processes;
 mod sim;
 mod tcp;
 mod world;

@@ -27,12 +27,24 @@ use crate::{
 /// Entries of a ring: 64 KiB of them. A worker's window is a few hundred pushes at most; more wait in the writer's own queue.
 pub(super) const RING_ENTRIES: usize = 1024;
 /// Bytes between control words: two cache lines, since processors fetch them in pairs.
-pub(super) const CONTROL_STRIDE: usize = 128;
+const CONTROL_STRIDE: usize = 128;
 /// Where the entries begin.
-pub(super) const ENTRIES_OFFSET: usize = 4096;
+const ENTRIES_OFFSET: usize = 4096;
 const ENTRY_BYTES: usize = ENTRY_WORDS * 8;
 /// Bytes of a ring.
-pub(super) const RING_BYTES: usize = ENTRIES_OFFSET + RING_ENTRIES * ENTRY_BYTES;
+const RING_BYTES: usize = ENTRIES_OFFSET + RING_ENTRIES * ENTRY_BYTES;
+
+/// The parts of a ring as docs/wire.md has them: name, offset, bytes.
+#[doc(hidden)]
+pub const RING_LAYOUT: [(&str, usize, usize); CONTROLS + 1] = [
+    ("tail", Control::Tail as usize * CONTROL_STRIDE, 8),
+    ("head", Control::Head as usize * CONTROL_STRIDE, 8),
+    ("sleeping", Control::Sleeping as usize * CONTROL_STRIDE, 8),
+    ("waiting", Control::Waiting as usize * CONTROL_STRIDE, 8),
+    ("copying", Control::Copying as usize * CONTROL_STRIDE, 8),
+    ("fenced", Control::Fenced as usize * CONTROL_STRIDE, 8),
+    ("entries", ENTRIES_OFFSET, RING_ENTRIES * ENTRY_BYTES),
+];
 
 const _: () = assert!(RING_ENTRIES.is_power_of_two() && CONTROLS * CONTROL_STRIDE <= ENTRIES_OFFSET);
 

@@ -51,6 +51,8 @@ pub use address::reachable;
 use connecting::{Call, Outcome};
 use epoll::{Kind, Poller, Readiness, Token};
 use link::Link;
+#[doc(hidden)]
+pub use mapping::RING_LAYOUT;
 use mapping::Ring;
 pub use options::ShmOptions;
 use path::{Done, Path, Queued, State};

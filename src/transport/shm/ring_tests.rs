@@ -8,7 +8,7 @@
 use loom::{
     model::Builder,
     sync::{
-        Arc, Notify,
+        Arc, Condvar, Mutex,
         atomic::{self, AtomicU64},
     },
     thread,
@@ -79,9 +79,32 @@ impl<const FENCED: bool, const ORDERED: bool> Shared for Model<FENCED, ORDERED> 
     }
 }
 
+/// What the kernel is to the driver: a wake-up that stays until it is taken.
+#[derive(Default)]
+struct Bell {
+    rung: Mutex<bool>,
+    heard: Condvar,
+}
+
+impl Bell {
+    fn ring(&self) {
+        *self.rung.lock().unwrap() = true;
+        self.heard.notify_one();
+    }
+
+    fn wait(&self) {
+        let mut rung = self.rung.lock().unwrap();
+        while !*rung {
+            rung = self.heard.wait(rung).unwrap();
+        }
+        *rung = false;
+    }
+}
+
 /// All executions with at most three switches that no wait forces; more of them took minutes and found nothing else.
 fn explore(model: impl Fn() + Sync + Send + 'static) {
-    let builder = Builder { preemption_bound: Some(3), ..Builder::default() };
+    let mut builder = Builder::new();
+    builder.preemption_bound = Some(3);
     builder.check(model);
 }
 
@@ -89,8 +112,8 @@ fn explore(model: impl Fn() + Sync + Send + 'static) {
 fn two_entries_arrive<const FENCED: bool, const ORDERED: bool>() {
     explore(|| {
         let (mut producer, mut consumer) = Model::<FENCED, ORDERED>::new().ends();
-        let entries = Arc::new(Notify::new());
-        let room = Arc::new(Notify::new());
+        let entries = Arc::new(Bell::default());
+        let room = Arc::new(Bell::default());
         let (their_entries, their_room) = (entries.clone(), room.clone());
         let writer = thread::spawn(move || {
             for value in 1..=2 {
@@ -104,7 +127,7 @@ fn two_entries_arrive<const FENCED: bool, const ORDERED: bool>() {
                 }
                 producer.push(&[value; ENTRY_WORDS]);
                 if producer.must_wake() {
-                    their_entries.notify();
+                    their_entries.ring();
                 }
             }
         });
@@ -122,7 +145,7 @@ fn two_entries_arrive<const FENCED: bool, const ORDERED: bool>() {
             };
             assert_eq!(entry[0], value, "an entry was lost, doubled or torn");
             if consumer.release() {
-                room.notify();
+                room.ring();
             }
         }
         writer.join().unwrap();
@@ -152,17 +175,18 @@ fn nothing_lands_after<const FENCED: bool, const ORDERED: bool>() {
     explore(|| {
         let (producer, consumer) = Model::<FENCED, ORDERED>::new().ends();
         let slot = Arc::new([AtomicU64::new(0), AtomicU64::new(0)]);
-        let told = Arc::new(Notify::new());
+        let told = Arc::new(Bell::default());
         let (their_slot, tell) = (slot.clone(), told.clone());
         let writer = thread::spawn(move || {
             for value in 1..=2 {
-                if !producer.begin_copy() {
-                    break;
+                let mut may = producer.begin_copy();
+                if may {
+                    their_slot.iter().for_each(|word| word.store(value, Ordering::Relaxed));
+                    may = producer.end_copy();
                 }
-                their_slot.iter().for_each(|word| word.store(value, Ordering::Relaxed));
-                if !producer.end_copy() {
+                if !may {
                     // The driver ends its path now, which the receiver hears.
-                    tell.notify();
+                    tell.ring();
                     break;
                 }
             }
