@@ -1,10 +1,11 @@
-//! docs/wire.md against the code: the table of note kinds, the flag bits and the sizes of notes and frames.
+//! docs/wire.md against the code: notes, frames, and what shared memory is made of.
 //!
 //! Invariant: the page is read as it is; no list of kinds is kept here.
 
 use gradwire::{
     rc::{Body, Packet, Psn, Secret, Syndrome, Target},
-    wire::{FrameHeader, Note, NoteKind},
+    transport::shm::RING_LAYOUT,
+    wire::{FrameHeader, Note, NoteKind, ShareMessage},
 };
 
 const PAGE: &str = include_str!("../docs/wire.md");
@@ -134,4 +135,34 @@ fn the_base_header_of_a_packet_is_where_the_page_says() {
         assert!(bytes.first() == Some(&at) && bytes.iter().all(|byte| *byte < end), "{field}: {bytes:?}");
     }
     assert_eq!(end, 12);
+#[test]
+fn the_parts_of_a_ring_are_where_the_page_says() {
+    let documented = rows("| offset | size | ring part |");
+    let documented = documented.iter().map(|row| (row[2], row[0].parse().unwrap(), row[1].parse().unwrap()));
+    assert!(documented.eq(RING_LAYOUT), "{RING_LAYOUT:?}");
+    let (_, offset, bytes) = RING_LAYOUT[RING_LAYOUT.len() - 1];
+    let total = offset + bytes;
+    assert!(PAGE.contains(&format!("Ring ({},{:03} bytes", total / 1000, total % 1000)));
+}
+
+#[test]
+fn the_share_messages_are_the_code() {
+    let region = ShareMessage::Region { rkey: u32::MAX, len: u64::MAX };
+    let documented = rows("| kind | share message |");
+    assert_eq!(documented.len(), 3);
+    for (row, message) in documented.iter().zip([ShareMessage::Ring, region, ShareMessage::Wake]) {
+        assert!(format!("{message:?}").starts_with(row[1]), "{message:?}");
+        assert_eq!(message.encode()[..4], row[0].parse::<u32>().unwrap().to_le_bytes(), "{message:?}");
+        assert_eq!(message.descriptors().to_string(), row[2], "{message:?}");
+    }
+    let mut end = 0;
+    for row in rows("| offset | size | share field |") {
+        let (offset, size): (usize, usize) = (row[0].parse().unwrap(), row[1].parse().unwrap());
+        assert_eq!(offset, end, "a hole before {}", row[2]);
+        end = offset + size;
+        let all_ones = region.encode()[offset..end].iter().all(|byte| *byte == u8::MAX);
+        assert_eq!(all_ones, row[2] != "kind", "{}", row[2]);
+    }
+    assert_eq!(end, ShareMessage::SIZE);
+    assert!(PAGE.contains(&format!("Share message ({} bytes", ShareMessage::SIZE)));
 }

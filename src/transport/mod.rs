@@ -9,6 +9,7 @@
 mod fabrics;
 mod idle;
 pub mod region_table;
+pub mod shm;
 pub mod sim;
 pub mod soft;
 pub mod tcp;
@@ -184,7 +185,8 @@ pub enum Completion {
 /// A reliable one-sided fabric, seen from one thread.
 ///
 /// Per peer, writes arrive in the order in which they were posted, or the path breaks. A peer that writes where it may not, or
-/// sends what cannot be decoded, has its path broken; the others are not disturbed.
+/// sends what cannot be decoded, has its path broken; the others are not disturbed. Where the writer places the bytes (shared
+/// memory, RDMA) they may have landed in the region before that: a region is registered for peers that are trusted so far.
 pub trait Transport {
     /// Makes a region known to the fabric. For start, join and rebuild; never on the data path.
     fn register(&mut self, region: &Region) -> Result<MemoryRegion>;

@@ -9,12 +9,14 @@ mod endpoint;
 mod frame;
 pub mod handshake;
 mod note;
+mod share;
 mod token;
 
 pub use attachment::Attachment;
 pub use endpoint::{ADDRESSES_MAX, format_addresses, parse_addresses};
 pub use frame::{FrameHeader, FrameTarget};
 pub use note::{Note, NoteFlags, NoteKind};
+pub use share::ShareMessage;
 pub(crate) use token::random_bytes;
 pub use token::{JobToken, job_id};
 

@@ -4,6 +4,9 @@
 
 #[macro_use]
 mod contract;
+mod shm;
+mod shm_hostile;
+mod shm_processes;
 mod sim;
 mod soft;
 mod tcp;

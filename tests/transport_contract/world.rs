@@ -17,6 +17,10 @@ pub trait Fabric {
     /// Its driver.
     type End: Transport;
 
+    /// Whether the owner of the memory puts the bytes into its slots, so that a write that may not land does not. Where the writer
+    /// does (shared memory, RDMA), it can have landed before it is refused; what is promised then is the end of its path.
+    const OWNER_PLACES_BYTES: bool = true;
+
     /// Makes ends that can reach each other, in the order of `peers`. Their queues hold at most 100,000 requests a peer.
     fn ends(&mut self, peers: &[PeerId]) -> Vec<Self::End>;
 
