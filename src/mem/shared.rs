@@ -38,7 +38,8 @@ pub struct SharedMapping {
     len: usize,
 }
 
-// SAFETY: `start` is an address of a process-wide mapping that any thread may use or unmap, and `SharedMapping` is its only owner.
+// SAFETY: `start` is an address of a process-wide mapping that any thread may use or unmap, and `SharedMapping` is its only
+// owner.
 unsafe impl Send for SharedMapping {}
 
 impl SharedMapping {
@@ -80,8 +81,8 @@ impl SharedMapping {
     /// If it does not fit there.
     pub fn write(&self, offset: usize, source: &[u8]) {
         self.check(offset, source.len());
-        // SAFETY: the range lies within the mapping, which lives as long as `self`. `source` is memory of this process alone, or
-        // of a lease, which by the duty on this type does not overlap. When the other process looks is for both to agree on.
+        // SAFETY: the range lies within the mapping, which lives as long as `self`. `source` is memory of this process alone,
+        // or of a lease, which by the duty on this type does not overlap. When the other process looks is for both to agree on.
         unsafe { std::ptr::copy_nonoverlapping(source.as_ptr(), self.start.as_ptr().add(offset), source.len()) }
     }
 

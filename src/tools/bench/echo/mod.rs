@@ -1,9 +1,9 @@
-//! The ceiling of the benchmarks: drivers that send bytes by the rawest means that a fabric stands on, and peers that send as many
-//! back.
+//! The ceiling of the benchmarks: drivers that send bytes by the rawest means that a fabric stands on, and peers that send as
+//! many back.
 //!
-//! Both are processes, as workers and servers are; there is a connection from every driver to every peer. A round is over when all
-//! bytes are back in the driver's memory. Memory has been touched before the first round; nothing is checked during the rounds
-//! and nothing computed.
+//! Both are processes, as workers and servers are; there is a connection from every driver to every peer. A round is over when
+//! all bytes are back in the driver's memory. Memory has been touched before the first round; nothing is checked during the
+//! rounds and nothing computed.
 //!
 //! Invariant: every wait has a deadline, and no process started here outlives the one that started it.
 
@@ -127,8 +127,8 @@ fn failed(what: &str) -> Error {
 }
 
 impl Echo {
-    /// The forms in which this echo differs: bytes that fit into one piece come back whole either way, and datagrams come back one
-    /// by one.
+    /// The forms in which this echo differs: bytes that fit into one piece come back whole either way, and datagrams come back
+    /// one by one.
     pub fn forms(&self) -> &'static [Form] {
         match (self.over, self.bytes <= self.piece, self.peers) {
             (Over::Udp, _, _) if self.bytes > self.datagram => &[Form::Pieces],

@@ -4,8 +4,9 @@
 //! copies as many from memory of *its* own to where the driver reads them and counts up. One copy in each direction, then, and
 //! neither side reads what it was sent, but for once, at the end, to see that the right bytes are there.
 //!
-//! Invariant: a count is stored after the bytes that it speaks of; whoever falls asleep says so before its last look, and whoever
-//! counts up looks for sleepers after, so no wake-up is lost. A control connection tells when the other process is gone.
+//! Invariant: a count is stored after the bytes that it speaks of; whoever falls asleep says so before its last look, and
+//! whoever counts up looks for sleepers after, so no wake-up is lost. A control connection tells when the other process is
+//! gone.
 
 use std::{
     io::{Read, Write},
