@@ -135,6 +135,8 @@ fn the_base_header_of_a_packet_is_where_the_page_says() {
         assert!(bytes.first() == Some(&at) && bytes.iter().all(|byte| *byte < end), "{field}: {bytes:?}");
     }
     assert_eq!(end, 12);
+}
+
 #[test]
 fn the_parts_of_a_ring_are_where_the_page_says() {
     let documented = rows("| offset | size | ring part |");

@@ -13,11 +13,14 @@ use crate::{
     session::{JobConfig, gather},
     tools::bench::{
         Figure, Measured, Pace, Row,
-        echo::{self, BYTES_MAX, Echo, Form},
+        echo::{self, BYTES_MAX, DATAGRAM_GRAIN, DATAGRAM_MAX, Drive, Echo, Form, Over, Wait},
         header, parse_sizes, plain_bytes, push_pull,
     },
     types::Role,
 };
+
+/// What the fabric `soft` puts into a datagram, headers not counted.
+const DATAGRAM_BYTES: u64 = 4096;
 
 /// Elements of a tensor lie in groups of 16; of f32 these are 64 bytes.
 const GRAIN: u64 = 64;
@@ -39,21 +42,33 @@ enum Benchmark {
   gradwire bench push-pull --bytes 64..64M --json          64, 256, 1024 ... 67108864 bytes, an object a line
   gradwire bench push-pull --bytes 16M --optimizer adamw --workers 2
 
-For each size a job is started (real servers, real workers, real sockets) and, in turn with it, a raw echo: as many processes
-that send the same bytes over plain sockets of the same kind and get them back. Figures are medians over the repetitions; a
-warm-up of a tenth of the time goes before each. The rate counts payload in both directions; a round is over when all new
-parameters are in the worker's memory.
+For each size a job is started (real servers, real workers, the real fabric) and, in turn with it, the fabric's ceiling: a raw
+echo, as many processes that send the same bytes by the means that the fabric stands on and get them back. Over tcp these are
+plain sockets, over shm copies into memory that both sides map, over soft datagrams of 4096 bytes. Figures are medians over the
+repetitions; a warm-up of a tenth of the time goes before each. The rate counts payload in both directions; a round is over when
+all new parameters are in the worker's memory. `x ceiling` is the median of a round in units of the echo's.
 
-The echo comes back whole or, above a chunk, also piece by piece as push-pull does; the faster of the two is the ceiling. Both
-sides sleep in the kernel while they wait. Notes and headers carry their checksums as always; payloads carry none, on either
-side.
+The echo comes back whole or, above a chunk, also piece by piece as push-pull does; the faster of the two is the ceiling. Its
+processes wait as gradwire's own threads do (`bench echo --wait adaptive`). Notes and headers carry their checksums as always;
+payloads carry none, on either side.
 
 --optimizer none: a server always takes a step; this is the cheapest there is, plain SGD, which reads the gradient, reads and
 writes the master parameters and writes the wire copy.")]
     PushPull(Box<PushPullArguments>),
-    /// The ceiling by itself: bytes sent over raw loopback sockets and back.
-    #[command(after_help = "Example:
-  gradwire bench echo --bytes 64..64M")]
+    /// The ceiling by itself: bytes sent by raw means and back.
+    #[command(after_help = "Examples:
+  gradwire bench echo --bytes 64..64M
+  gradwire bench echo --over shm --bytes 64..64M --wait spin
+
+--over tcp   loopback sockets, TCP_NODELAY, the kernel's buffer sizes; the peer sends back what it got
+--over shm   two processes share a memfd: the driver copies its bytes in, the peer copies as many of its own back; whoever
+             sleeps is woken by an eventfd. Nobody reads what he was sent, but for once, after the last round
+--over udp   loopback datagrams of --datagram bytes, up to 32 a system call, no more under way than the sockets' buffers hold;
+             the peer sends each one back at once
+
+--wait adaptive   as gradwire's threads: look again for up to 20 us if the last waits were that short, then sleep in the kernel
+--wait sleep      sleep in the kernel at once
+--wait spin       look again and again (for 100 ms at most, then sleep): no wake-up is paid, every process needs a core")]
     Echo(EchoArguments),
     /// A worker of a push-pull benchmark's job.
     #[command(hide = true)]
@@ -67,7 +82,11 @@ writes the master parameters and writes the wire copy.")]
     #[command(hide = true)]
     EchoPeer {
         #[arg(long)]
+        over: Over,
+        #[arg(long)]
         callers: u16,
+        #[arg(long)]
+        wait: Wait,
     },
     /// An echo's driver.
     #[command(hide = true)]
@@ -104,7 +123,7 @@ struct Common {
 struct PushPullArguments {
     #[command(flatten)]
     common: Common,
-    /// The fabric.
+    /// The fabric: the job's setting `transports`.
     #[arg(long, default_value = "tcp")]
     transport: TransportArgument,
     /// Gradients and parameters on the wire.
@@ -122,19 +141,34 @@ struct PushPullArguments {
 struct EchoArguments {
     #[command(flatten)]
     common: Common,
-    /// Bytes of a piece.
+    /// By what means the bytes go.
+    #[arg(long, value_name = "MEANS", default_value = "tcp", hide_possible_values = true)]
+    over: Over,
+    /// What a process does that has nothing to do: adaptive, sleep or spin.
+    #[arg(long, value_name = "POLICY", default_value = "adaptive", hide_possible_values = true)]
+    wait: Wait,
+    /// Bytes of a piece; peers share the pieces.
     #[arg(long, value_name = "SIZE", default_value = "1MiB")]
     piece: String,
+    /// Bytes of a datagram, for --over udp [default: 4KiB].
+    #[arg(long, value_name = "SIZE")]
+    datagram: Option<String>,
 }
 
 #[derive(Args)]
 struct DriverArguments {
+    #[arg(long)]
+    over: Over,
+    #[arg(long)]
+    wait: Wait,
     #[arg(long = "peer")]
     peers: Vec<String>,
     #[arg(long)]
     piece: u64,
     #[arg(long)]
-    form: FormArgument,
+    datagram: u64,
+    #[arg(long)]
+    form: Form,
     #[arg(long)]
     rounds: Option<u64>,
     #[arg(long, default_value_t = 0.0)]
@@ -144,6 +178,19 @@ struct DriverArguments {
 #[derive(Clone, Copy, ValueEnum)]
 enum TransportArgument {
     Tcp,
+    Shm,
+    Soft,
+}
+
+impl TransportArgument {
+    /// What the fabric stands on.
+    const fn over(self) -> Over {
+        match self {
+            TransportArgument::Tcp => Over::Tcp,
+            TransportArgument::Shm => Over::Shm,
+            TransportArgument::Soft => Over::Udp,
+        }
+    }
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -161,12 +208,6 @@ enum OptimizerArgument {
     Adagrad,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
-enum FormArgument {
-    Whole,
-    Pieces,
-}
-
 /// The word that stands for a value on the command line.
 fn word(value: &impl ValueEnum) -> String {
     value.to_possible_value().map_or_else(String::new, |value| value.get_name().to_string())
@@ -178,9 +219,9 @@ pub(super) fn run(arguments: BenchArguments) -> Result<ExitCode> {
         Benchmark::PushPull(arguments) => push_pull(&arguments)?,
         Benchmark::Echo(arguments) => raw_echo(&arguments)?,
         Benchmark::PushPullWorker { bytes, rounds } => drop(push_pull::work(bytes, rounds)?),
-        Benchmark::EchoPeer { callers } => {
+        Benchmark::EchoPeer { over, callers, wait } => {
             echo::end_with_parent()?;
-            echo::peer(callers)?;
+            echo::peer(over, callers, wait)?;
         }
         Benchmark::EchoDriver(arguments) => {
             echo::end_with_parent()?;
@@ -193,17 +234,14 @@ pub(super) fn run(arguments: BenchArguments) -> Result<ExitCode> {
 
 fn drive(arguments: &DriverArguments) -> Result<Measured> {
     let peer = |text: &String| {
-        let (port, bytes) = text.split_once(':')?;
-        Some((port.parse().ok()?, bytes.parse().ok()?))
+        let (address, bytes) = text.split_once(':')?;
+        Some((address.to_string(), bytes.parse().ok()?))
     };
-    let peers: Option<Vec<(u16, u64)>> = arguments.peers.iter().map(peer).collect();
-    let peers = peers.ok_or_else(|| Error::Config("--peer takes PORT:BYTES".into()))?;
-    let form = match arguments.form {
-        FormArgument::Whole => Form::Whole,
-        FormArgument::Pieces => Form::Pieces,
-    };
+    let peers: Option<Vec<(String, u64)>> = arguments.peers.iter().map(peer).collect();
+    let peers = peers.ok_or_else(|| Error::Config("--peer takes ADDRESS:BYTES".into()))?;
     let pace = arguments.rounds.map_or(Pace::Seconds(arguments.seconds), Pace::Rounds);
-    echo::driver(&peers, arguments.piece, form, pace)
+    let DriverArguments { over, wait, piece, datagram, form, .. } = *arguments;
+    echo::driver(&Drive { over, peers, piece, datagram, form, wait, pace })
 }
 
 impl Common {
@@ -222,9 +260,11 @@ impl Common {
         self.iterations.map_or(Pace::Seconds(self.seconds), Pace::Rounds)
     }
 
-    fn echo(&self, bytes: u64, piece: u64) -> Result<Echo> {
-        let executable = executable()?;
-        Ok(Echo { executable, bytes, piece, drivers: self.workers, peers: self.servers, pace: self.pace() })
+    /// The echo over `over`, of no bytes yet, as gradwire's threads wait.
+    fn echo(&self, over: Over, piece: u64) -> Result<Echo> {
+        let (executable, wait, datagram) = (executable()?, Wait::Adaptive, DATAGRAM_BYTES);
+        let (drivers, peers, pace) = (self.workers, self.servers, self.pace());
+        Ok(Echo { executable, over, wait, bytes: 0, piece, datagram, drivers, peers, pace })
     }
 }
 
@@ -253,13 +293,37 @@ fn fastest(rounds: &Rounds) -> Option<(Form, Figure)> {
     medians.max_by(|a, b| a.1.bytes_per_s.total_cmp(&b.1.bytes_per_s))
 }
 
+impl EchoArguments {
+    fn echo(&self) -> Result<Echo> {
+        let echo = self.common.echo(self.over, one_size("--piece", &self.piece)?)?;
+        let datagram = match &self.datagram {
+            None => echo.datagram,
+            Some(_) if self.over != Over::Udp => {
+                return Err(Error::Config("--datagram goes with --over udp alone".into()));
+            }
+            Some(text) => one_size("--datagram", text)?,
+        };
+        if !datagram.is_multiple_of(DATAGRAM_GRAIN) || datagram > DATAGRAM_MAX {
+            return Err(Error::Config(format!(
+                "--datagram {datagram}: a datagram has a multiple of {DATAGRAM_GRAIN} bytes, at most {DATAGRAM_MAX}"
+            )));
+        }
+        Ok(Echo { wait: self.wait, datagram, ..echo })
+    }
+}
+
+fn one_size(option: &str, text: &str) -> Result<u64> {
+    match parse_sizes(&[text.to_string()])?[..] {
+        [size] => Ok(size),
+        _ => Err(Error::Config(format!("{option} {text} is a range; give one size"))),
+    }
+}
+
 fn raw_echo(arguments: &EchoArguments) -> Result<()> {
     let common = &arguments.common;
-    let [piece] = parse_sizes(std::slice::from_ref(&arguments.piece))?[..] else {
-        return Err(Error::Config(format!("--piece {} is a range; give one size", arguments.piece)));
-    };
+    let echo = arguments.echo()?;
     for bytes in common.sizes()? {
-        let echo = common.echo(bytes, piece)?;
+        let echo = Echo { bytes, ..echo.clone() };
         let mut rounds = Rounds::new();
         for _ in 0..common.repetitions {
             repeat_echo(&echo, &mut rounds)?;
@@ -269,7 +333,8 @@ fn raw_echo(arguments: &EchoArguments) -> Result<()> {
             let Figure { bytes_per_s, latency_us_p50, latency_us_p99 } = figure;
             if common.json {
                 let json = serde_json::json!({
-                    "benchmark": "echo", "transport": "tcp", "bytes": bytes, "echo": form.name(),
+                    "benchmark": "echo", "transport": echo.over.name(), "bytes": bytes, "echo": form.name(),
+                    "wait": echo.wait.name(),
                     "workers": common.workers, "servers": common.servers, "repetitions": common.repetitions,
                     "goodput_bytes_per_s": bytes_per_s.round(),
                     "latency_us_p50": latency_us_p50, "latency_us_p99": latency_us_p99,
@@ -307,6 +372,9 @@ impl PushPullArguments {
             let pair = setting.split_once('=');
             let (key, value) =
                 pair.ok_or_else(|| Error::Config(format!("--set takes KEY=VALUE, and `{setting}` has no `=`")))?;
+            if key.trim() == "transports" {
+                return Err(Error::Config("--set transports: name the fabric with --transport".into()));
+            }
             pairs.push((key.trim().into(), value.trim().into()));
         }
         gather(std::iter::empty(), None, &pairs)
@@ -322,7 +390,7 @@ fn push_pull(arguments: &PushPullArguments) -> Result<()> {
     let common = &arguments.common;
     let sizes = common.sizes()?;
     let config = arguments.config()?;
-    let piece = arguments.piece(&config);
+    let echo = common.echo(arguments.transport.over(), arguments.piece(&config))?;
     if !common.json {
         let (transport, dtype, optimizer) =
             (word(&arguments.transport), word(&arguments.dtype), word(&arguments.optimizer));
@@ -335,7 +403,7 @@ fn push_pull(arguments: &PushPullArguments) -> Result<()> {
         );
     }
     for bytes in sizes {
-        let echo = common.echo(bytes, piece)?;
+        let echo = Echo { bytes, ..echo.clone() };
         let (mut raw, mut figures) = (Rounds::new(), Vec::<Figure>::new());
         for _ in 0..common.repetitions {
             repeat_echo(&echo, &mut raw)?;
@@ -356,6 +424,8 @@ fn push_pull(arguments: &PushPullArguments) -> Result<()> {
             repetitions: figures.len(),
             figure,
             ceiling,
+            ceiling_over: echo.over.name(),
+            ceiling_wait: echo.wait.name(),
             ceiling_echo: form.name(),
         };
         if common.json { println!("{}", row.json()) } else { println!("{}", row.line()) }

@@ -83,6 +83,27 @@ pub(super) struct RunArguments {
     /// The fabrics that may be used, best first, such as shm,tcp.
     #[arg(long, visible_alias = "transports", value_name = "NAMES")]
     transport: Option<String>,
+    /// Soft-RDMA test mode (--transport soft): the share of packets that are lost, such as 0.05.
+    #[arg(long, value_name = "CHANCE")]
+    soft_loss: Option<String>,
+    /// The share of packets that are sent twice.
+    #[arg(long, value_name = "CHANCE")]
+    soft_duplicate: Option<String>,
+    /// The share of packets that later ones overtake.
+    #[arg(long, value_name = "CHANCE")]
+    soft_reorder: Option<String>,
+    /// The share of packets in which a bit is flipped.
+    #[arg(long, value_name = "CHANCE")]
+    soft_corrupt: Option<String>,
+    /// The longest delay of a packet, in microseconds.
+    #[arg(long, value_name = "US")]
+    soft_delay_us: Option<String>,
+    /// The packet of each rank with whose sending its queue pair dies.
+    #[arg(long, value_name = "N")]
+    soft_die_after: Option<String>,
+    /// Seed of these faults.
+    #[arg(long, value_name = "SEED")]
+    soft_seed: Option<String>,
     /// The network interface for data.
     #[arg(long, value_name = "NAME")]
     interface: Option<String>,
@@ -124,6 +145,13 @@ impl RunArguments {
             ("checkpoint.every", &self.checkpoint_every),
             ("resume", &self.resume),
             ("transports", &self.transport),
+            ("soft.loss", &self.soft_loss),
+            ("soft.duplicate", &self.soft_duplicate),
+            ("soft.reorder", &self.soft_reorder),
+            ("soft.corrupt", &self.soft_corrupt),
+            ("soft.delay_us", &self.soft_delay_us),
+            ("soft.die_after", &self.soft_die_after),
+            ("soft.seed", &self.soft_seed),
             ("interface", &self.interface),
             ("ports", &self.ports),
         ];

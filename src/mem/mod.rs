@@ -6,8 +6,11 @@
 mod lease;
 mod pages;
 mod region;
+mod shared;
 pub mod topology;
 
 pub use lease::{Lease, SharedLease};
 pub use region::{HugePages, Locking, Region, RegionId, RegionOptions, RegionReport};
+pub use shared::SharedMapping;
+pub(crate) use shared::{receive_files, send_files};
 pub use topology::Topology;

@@ -8,6 +8,8 @@ use crate::{
     Error, Result,
     transport::{
         Driver, Fabrics,
+        shm::{ShmOptions, ShmTransport},
+        soft::{SoftFaults, SoftOptions, SoftTransport},
         tcp::{TcpOptions, TcpTransport},
     },
     types::PeerId,
@@ -21,7 +23,7 @@ const OWN_TRANSPORTS: &str = "GRADWIRE_RANK_TRANSPORTS";
 ///
 /// # Errors
 ///
-/// [`Error::Config`] if `GRADWIRE_RANK_TRANSPORTS` leaves nothing; [`Error::Os`] if a fabric cannot be opened.
+/// [`Error::Config`] if `GRADWIRE_RANK_TRANSPORTS` leaves nothing; why the last fabric cannot be opened, if none can.
 pub fn open(member: &Member, lane: u16, listen: bool) -> Result<Fabrics> {
     let config = member.config();
     let me = PeerId { rank: member.rank(), lane };
@@ -33,14 +35,31 @@ pub fn open(member: &Member, lane: u16, listen: bool) -> Result<Fabrics> {
     };
     let own = std::env::var(OWN_TRANSPORTS).ok();
     let mut drivers: Vec<Box<dyn Driver>> = Vec::new();
+    let mut refused = None;
     for fabric in allowed(&config.transports, own.as_deref())? {
-        drivers.push(driver(fabric, config, identity.clone(), listen)?);
+        match driver(fabric, config, identity.clone(), listen) {
+            Ok(driver) => drivers.push(driver),
+            Err(why) => {
+                tracing::warn!("{me} does without {}: {why}", fabric.name());
+                refused = Some(why);
+            }
+        }
     }
-    Fabrics::new(me, drivers)
+    match refused {
+        Some(why) if drivers.is_empty() => Err(why),
+        _ => Fabrics::new(me, drivers),
+    }
 }
 
 fn driver(fabric: Fabric, config: &JobConfig, identity: Identity, listen: bool) -> Result<Box<dyn Driver>> {
     Ok(match fabric {
+        Fabric::Shm => Box::new(ShmTransport::new(ShmOptions::new(identity))?),
+        Fabric::Soft => {
+            // Every end its own dice: the same ones would hit the packets of all at the same places.
+            let salt = u64::from(identity.me.rank.index) << 32 | u64::from(identity.me.lane) << 1 | u64::from(listen);
+            let faults = SoftFaults { seed: config.soft.seed.wrapping_add(salt), ..config.soft };
+            Box::new(SoftTransport::new(SoftOptions { faults, ..SoftOptions::default() })?)
+        }
         Fabric::Tcp => {
             let options = TcpOptions {
                 listen,

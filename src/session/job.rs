@@ -12,6 +12,7 @@ use crate::{
     consistency::Consistency,
     layout::{Layout, LayoutOptions, TensorSpec},
     optim::{OptimizerConfig, OptimizerKind, Reduction},
+    transport::soft::SoftFaults,
     types::{Clock, Dtype, Rank, Role},
 };
 
@@ -42,15 +43,21 @@ impl Default for CheckpointConfig {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Fabric {
+    /// Memory that two processes of one host share.
+    Shm,
     /// Sockets.
     Tcp,
+    /// A soft-RDMA queue pair over UDP: for tests.
+    Soft,
 }
 
 impl Fabric {
     /// The name under which endpoints carry it.
     pub const fn name(self) -> &'static str {
         match self {
+            Fabric::Shm => "shm",
             Fabric::Tcp => "tcp",
+            Fabric::Soft => "soft",
         }
     }
 }
@@ -145,6 +152,8 @@ pub struct JobConfig {
     pub wait_ms: u64,
     /// The fabrics to use, best first.
     pub transports: Vec<Fabric>,
+    /// What goes wrong on purpose on the fabric `soft`.
+    pub soft: SoftFaults,
     /// The network interface to listen on; without one, loopback.
     pub interface: Option<String>,
     /// The ports to listen on; without a range the kernel chooses.
@@ -177,7 +186,8 @@ impl Default for JobConfig {
             join_ms: 60_000,
             setup_ms: 600_000,
             wait_ms: 600_000,
-            transports: vec![Fabric::Tcp],
+            transports: vec![Fabric::Shm, Fabric::Tcp],
+            soft: SoftFaults::default(),
             interface: None,
             ports: None,
         }
@@ -231,8 +241,9 @@ impl JobConfig {
             );
         }
         if self.transports.is_empty() {
-            return refuse("`transports` is empty; the one built today is tcp".into());
+            return refuse("`transports` is empty; name fabrics, such as shm,tcp".into());
         }
+        self.soft.validate()?;
         self.optimizer.validate()
     }
 

@@ -44,7 +44,8 @@ fn traces(home: &Path) -> Traces {
         let entries = std::fs::read_dir(path).into_iter().flatten().flatten();
         entries.filter_map(|entry| entry.file_name().into_string().ok()).collect()
     };
-    let processes = names("/proc").iter().filter(|name| name.parse::<u32>().is_ok()).filter_map(|pid| marked(pid));
+    let processes =
+        names("/proc").into_iter().filter(|name| name.parse::<u32>().is_ok()).filter_map(|pid| marked(&pid));
     let shared_files = names("/dev/shm").into_iter().filter(|name| name.contains("gradwire"));
     Traces {
         processes: processes.collect(),

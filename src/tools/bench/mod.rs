@@ -1,7 +1,7 @@
 //! Benchmarks: what a job reaches, beside what the machine itself reaches in the same run.
 //!
-//! [`push_pull`] is what a worker of a benchmark's job does, [`echo`] is the ceiling: the same bytes over the same kind of
-//! socket, with nobody in between. Both are timed by the same stopwatch ([`Measured::take`]), so that they can be compared.
+//! [`push_pull`] is what a worker of a benchmark's job does, [`echo`] is the ceiling: the same bytes by the means that the job's
+//! fabric stands on, with nobody in between. Both are timed by the same stopwatch ([`Measured::take`]), so that they can be compared.
 //!
 //! Invariant: a figure is printed only together with the ceiling that was measured in turn with it.
 

@@ -30,8 +30,12 @@ pub struct Row {
     pub repetitions: usize,
     /// What the job reached.
     pub figure: Figure,
-    /// What the raw sockets reached.
+    /// What the raw echo reached.
     pub ceiling: Figure,
+    /// By what means it did.
+    pub ceiling_over: &'static str,
+    /// How its processes waited.
+    pub ceiling_wait: &'static str,
     /// In which form of the echo they reached it.
     pub ceiling_echo: &'static str,
 }
@@ -39,8 +43,8 @@ pub struct Row {
 /// The table's first two lines.
 pub fn header() -> String {
     let names = format!(
-        "{:>9}  {:>12}  {:>12}  {:>6}  {:<BAR$}  {:>11}  {:>11}  {:>11}",
-        "bytes", "push+pull", "ceiling", "share", "of the ceiling", "p50", "p99", "ceiling p50"
+        "{:>9}  {:>12}  {:>12}  {:>6}  {:<BAR$}  {:>11}  {:>11}  {:>11}  {:>9}",
+        "bytes", "push+pull", "ceiling", "share", "of the ceiling", "p50", "p99", "ceiling p50", "x ceiling"
     );
     let rule = "-".repeat(names.chars().count());
     format!("{names}\n{rule}")
@@ -52,12 +56,17 @@ impl Row {
         self.figure.bytes_per_s / self.ceiling.bytes_per_s
     }
 
+    /// The median of a round in units of the ceiling's.
+    pub fn latency_ratio(&self) -> f64 {
+        self.figure.latency_us_p50 / self.ceiling.latency_us_p50
+    }
+
     /// A line under [`header`].
     pub fn line(&self) -> String {
         let filled = ((self.share() * BAR as f64).round() as usize).min(BAR);
         let bar = format!("{}{}", "#".repeat(filled), ".".repeat(BAR - filled));
         format!(
-            "{:>9}  {:>12}  {:>12}  {:>6.2}  {bar}  {:>11}  {:>11}  {:>11}",
+            "{:>9}  {:>12}  {:>12}  {:>6.2}  {bar}  {:>11}  {:>11}  {:>11}  {:>9.2}",
             plain_bytes(self.bytes),
             plain_rate(self.figure.bytes_per_s),
             plain_rate(self.ceiling.bytes_per_s),
@@ -65,6 +74,7 @@ impl Row {
             plain_time(self.figure.latency_us_p50),
             plain_time(self.figure.latency_us_p99),
             plain_time(self.ceiling.latency_us_p50),
+            self.latency_ratio(),
         )
     }
 
@@ -85,6 +95,9 @@ impl Row {
             "ceiling_bytes_per_s": self.ceiling.bytes_per_s.round(),
             "ceiling_latency_us": self.ceiling.latency_us_p50,
             "ceiling_echo": self.ceiling_echo,
+            "ceiling_over": self.ceiling_over,
+            "ceiling_wait": self.ceiling_wait,
+            "latency_x_ceiling": self.latency_ratio(),
         })
     }
 }
@@ -119,12 +132,15 @@ mod tests {
             repetitions: 5,
             figure,
             ceiling: Figure { bytes_per_s: 2e9, latency_us_p50: 1000.0, latency_us_p99: 1100.0 },
+            ceiling_over: "tcp",
+            ceiling_wait: "adaptive",
             ceiling_echo: "whole",
         };
         let line = row.line();
         assert_eq!(line.len(), header().lines().next().unwrap().len());
         assert!(line.contains("1.50 GB/s") && line.contains("  0.75  ###############.....  "), "{line}");
         assert!(line.contains("1400.2 us") && line.contains("22.0 ms"), "{line}");
+        assert!(line.ends_with("  1000.0 us       1.40"), "{line}");
         let json = row.json();
         let required =
             ["benchmark", "transport", "bytes", "workers", "servers", "goodput_bytes_per_s", "latency_us_p50"];

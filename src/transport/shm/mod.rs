@@ -62,7 +62,7 @@ use strangers::{Guest, Strangers};
 use withheld::Withheld;
 
 use super::{
-    Armed, Completion, Endpoint, MemoryRegion, QueueFull, RemoteSlot, Transport, Wakeup, WorkRequest,
+    Armed, Completion, Driver, Endpoint, MemoryRegion, QueueFull, RemoteSlot, Transport, Wakeup, WorkRequest,
     region_table::RegionTable,
 };
 use crate::{
@@ -429,6 +429,12 @@ impl Transport for ShmTransport {
         self.tick(now)?;
         completions.extend(self.done.drain(..).map(|(_, completion)| completion));
         Ok(())
+    }
+}
+
+impl Driver for ShmTransport {
+    fn judge(&self, own: &str, remote: &str) -> Result<String, String> {
+        reachable(own, remote).map(|()| "both are on one host, of one user".into())
     }
 }
 
