@@ -1,9 +1,10 @@
 //! Whether a thread that has nothing to do goes on looking or falls asleep.
 //!
-//! Waking a sleeping thread costs several microseconds, so it is worth looking a little longer when something is about to come,
-//! and a waste of a core that other ranks share when nothing is. Which of the two it is, the last waits tell: a wait that was over
-//! within [`SPIN_MAX`] could have been spun through, so the next one may spin longer; one that outlasted its spinning makes the next
-//! shorter. A thread whose waits are long does not spin at all, but for a look at each wake-up.
+//! Waking a sleeping thread costs several microseconds, so it is worth looking a little longer when something is about to come. It
+//! is worse than useless when nothing is, or when the peer needs the very core that spins. Which of these it is cannot be known,
+//! but tried: a wait that is spun through lets the next one spin too; one that outlasts its spinning forbids it for a number of
+//! short waits, which doubles with every failure. Long waits are no reason to try again: a thread whose waits are long does not
+//! spin at all.
 //!
 //! Invariant: no wait spins for longer than [`SPIN_MAX`]; time is an argument.
 #![forbid(unsafe_code)]
@@ -13,18 +14,29 @@ use std::time::{Duration, Instant};
 /// The longest time that a wait is spun through: about what two wake-ups cost.
 pub const SPIN_MAX: Duration = Duration::from_micros(20);
 
-/// What a wait that could have been spun through earns at first.
-const SPIN_MIN: Duration = Duration::from_micros(4);
+/// A wait of this length, slept through, is short: spinning might have done.
+const SHORT: Duration = Duration::from_micros(40);
+
+/// Short waits without spinning after many failures: what spinning in vain costs is then less than a hundredth of the time.
+const PAUSE_MAX: u32 = 256;
 
 /// The idle time of one thread.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub struct Idle {
-    /// How long the next wait may spin.
-    budget: Duration,
     /// Since when there has been nothing to do.
     since: Option<Instant>,
-    /// Whether this wait has outlasted its spinning.
+    /// Whether this wait has come to an end of its looking.
     slept: bool,
+    /// Short waits that still are not to spin.
+    pause: u32,
+    /// What `pause` becomes at the next failure.
+    next_pause: u32,
+}
+
+impl Default for Idle {
+    fn default() -> Idle {
+        Idle { since: None, slept: false, pause: 1, next_pause: 2 }
+    }
 }
 
 impl Idle {
@@ -32,21 +44,21 @@ impl Idle {
     pub fn busy(&mut self, now: Instant) {
         let Some(since) = self.since.take() else { return };
         let waited = now.saturating_duration_since(since);
-        if waited <= SPIN_MAX {
-            self.budget = (2 * self.budget).clamp(SPIN_MIN, SPIN_MAX);
-        } else if self.slept {
-            self.budget /= 2;
-            if self.budget < SPIN_MIN {
-                self.budget = Duration::ZERO;
+        match (std::mem::take(&mut self.slept), self.pause) {
+            (false, _) => self.next_pause = 2,
+            (true, 0) => {
+                self.pause = self.next_pause;
+                self.next_pause = (2 * self.next_pause).min(PAUSE_MAX);
             }
+            (true, _) if waited <= SHORT => self.pause -= 1,
+            (true, _) => {}
         }
-        self.slept = false;
     }
 
     /// There was nothing to do: whether to look again at once, instead of sleeping.
     pub fn may_spin(&mut self, now: Instant) -> bool {
         let since = *self.since.get_or_insert(now);
-        let spin = now.saturating_duration_since(since) < self.budget;
+        let spin = self.pause == 0 && now.saturating_duration_since(since) < SPIN_MAX;
         self.slept |= !spin;
         spin
     }
@@ -69,18 +81,37 @@ mod tests {
     }
 
     #[test]
-    fn short_waits_are_learnt_and_long_ones_cost_nothing() {
+    fn short_waits_are_spun_through_and_long_ones_cost_nothing() {
         let (mut idle, mut now) = (Idle::default(), Instant::now());
         let (short, long) = (Duration::from_micros(8), Duration::from_millis(5));
-        assert_eq!(wait(&mut idle, &mut now, long), Duration::ZERO);
-        for _ in 0..5 {
-            wait(&mut idle, &mut now, short);
+        for _ in 0..1000 {
+            assert_eq!(wait(&mut idle, &mut now, long), Duration::ZERO);
         }
-        assert_eq!(wait(&mut idle, &mut now, short), short, "spun through");
-        for _ in 0..5 {
-            assert!(wait(&mut idle, &mut now, long) <= SPIN_MAX);
+        wait(&mut idle, &mut now, short);
+        for _ in 0..1000 {
+            assert_eq!(wait(&mut idle, &mut now, short), short);
         }
+        assert_eq!(wait(&mut idle, &mut now, long), SPIN_MAX, "it had to try");
         assert_eq!(wait(&mut idle, &mut now, long), Duration::ZERO);
+    }
+
+    /// What two threads on one core see: whoever spins keeps the other from answering.
+    #[test]
+    fn spinning_that_never_helps_is_given_up() {
+        let (mut idle, mut now) = (Idle::default(), Instant::now());
+        let mut spun = Duration::ZERO;
+        let count = 10_000;
+        for _ in 0..count {
+            // Sleeping would have brought it after ten microseconds; spinning delays it by as long as it lasts.
+            let begun = now;
+            while idle.may_spin(now) {
+                now += Duration::from_micros(1);
+            }
+            spun += now - begun;
+            now += Duration::from_micros(10);
+            idle.busy(now);
+        }
+        assert!(spun < count * Duration::from_micros(10) / 50, "{spun:?} spun in vain");
     }
 
     #[test]

@@ -63,9 +63,7 @@ pub fn options(home: &Path, part: &str) -> JobOptions {
 
 /// Sets a variable of the workers.
 pub fn with_variable(options: &mut JobOptions, name: &str, value: impl std::fmt::Display) {
-    let line = format!("{name}={value} {}", options.command[2].to_str().unwrap());
-    options.command[2] =
-        line.replacen(&format!("{name}={value} WORKER_PART"), &format!("export {name}={value}; WORKER_PART"), 1).into();
+    options.command[2] = format!("export {name}={value}; {}", options.command[2].to_str().unwrap()).into();
 }
 
 pub fn end(job: &mut Job) -> Outcome {
