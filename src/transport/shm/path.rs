@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     Error, Result,
-    mem::SharedLease,
+    mem::{Lease, SharedLease},
     transport::{Completion, region_table::RegionTable},
     types::PeerId,
     wire::FrameHeader,
@@ -196,6 +196,28 @@ impl Path {
             done.push((peer, Completion::Failed { id, source, error }));
         }
     }
+}
+
+/// After a fence only `Failed` may follow: a `Sent` that nobody has heard of yet becomes one, so that its source comes back.
+pub(super) fn forget(peer: PeerId, done: &mut Done, slots: &mut Vec<Lease>) {
+    done.retain_mut(|(about, completion)| {
+        if *about != peer {
+            return true;
+        }
+        match completion {
+            Completion::Sent { id, source } => {
+                let error = Error::Broken { peer, reason: "we ended it".into() };
+                *completion = Completion::Failed { id: *id, source: source.take(), error };
+                true
+            }
+            Completion::Failed { .. } | Completion::Released { .. } => true,
+            Completion::Arrived { lease, .. } => {
+                slots.extend(lease.take());
+                false
+            }
+            Completion::Connected { .. } | Completion::Broken { .. } => false,
+        }
+    });
 }
 
 /// Why a path ends whose ring was found fenced.
