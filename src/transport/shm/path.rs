@@ -123,7 +123,7 @@ impl Path {
                     let region = region.ok_or_else(|| {
                         format!("a write names the key {:#x}, under which it has shared no region", target.rkey)
                     })?;
-                    // What is fenced is told by the socket's end, after what the peer wrote before.
+                    // Before the copy or after it: the peer may have ended the path, and then it waits for this end's own.
                     let may = ring.begin_copy();
                     let fits = !may || region.write(target.offset, payload);
                     let may = may && ring.end_copy();

@@ -101,10 +101,10 @@ impl Bell {
     }
 }
 
-/// All executions with at most three switches that no wait forces; more of them took minutes and found nothing else.
+/// All executions with at most three switches that no wait forces, or as many as LOOM_MAX_PREEMPTIONS says.
 fn explore(model: impl Fn() + Sync + Send + 'static) {
     let mut builder = Builder::new();
-    builder.preemption_bound = Some(3);
+    builder.preemption_bound = builder.preemption_bound.or(Some(3));
     builder.check(model);
 }
 
