@@ -295,7 +295,7 @@ impl ShmTransport {
 
     fn set_asleep(&mut self, asleep: bool) {
         self.asleep = asleep;
-        self.paths.iter().flatten().for_each(|path| path.set_asleep(asleep));
+        self.paths.iter_mut().flatten().for_each(|path| path.set_asleep(asleep));
     }
 }
 
@@ -445,6 +445,10 @@ impl Wakeup for ShmTransport {
     fn arm_wakeup(&mut self) -> Result<Armed> {
         if !self.done.is_empty() {
             return Ok(Armed::Ready);
+        }
+        if self.asleep {
+            // No poll since: a flush may have read the message that ended that sleep, and no other is sent for it.
+            self.set_asleep(false);
         }
         self.set_asleep(true);
         Ring::full_fence();

@@ -148,10 +148,10 @@ impl Path {
 
     /// Before a sleep: asks to be woken by an entry and, if something waits for it, by room. A full fence and
     /// [`Path::has_work`] must follow.
-    pub(super) fn set_asleep(&self, asleep: bool) {
-        let State::Linked(link) = &self.state else { return };
+    pub(super) fn set_asleep(&mut self, asleep: bool) {
+        let State::Linked(link) = &mut self.state else { return };
         link.inbound.set_sleeping(asleep);
-        if let Some(ring) = &link.outbound {
+        if let Some(ring) = &mut link.outbound {
             ring.set_waiting(asleep && !self.outbound.is_empty());
         }
     }
