@@ -7,6 +7,7 @@ mod contract;
 mod shm;
 mod shm_hostile;
 mod shm_processes;
+mod shm_users;
 mod sim;
 mod soft;
 mod tcp;

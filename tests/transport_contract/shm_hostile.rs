@@ -32,7 +32,7 @@ fn a_peer_that_scribbles_over_its_ring_disturbs_nobody_else() {
     let (region, lease) = Region::allocate(4096, &RegionOptions::default()).unwrap();
     ends[0].register(&region).unwrap();
     let mut heard: [Vec<Completion>; 3] = Default::default();
-    let mut state = Scribble { lease: Some(lease), random: 0x2545_f491_4f6c_dd1d, broken: 0 };
+    let mut state = Scribble { lease: Some(lease), ring: None, random: 0x2545_f491_4f6c_dd1d, broken: 0 };
     join(&mut ends, &names, &mut heard, 2);
     join(&mut ends, &names, &mut heard, 1);
     for round in 0..ROUNDS {
@@ -56,7 +56,7 @@ fn a_peer_that_scribbles_over_its_ring_disturbs_nobody_else() {
         }
         state.settle(&mut ends, &names, &mut heard);
     }
-    assert!(state.broken > ROUNDS / 4, "only {} of {ROUNDS} rounds broke the path", state.broken);
+    assert!(state.broken > ROUNDS / 8, "only {} of {ROUNDS} rounds broke the path", state.broken);
 }
 
 fn poll_all(ends: &mut [ShmTransport; 3], heard: &mut [Vec<Completion>; 3]) {
@@ -84,6 +84,8 @@ fn join(ends: &mut [ShmTransport; 3], names: &[PeerId; 3], heard: &mut [Vec<Comp
 struct Scribble {
     /// The server's slot for the scribbler, while it is not armed.
     lease: Option<Lease>,
+    /// Where the ring lies in our memory, once it was looked for.
+    ring: Option<u64>,
     random: u64,
     broken: u64,
 }
@@ -94,30 +96,36 @@ impl Scribble {
         (self.random >> 33) % limit
     }
 
-    /// Arms the slot, and every other time lets the scribbler say something honest first.
+    /// Arms the slot if it came back, and every other time lets the scribbler say something honest first.
     fn begin(&mut self, ends: &mut [ShmTransport; 3], names: &[PeerId; 3]) {
-        let lease = self.lease.take().expect("it came back in the round before");
-        ends[0].arm(names[1], lease).unwrap();
+        if let Some(lease) = self.lease.take() {
+            ends[0].arm(names[1], lease).unwrap();
+        }
         if self.below(2) == 0 {
-            ends[1].post(note(1, SERVER, Note::new(NoteKind::Heartbeat))).unwrap();
+            // Where its own driver finds scribbles, the queue fills up.
+            let _ = ends[1].post(note(1, SERVER, Note::new(NoteKind::Heartbeat)));
             ends[1].flush().unwrap();
         }
     }
 
     /// Writes through /proc into the ring from the scribbler to the server.
     fn scribble(&mut self) {
-        let maps = fs::read_to_string("/proc/self/maps").unwrap();
-        let line = maps.lines().find(|line| line.contains("ring from worker 4711 to server 0")).expect("its ring");
-        let start = u64::from_str_radix(line.split('-').next().unwrap(), 16).unwrap();
+        let find = || {
+            let maps = fs::read_to_string("/proc/self/maps").unwrap();
+            let line = maps.lines().find(|line| line.contains("ring from worker 4711 to server 0"));
+            u64::from_str_radix(line.expect("its ring").split('-').next().unwrap(), 16).unwrap()
+        };
+        let start = *self.ring.get_or_insert_with(find);
         let memory = fs::OpenOptions::new().write(true).open("/proc/self/mem").unwrap();
         for _ in 0..1 + self.below(3) {
             let bytes: Vec<u8> = (0..1 + self.below(200)).map(|_| self.below(256) as u8).collect();
             let control = 128 * self.below(6);
-            let (at, bytes) = match self.below(4) {
-                0 => (4096 + self.below(65_536 - 200), bytes),
+            let (at, bytes) = match self.below(5) {
+                0 => (4096 + self.below(1024), bytes),
                 1 => (self.below(1024), bytes),
                 // Small numbers are those that could pass.
-                2 => (control, self.below(1200).to_le_bytes().to_vec()),
+                2 => (0, self.below(6).to_le_bytes().to_vec()),
+                3 => (control, self.below(1200).to_le_bytes().to_vec()),
                 _ => (control, (u64::MAX - self.below(3)).to_le_bytes().to_vec()),
             };
             memory.write_all_at(&bytes, start + at).unwrap();
@@ -129,17 +137,30 @@ impl Scribble {
         // Whatever was scribbled is looked at by these.
         poll_all(ends, heard);
         poll_all(ends, heard);
-        let told = heard[0].iter().find_map(|completion| match completion {
-            Completion::Broken { error, .. } => Some(error.to_string()),
-            _ => None,
+        let told = [&heard[0], &heard[1]].map(|heard| {
+            heard.iter().find_map(|completion| match completion {
+                Completion::Broken { error, .. } => Some(error.to_string()),
+                _ => None,
+            })
         });
-        if let Some(told) = &told {
+        if told == [None, None] {
+            for completion in heard[0].drain(..) {
+                if let Completion::Arrived { lease: Some(lease), .. } = completion {
+                    self.lease = Some(lease);
+                }
+            }
+            heard.iter_mut().for_each(Vec::clear);
+            return;
+        }
+        if let [Some(told), _] = &told {
             assert!(told.contains("worker 4711"), "{told}");
             self.broken += 1;
         }
+        self.ring = None;
         let mut slots = ends[0].fence(names[1]);
         ends[1].fence(SERVER);
         let limit = Instant::now() + PATIENCE;
+        slots.extend(self.lease.take());
         while slots.is_empty() {
             for completion in heard[0].drain(..) {
                 match completion {

@@ -1,4 +1,4 @@
-//! Shared memory between processes: what becomes of a path when its other process is killed, stopped or another user's.
+//! Shared memory between processes: what becomes of a path when its other process is killed or stopped, and what is left then.
 //!
 //! The other process is this very test program, told by its environment to play a part.
 //!
@@ -7,10 +7,7 @@
 use std::{
     fs,
     io::{BufRead, BufReader, Read},
-    os::{
-        fd::{AsFd, AsRawFd},
-        unix::{fs::FileExt, process::CommandExt},
-    },
+    os::{fd::AsFd, unix::fs::FileExt},
     process::{Child, ChildStdout, Command, Stdio},
     time::{Duration, Instant},
 };
@@ -25,43 +22,36 @@ use gradwire::{
     wire::{Attachment, JobToken, Note, NoteKind, handshake::Identity, job_id},
 };
 use nix::{
-    sys::{
-        signal::{Signal, kill},
-        socket::{
-            AddressFamily, Backlog, MsgFlags, SockFlag, SockType, UnixAddr, accept, bind, connect, listen, recv, socket,
-        },
-    },
+    sys::signal::{Signal, kill},
     unistd::{ForkResult, Pid, fork},
 };
 
-use crate::world::{note, write};
+use crate::{
+    shm_users,
+    world::{note, write},
+};
 
-const SERVER: PeerId = PeerId::server(0, 0);
-const WORKER: PeerId = PeerId::worker(0);
-const NOBODY: u32 = 65534;
-const PATIENCE: Duration = Duration::from_secs(60);
+pub const SERVER: PeerId = PeerId::server(0, 0);
+pub const WORKER: PeerId = PeerId::worker(0);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
-fn end(token: &JobToken, me: PeerId) -> ShmTransport {
+pub fn end(token: &JobToken, me: PeerId) -> ShmTransport {
     let identity = Identity { job: job_id("processes", "1"), token: token.clone(), me, epoch: 0 };
     ShmTransport::new(ShmOptions::new(identity)).unwrap()
 }
 
-fn address(end: &mut ShmTransport) -> String {
+pub fn address(end: &mut ShmTransport) -> String {
     end.offer(WORKER).unwrap().on("shm").unwrap().to_string()
 }
 
-fn socket_name(address: &str) -> UnixAddr {
-    UnixAddr::new_abstract(format!("gradwire-{}", address.rsplit('/').next().unwrap()).as_bytes()).unwrap()
-}
-
 /// Another process, which plays a part.
-struct Process {
-    child: Child,
+pub struct Process {
+    pub child: Child,
     lines: BufReader<ChildStdout>,
 }
 
 impl Process {
-    fn start(part: &str, token: &JobToken, remote: &str, configure: impl FnOnce(&mut Command)) -> Process {
+    pub fn start(part: &str, token: &JobToken, remote: &str, configure: impl FnOnce(&mut Command)) -> Process {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.args(["--exact", "shm_processes::plays_its_part", "--nocapture", "--test-threads=1"]);
         command.env("SHM_PART", part).env("SHM_TOKEN", token.to_hex()).env("SHM_REMOTE", remote);
@@ -73,7 +63,7 @@ impl Process {
     }
 
     /// What it says after `word`. The test harness writes into the same line.
-    fn says(&mut self, word: &str) -> String {
+    pub fn says(&mut self, word: &str) -> String {
         let mut line = String::new();
         while self.lines.read_line(&mut line).unwrap() > 0 {
             if let Some(at) = line.find(word) {
@@ -126,8 +116,8 @@ fn plays_its_part() {
         "writer" => play_writer(&token, &remote, false),
         "writer with an heir" => play_writer(&token, &remote, true),
         "cycles" => play_cycles(&token),
-        "caller of another user" => play_foreign_caller(&remote),
-        "listener of another user" => play_foreign_listener(),
+        "caller of another user" => shm_users::play_foreign_caller(&remote),
+        "listener of another user" => shm_users::play_foreign_listener(),
         other => panic!("no part is called {other}"),
     }
 }
@@ -137,8 +127,9 @@ fn play_writer(token: &JobToken, remote: &str, with_heir: bool) {
     let limit = Instant::now() + PATIENCE;
     let bytes: usize = std::env::var("SHM_BYTES").map_or(4096, |text| text.parse().unwrap());
     let (region, mut source) = Region::allocate(bytes, &unlocked()).unwrap();
-    source.bytes_mut()[0] = 0xAA;
-    source.bytes_mut()[bytes - 1] = 0xAA;
+    for mark in marks(bytes) {
+        source.bytes_mut()[mark as usize] = 0xAA;
+    }
     let mut source = Some(source);
     let mut worker = end(token, WORKER);
     worker.register(&region).unwrap();
@@ -174,6 +165,13 @@ fn play_writer(token: &JobToken, remote: &str, with_heir: bool) {
         worker.flush().unwrap();
         waiter.wait(&mut [&mut worker], Some(limit)).unwrap();
     }
+}
+
+/// Where a copy has been once it is under way, and where it has not been before it is nearly over. Not the very ends of it: those
+/// may be copied out of turn.
+fn marks(bytes: usize) -> [u64; 2] {
+    let margin = bytes as u64 / 64;
+    [margin, bytes as u64 - 1 - margin]
 }
 
 /// A child process that inherits the sockets and holds them open until the test is over.
@@ -295,12 +293,13 @@ fn stopped_in_a_copy() -> (Pair, fs::File, u64) {
         let file = fs::File::from(region.as_fd().try_clone_to_owned().unwrap());
         attach(&mut pair, lease);
         let limit = Instant::now() + PATIENCE;
-        while byte(&file, 0) == 0 {
+        let [early, late] = marks(BYTES);
+        while byte(&file, early) == 0 {
             assert!(Instant::now() < limit, "nothing is copied");
         }
         pair.worker.stop();
-        if byte(&file, BYTES as u64 - 1) == 0 {
-            return (pair, file, BYTES as u64 - 1);
+        if byte(&file, late) == 0 {
+            return (pair, file, late);
         }
     }
     panic!("twenty copies were all over before the writer was stopped");
@@ -328,16 +327,16 @@ fn released(heard: &[Completion]) -> bool {
 
 #[test]
 fn the_slot_of_a_writer_that_is_stopped_in_a_copy_comes_back_when_it_is_killed() {
-    let (mut pair, file, last) = stopped_in_a_copy();
+    let (mut pair, file, late) = stopped_in_a_copy();
     assert_withheld(&mut pair);
     pair.worker.signal(Signal::SIGKILL);
     pair.until("Released", released);
-    assert_eq!(byte(&file, last), 0, "it was killed before it got there");
+    assert_eq!(byte(&file, late), 0, "it was killed before it got there");
 }
 
 #[test]
 fn the_slot_of_a_writer_that_is_stopped_in_a_copy_comes_back_when_it_goes_on() {
-    let (mut pair, file, last) = stopped_in_a_copy();
+    let (mut pair, file, late) = stopped_in_a_copy();
     assert_withheld(&mut pair);
     // A new path does not wait for the old one's slots.
     let there = pair.server.offer(WORKER).unwrap();
@@ -346,7 +345,7 @@ fn the_slot_of_a_writer_that_is_stopped_in_a_copy_comes_back_when_it_goes_on() {
     pair.until("Released and Connected", |heard| {
         released(heard) && heard.iter().any(|c| matches!(c, Completion::Connected { .. }))
     });
-    assert_eq!(byte(&file, last), 0xAA, "it did go on, so the slot could not have come back before");
+    assert_eq!(byte(&file, late), 0xAA, "it did go on, so the slot could not have come back before");
 }
 
 /// Descriptors and mappings of this process: all of the former, those of our files of the latter.
@@ -402,80 +401,14 @@ fn play_cycles(token: &JobToken) {
     println!("CYCLES done");
 }
 
-fn may_change_user(test: &str) -> bool {
-    let may = nix::unistd::geteuid().is_root();
-    if !may {
-        eprintln!("SKIPPED {test}: only root can start a process of another user");
-    }
-    may
-}
-
 #[test]
-fn a_caller_of_another_user_is_hung_up_on_before_a_word() {
-    if !may_change_user("a_caller_of_another_user_is_hung_up_on_before_a_word") {
-        return;
+fn a_program_that_is_started_inherits_nothing() {
+    let _pair = Pair::new("writer", |_| {});
+    let mut list = Command::new("ls");
+    list.args(["-l", "/proc/self/fd"]).stdin(Stdio::null()).stderr(Stdio::null());
+    let inherited = String::from_utf8(list.output().unwrap().stdout).unwrap();
+    assert!(inherited.contains("pipe:"), "its own output: {inherited}");
+    for kind in ["memfd:", "socket:", "pidfd", "eventpoll"] {
+        assert!(!inherited.contains(kind), "{kind} in {inherited}");
     }
-    let token = JobToken::random().unwrap();
-    let mut server = end(&token, SERVER);
-    let here = address(&mut server);
-    let mut caller = Process::start("caller of another user", &token, &here, |command| {
-        command.uid(NOBODY);
-    });
-    caller.says("CALLING");
-    let mut heard = Vec::new();
-    let limit = Instant::now() + PATIENCE;
-    while caller.child.try_wait().unwrap().is_none() {
-        assert!(Instant::now() < limit);
-        server.poll(Instant::now(), &mut heard).unwrap();
-    }
-    assert_eq!(caller.says("HEARD "), "0 bytes");
-    assert!(heard.is_empty(), "{heard:?}");
-}
-
-fn play_foreign_caller(remote: &str) {
-    println!("CALLING");
-    let socket = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::empty(), None).unwrap();
-    connect(socket.as_raw_fd(), &socket_name(remote)).unwrap();
-    let count = recv(socket.as_raw_fd(), &mut [0; 64], MsgFlags::empty()).unwrap();
-    println!("HEARD {count} bytes");
-}
-
-#[test]
-fn a_listener_of_another_user_is_told_nothing() {
-    if !may_change_user("a_listener_of_another_user_is_told_nothing") {
-        return;
-    }
-    let token = JobToken::random().unwrap();
-    let mut worker = end(&token, WORKER);
-    let own = address(&mut worker);
-    let mut listener = Process::start("listener of another user", &token, "", |command| {
-        command.uid(NOBODY);
-    });
-    // An impostor under the name of a server that has gone.
-    let (place, _) = own.rsplit_once('/').unwrap();
-    let forged = format!("{place}/{}", listener.says("LISTENING "));
-    worker.connect(SERVER, &Endpoint::new("shm", forged), Instant::now() + Duration::from_millis(300)).unwrap();
-    let mut heard = Vec::new();
-    while heard.is_empty() {
-        worker.poll(Instant::now(), &mut heard).unwrap();
-        std::thread::yield_now();
-    }
-    assert!(
-        matches!(&heard[..], [Completion::Broken { error, .. }]
-        if error.to_string().contains(&format!("user {NOBODY}"))),
-        "{heard:?}"
-    );
-    assert_eq!(listener.says("HEARD "), "0 bytes");
-}
-
-fn play_foreign_listener() {
-    let name = format!("{:032x}", u128::from(std::process::id()));
-    let socket = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::empty(), None).unwrap();
-    bind(socket.as_raw_fd(), &socket_name(&name)).unwrap();
-    listen(&socket, Backlog::new(8).unwrap()).unwrap();
-    println!("LISTENING {name}");
-    let caller = accept(socket.as_raw_fd()).unwrap();
-    // An ordinary listener would speak first.
-    let hello = recv(caller, &mut [0; 256], MsgFlags::empty()).unwrap();
-    println!("HEARD {hello} bytes");
 }

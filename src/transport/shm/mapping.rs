@@ -152,10 +152,6 @@ impl Word for AtomicU64 {
     fn store(&self, value: u64, ordering: Ordering) {
         AtomicU64::store(self, value, ordering);
     }
-
-    fn swap(&self, value: u64, ordering: Ordering) -> u64 {
-        AtomicU64::swap(self, value, ordering)
-    }
 }
 
 impl Shared for Ring {

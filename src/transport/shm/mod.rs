@@ -55,7 +55,7 @@ use link::Link;
 pub use mapping::RING_LAYOUT;
 use mapping::Ring;
 pub use options::ShmOptions;
-use path::{Done, Path, Queued, State};
+use path::{Done, Path, Queued, State, forget};
 use ring::Shared;
 use socket::Owner;
 use strangers::{Guest, Strangers};
@@ -236,10 +236,13 @@ impl ShmTransport {
     /// Reads and writes one path's rings; whether there was anything to read.
     fn exchange(&mut self, index: usize) -> bool {
         let Some(path) = &mut self.paths[index] else { return false };
-        let read = path.read(&mut self.table, &mut self.done);
-        match read.and_then(
-            |busy| if path.outbound.is_empty() { Ok(busy) } else { path.write(&mut self.done).map(|()| busy) },
-        ) {
+        let mut result = path.read(&mut self.table, &mut self.done);
+        if let Ok(busy) = result
+            && !path.outbound.is_empty()
+        {
+            result = path.write(&mut self.done).map(|()| busy);
+        }
+        match result {
             Ok(busy) => busy,
             Err(reason) => {
                 self.finish(index, &reason);
@@ -292,7 +295,7 @@ impl ShmTransport {
 
     fn set_asleep(&mut self, asleep: bool) {
         self.asleep = asleep;
-        self.paths.iter().flatten().for_each(|path| path.set_asleep(asleep));
+        self.paths.iter_mut().flatten().for_each(|path| path.set_asleep(asleep));
     }
 }
 
@@ -411,7 +414,8 @@ impl Transport for ShmTransport {
     }
 
     fn poll(&mut self, now: Instant, completions: &mut Vec<Completion>) -> Result<()> {
-        if self.asleep {
+        let was_asleep = self.asleep;
+        if was_asleep {
             self.set_asleep(false);
         }
         let mut busy = false;
@@ -419,7 +423,8 @@ impl Transport for ShmTransport {
             busy |= self.exchange(index);
         }
         self.busy_polls += 1;
-        if !busy || self.busy_polls >= BUSY_POLLS_MAX {
+        // What woke us is to be read away, or it would do so again.
+        if !busy || was_asleep || self.busy_polls >= BUSY_POLLS_MAX {
             self.busy_polls = 0;
             for at in 0..self.poller.collect()? {
                 self.on_ready(self.poller.ready(at), now)?;
@@ -446,6 +451,10 @@ impl Wakeup for ShmTransport {
     fn arm_wakeup(&mut self) -> Result<Armed> {
         if !self.done.is_empty() {
             return Ok(Armed::Ready);
+        }
+        if self.asleep {
+            // No poll since: a flush may have read the message that ended that sleep, and no other is sent for it.
+            self.set_asleep(false);
         }
         self.set_asleep(true);
         Ring::full_fence();
@@ -482,26 +491,4 @@ fn is_pending(state: &State) -> bool {
         State::Linked(link) => !link.is_told,
         State::Dead(_) => false,
     }
-}
-
-/// After a fence only `Failed` may follow: a `Sent` that nobody has heard of yet becomes one, so that its source comes back.
-fn forget(peer: PeerId, done: &mut Done, slots: &mut Vec<Lease>) {
-    done.retain_mut(|(about, completion)| {
-        if *about != peer {
-            return true;
-        }
-        match completion {
-            Completion::Sent { id, source } => {
-                let error = Error::Broken { peer, reason: "we ended it".into() };
-                *completion = Completion::Failed { id: *id, source: source.take(), error };
-                true
-            }
-            Completion::Failed { .. } | Completion::Released { .. } => true,
-            Completion::Arrived { lease, .. } => {
-                slots.extend(lease.take());
-                false
-            }
-            Completion::Connected { .. } | Completion::Broken { .. } => false,
-        }
-    });
 }

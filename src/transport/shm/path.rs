@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     Error, Result,
-    mem::SharedLease,
+    mem::{Lease, SharedLease},
     transport::{Completion, region_table::RegionTable},
     types::PeerId,
     wire::FrameHeader,
@@ -123,7 +123,7 @@ impl Path {
                     let region = region.ok_or_else(|| {
                         format!("a write names the key {:#x}, under which it has shared no region", target.rkey)
                     })?;
-                    // What is fenced is told by the socket's end, after what the peer wrote before.
+                    // Before the copy or after it: the peer may have ended the path, and then it waits for this end's own.
                     let may = ring.begin_copy();
                     let fits = !may || region.write(target.offset, payload);
                     let may = may && ring.end_copy();
@@ -148,10 +148,10 @@ impl Path {
 
     /// Before a sleep: asks to be woken by an entry and, if something waits for it, by room. A full fence and
     /// [`Path::has_work`] must follow.
-    pub(super) fn set_asleep(&self, asleep: bool) {
-        let State::Linked(link) = &self.state else { return };
+    pub(super) fn set_asleep(&mut self, asleep: bool) {
+        let State::Linked(link) = &mut self.state else { return };
         link.inbound.set_sleeping(asleep);
-        if let Some(ring) = &link.outbound {
+        if let Some(ring) = &mut link.outbound {
             ring.set_waiting(asleep && !self.outbound.is_empty());
         }
     }
@@ -196,6 +196,28 @@ impl Path {
             done.push((peer, Completion::Failed { id, source, error }));
         }
     }
+}
+
+/// After a fence only `Failed` may follow: a `Sent` that nobody has heard of yet becomes one, so that its source comes back.
+pub(super) fn forget(peer: PeerId, done: &mut Done, slots: &mut Vec<Lease>) {
+    done.retain_mut(|(about, completion)| {
+        if *about != peer {
+            return true;
+        }
+        match completion {
+            Completion::Sent { id, source } => {
+                let error = Error::Broken { peer, reason: "we ended it".into() };
+                *completion = Completion::Failed { id: *id, source: source.take(), error };
+                true
+            }
+            Completion::Failed { .. } | Completion::Released { .. } => true,
+            Completion::Arrived { lease, .. } => {
+                slots.extend(lease.take());
+                false
+            }
+            Completion::Connected { .. } | Completion::Broken { .. } => false,
+        }
+    });
 }
 
 /// Why a path ends whose ring was found fenced.

@@ -7,10 +7,12 @@
 //! *Entries.* The writer fills a slot, then moves `tail` (Release); the receiver sees `tail` (Acquire), copies the entry out
 //! once, then moves `head` (Release), and only a writer that has seen that (Acquire) fills the slot again.
 //!
-//! *Wake-ups.* Who is about to sleep sets a flag, passes a full fence, and looks again; who has moved an index passes a full fence
-//! and looks at the flag. Of two full fences one comes first. If the sleeper's does, the other side sees the flag and wakes it;
-//! else the sleeper sees the index when it looks again, and does not sleep. There is no third case, so no wake-up is lost. The
+//! *Wake-ups.* Who is about to sleep says so in a word, passes a full fence, and looks again; who has moved an index passes a full
+//! fence and looks at the word. Of two full fences one comes first. If the sleeper's does, the other side sees the word and wakes
+//! it; else the sleeper sees the index when it looks again, and does not sleep. There is no third case, so no wake-up is lost. The
 //! receiver sleeps under `sleeping` (the writer moves `tail`), a writer without room under `waiting` (the receiver moves `head`).
+//! The word counts: odd is asleep, and the other side remembers for which sleep it has woken, so that it does so once. It does not
+//! clear the word itself: every word has one writer, and so one order of its values that needs no argument.
 //!
 //! *Fence.* The writer sets `copying` before the first byte of a payload, passes a full fence and looks at `fenced`; the receiver
 //! sets `fenced`, passes a full fence and looks at `copying`. By the same argument either the writer sees `fenced` and does not
@@ -34,7 +36,6 @@ pub(super) type Entry = [u64; ENTRY_WORDS];
 pub(super) trait Word {
     fn load(&self, ordering: Ordering) -> u64;
     fn store(&self, value: u64, ordering: Ordering);
-    fn swap(&self, value: u64, ordering: Ordering) -> u64;
 }
 
 /// The words that are not entries, each on a cache line of its own.
@@ -45,9 +46,9 @@ pub(super) enum Control {
     Tail = 0,
     /// Entries read since the beginning. The receiver's.
     Head = 1,
-    /// The receiver sleeps, or is about to: set by it, cleared by whoever comes first.
+    /// Odd while the receiver sleeps, or is about to; another number each time. The receiver's.
     Sleeping = 2,
-    /// The writer waits for room, or is about to: set by it, cleared by whoever comes first.
+    /// Odd while the writer waits for room, or is about to; another number each time. The writer's.
     Waiting = 3,
     /// The writer is putting bytes into a slot. The writer's.
     Copying = 4,
@@ -98,11 +99,15 @@ pub(super) struct Producer<S> {
     tail: u64,
     /// The last `head` seen.
     head: u64,
+    /// Our `waiting`.
+    waiting: u64,
+    /// The receiver's `sleeping` when it was woken last.
+    woken: u64,
 }
 
 impl<S: Shared> Producer<S> {
     pub(super) fn new(shared: S) -> Producer<S> {
-        Producer { shared, tail: 0, head: 0 }
+        Producer { shared, tail: 0, head: 0, waiting: 0, woken: 0 }
     }
 
     /// Whether an entry fits. The receiver's index is looked at only if the last look says that none does.
@@ -131,16 +136,16 @@ impl<S: Shared> Producer<S> {
         self.shared.control(Control::Tail).store(self.tail, Ordering::Release);
     }
 
-    /// After entries were pushed: whether the receiver sleeps and is to be woken. Clears the flag, so that it is woken once.
+    /// After entries were pushed: whether the receiver sleeps and is to be woken. True once a sleep.
     #[must_use]
-    pub(super) fn must_wake(&self) -> bool {
+    pub(super) fn must_wake(&mut self) -> bool {
         S::full_fence();
-        take_flag(&self.shared, Control::Sleeping)
+        is_new_sleep(self.shared.control(Control::Sleeping), &mut self.woken)
     }
 
     /// Says that we are about to sleep for want of room (or no longer). A full fence and another look must follow.
-    pub(super) fn set_waiting(&self, waiting: bool) {
-        self.shared.control(Control::Waiting).store(waiting.into(), Ordering::Relaxed);
+    pub(super) fn set_waiting(&mut self, waiting: bool) {
+        tell(self.shared.control(Control::Waiting), &mut self.waiting, waiting);
     }
 
     /// Begins to write into a slot; false if the receiver has fenced us, and then nothing may be written.
@@ -176,11 +181,15 @@ pub(super) struct Consumer<S> {
     head: u64,
     /// The last `tail` seen.
     tail: u64,
+    /// Our `sleeping`.
+    sleeping: u64,
+    /// The writer's `waiting` when it was woken last.
+    woken: u64,
 }
 
 impl<S: Shared> Consumer<S> {
     pub(super) fn new(shared: S) -> Consumer<S> {
-        Consumer { shared, head: 0, tail: 0 }
+        Consumer { shared, head: 0, tail: 0, sleeping: 0, woken: 0 }
     }
 
     /// The next entry, if there is one: a copy, which nobody can change any more.
@@ -206,10 +215,10 @@ impl<S: Shared> Consumer<S> {
 
     /// Gives the room of what was popped back to the writer; true if it waits for that and is to be woken.
     #[must_use]
-    pub(super) fn release(&self) -> bool {
+    pub(super) fn release(&mut self) -> bool {
         self.shared.control(Control::Head).store(self.head, Ordering::Release);
         S::full_fence();
-        take_flag(&self.shared, Control::Waiting)
+        is_new_sleep(self.shared.control(Control::Waiting), &mut self.woken)
     }
 
     /// Whether the next [`Consumer::pop`] has something to tell.
@@ -218,8 +227,8 @@ impl<S: Shared> Consumer<S> {
     }
 
     /// Says that we are about to sleep (or no longer). A full fence and another look must follow.
-    pub(super) fn set_sleeping(&self, sleeping: bool) {
-        self.shared.control(Control::Sleeping).store(sleeping.into(), Ordering::Relaxed);
+    pub(super) fn set_sleeping(&mut self, sleeping: bool) {
+        tell(self.shared.control(Control::Sleeping), &mut self.sleeping, sleeping);
     }
 
     /// Takes nothing any more. True if no byte lands in a slot after this; else they may until [`Consumer::is_copying`] is false.
@@ -235,10 +244,22 @@ impl<S: Shared> Consumer<S> {
     }
 }
 
-/// Reads first: a flag that is not set costs no cache line that the other side is about to need.
-fn take_flag<S: Shared>(shared: &S, flag: Control) -> bool {
-    let word = shared.control(flag);
-    word.load(Ordering::Relaxed) != 0 && word.swap(0, Ordering::Relaxed) != 0
+/// Says in `word`, whose value is `count`, that its owner falls asleep or is awake; nothing if that is known.
+fn tell(word: &impl Word, count: &mut u64, asleep: bool) {
+    if asleep == count.is_multiple_of(2) {
+        *count += 1;
+        word.store(*count, Ordering::Relaxed);
+    }
+}
+
+/// Whether the owner of `word` is asleep and was not woken from this sleep before.
+fn is_new_sleep(word: &impl Word, woken: &mut u64) -> bool {
+    let count = word.load(Ordering::Relaxed);
+    let is_new = !count.is_multiple_of(2) && count != *woken;
+    if is_new {
+        *woken = count;
+    }
+    is_new
 }
 
 #[cfg(test)]
