@@ -20,17 +20,22 @@ fn soon() -> Instant {
     Instant::now() + Duration::from_secs(20)
 }
 
-/// An end with a ring of this flavour.
-fn end(me: PeerId, token: &JobToken, flavour: Flavour) -> TcpTransport {
+/// An end that is to have a ring of this flavour, which its thread makes: see [`adopt`].
+fn end(me: PeerId, token: &JobToken) -> TcpTransport {
     let identity = Identity { job: 1, token: token.clone(), me, epoch: 0 };
     let options = TcpOptions { listen: me == SERVER, io: Io::Epoll, ..TcpOptions::new(identity) };
-    let mut transport = TcpTransport::new(options).unwrap();
-    transport.ring = Some(Ring::of(flavour).unwrap());
-    transport
+    TcpTransport::new(options).unwrap()
+}
+
+/// Gives an end its ring, on the thread that uses it.
+fn adopt(end: &mut TcpTransport, flavour: Flavour) {
+    end.ring = Some(Ring::of(flavour, end.poller.fd()).unwrap());
 }
 
 fn flavours() -> impl Iterator<Item = Flavour> {
-    [Flavour::Deferred, Flavour::Cooperative, Flavour::Plain].into_iter().filter(|flavour| match Ring::of(*flavour) {
+    let poller = Poller::new().unwrap();
+    let flavours = [Flavour::Deferred, Flavour::Cooperative, Flavour::Plain].into_iter();
+    flavours.filter(move |flavour| match Ring::of(*flavour, poller.fd()) {
         Ok(_) => true,
         Err(trouble) => {
             eprintln!("NOT RUN with {flavour:?}: {trouble:?}");
@@ -58,7 +63,8 @@ fn hear(end: &mut TcpTransport, waiter: &Waiter, heard: &mut Vec<Completion>) {
 }
 
 /// Says a note, and answers each with the next, until `turns` were heard. Payloads go along now and then.
-fn converse(mut end: TcpTransport, peer: PeerId, remote: Option<Endpoint>, turns: u64) {
+fn converse(mut end: TcpTransport, flavour: Flavour, peer: PeerId, remote: Option<Endpoint>, turns: u64) {
+    adopt(&mut end, flavour);
     let waiter = Waiter::new().unwrap();
     let mut heard = Vec::new();
     end.connect(peer, &remote.clone().unwrap_or(Endpoint::new("tcp", "")), soon()).unwrap();
@@ -91,10 +97,10 @@ fn converse(mut end: TcpTransport, peer: PeerId, remote: Option<Endpoint>, turns
 fn two_threads_that_sleep_between_notes_lose_no_wake_up() {
     for flavour in flavours() {
         let token = JobToken::random().unwrap();
-        let (mut server, worker) = (end(SERVER, &token, flavour), end(WORKER, &token, flavour));
+        let (mut server, worker) = (end(SERVER, &token), end(WORKER, &token));
         let endpoint = server.offer(WORKER).unwrap();
-        let other = thread::spawn(move || converse(server, WORKER, None, 4000));
-        converse(worker, SERVER, Some(endpoint), 4000);
+        let other = thread::spawn(move || converse(server, flavour, WORKER, None, 4000));
+        converse(worker, flavour, SERVER, Some(endpoint), 4000);
         other.join().unwrap();
     }
 }
@@ -102,7 +108,8 @@ fn two_threads_that_sleep_between_notes_lose_no_wake_up() {
 /// A pair on this thread, connected.
 fn pair(flavour: Flavour) -> (TcpTransport, TcpTransport) {
     let token = JobToken::random().unwrap();
-    let (mut server, mut worker) = (end(SERVER, &token, flavour), end(WORKER, &token, flavour));
+    let (mut server, mut worker) = (end(SERVER, &token), end(WORKER, &token));
+    [&mut server, &mut worker].into_iter().for_each(|end| adopt(end, flavour));
     let endpoint = server.offer(WORKER).unwrap();
     server.connect(WORKER, &Endpoint::new("tcp", ""), soon()).unwrap();
     worker.connect(SERVER, &endpoint, soon()).unwrap();
