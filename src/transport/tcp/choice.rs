@@ -10,7 +10,7 @@ use std::{fmt, sync::Once};
 
 use nix::errno::Errno;
 
-use super::ring::{Ring, Trouble};
+use super::ring::{Trouble, attempt};
 use crate::{Error, Result};
 
 /// The interface that a transport is to use.
@@ -51,28 +51,36 @@ impl Io {
         }
     }
 
-    /// Tries what is wanted. The ring is there if io_uring it is.
-    pub(super) fn choose(self) -> Result<(IoChoice, Option<Ring>)> {
-        let (name, reason, ring) = match self {
-            Io::Epoll => (EPOLL, "it was asked for".to_string(), None),
-            Io::Auto => match Ring::open() {
-                Ok(ring) => (URING, MEASURED.to_string(), Some(ring)),
-                Err(trouble) => (EPOLL, explain(&trouble), None),
-            },
-            Io::Uring => match Ring::open() {
-                Ok(ring) => (URING, "it was asked for".to_string(), Some(ring)),
-                Err(trouble) => {
-                    let why = explain(&trouble);
-                    let hint = "say GRADWIRE_TCP_IO=auto to have epoll instead";
-                    return Err(Error::Config(format!("io_uring was asked for and cannot be used: {why}; {hint}")));
-                }
+    /// Tries what is wanted.
+    pub(super) fn choose(self) -> Result<IoChoice> {
+        let choice = match self {
+            Io::Epoll => IoChoice { name: EPOLL, reason: "it was asked for".into() },
+            Io::Auto | Io::Uring => match (attempt(), self) {
+                (Ok(()), Io::Auto) => IoChoice { name: URING, reason: MEASURED.into() },
+                (Ok(()), _) => IoChoice { name: URING, reason: "it was asked for".into() },
+                (Err(trouble), _) => self.without_uring(&trouble)?,
             },
         };
-        let choice = IoChoice { name, reason };
         // A process has many transports, and what one finds all find.
         static TOLD: Once = Once::new();
         TOLD.call_once(|| tracing::info!("tcp uses {choice}"));
-        Ok((choice, ring))
+        Ok(choice)
+    }
+
+    /// Epoll instead, or an error if io_uring was insisted on.
+    pub(super) fn without_uring(self, trouble: &Trouble) -> Result<IoChoice> {
+        let reason = explain(trouble);
+        if self == Io::Uring {
+            let hint = "say GRADWIRE_TCP_IO=auto to have epoll instead";
+            return Err(Error::Config(format!("io_uring was asked for and cannot be used: {reason}; {hint}")));
+        }
+        Ok(IoChoice { name: EPOLL, reason })
+    }
+}
+
+impl IoChoice {
+    pub(super) fn is_uring(&self) -> bool {
+        self.name == URING
     }
 }
 

@@ -70,7 +70,7 @@ impl fmt::Debug for Flow {
 impl Flow {
     /// The flow of a connection that nothing else reads, writes or watches. `token` is no other flow's.
     pub(super) fn new(stream: TcpStream, token: Token) -> io::Result<Flow> {
-        // A socket that does not block would answer EAGAIN to io_uring instead of being waited for.
+        // A socket that does not block may answer EAGAIN to io_uring instead of being waited for.
         stream.set_nonblocking(false)?;
         let shared = Shared {
             stream,

@@ -57,6 +57,7 @@ pub struct TcpTransport {
     options: TcpOptions,
     choice: IoChoice,
     poller: Poller,
+    /// Made by the thread that uses the transport first.
     ring: Option<Ring>,
     /// With a ring: the poller has something to say.
     poller_is_ready: bool,
@@ -77,7 +78,7 @@ pub struct TcpTransport {
 impl TcpTransport {
     /// A transport without paths; listens from now on if its options say so.
     pub fn new(options: TcpOptions) -> Result<TcpTransport> {
-        let (choice, ring) = options.io.choose()?;
+        let choice = options.io.choose()?;
         let mut poller = Poller::new()?;
         let (mut strangers, mut advertised) = (None, Vec::new());
         if options.listen {
@@ -90,7 +91,7 @@ impl TcpTransport {
             options,
             choice,
             poller,
-            ring,
+            ring: None,
             poller_is_ready: false,
             strangers,
             advertised,
@@ -114,10 +115,16 @@ impl TcpTransport {
         Some((index, self.paths[index].as_mut()?))
     }
 
-    /// The ring, which is this thread's from its first use on.
+    /// The ring, which is made here if it is wanted: no path is open before.
     fn ring(&mut self) -> Result<Option<&mut Ring>> {
-        if let Some(ring) = &mut self.ring {
-            ring.enable(self.poller.fd())?;
+        if self.ring.is_none() && self.choice.is_uring() {
+            match Ring::open(self.poller.fd()) {
+                Ok(ring) => self.ring = Some(ring),
+                Err(trouble) => {
+                    self.choice = self.options.io.without_uring(&trouble)?;
+                    tracing::warn!("tcp goes on with {}", self.choice);
+                }
+            }
         }
         Ok(self.ring.as_mut())
     }

@@ -1,8 +1,11 @@
 //! The io_uring of a transport: what is handed to the kernel, what has come back, and how a sleeper learns of it.
 //!
 //! The ring belongs to the thread that uses it first (`SINGLE_ISSUER`): a transport may be made on one thread and used on another,
-//! so the ring is made disabled and enabled by its first use. Completions are worked out when that thread asks for them
-//! (`DEFER_TASKRUN`), on older kernels when it next enters the kernel.
+//! so the ring is made by its first use. Completions are worked out when that thread asks for them (`DEFER_TASKRUN`), on older
+//! kernels when it next enters the kernel.
+//!
+//! A ring that ends interrupts every thread that made or used it, once: a blocking call with a timeout there may then answer EINTR.
+//! Hence the ring is tried on a thread of its own, which ends at once, and nothing is made on a thread that only makes a transport.
 //!
 //! **No wake-up is lost.** With deferred completions the descriptor to sleep on is an eventfd that the kernel writes to whenever it
 //! has work for us and had none before. [`Ring::may_sleep`] first submits what waits, then empties the eventfd, and only then looks
@@ -18,6 +21,7 @@ use std::{
     collections::VecDeque,
     fmt, io,
     os::fd::{AsFd, AsRawFd, BorrowedFd},
+    thread,
     time::Instant,
 };
 
@@ -106,7 +110,6 @@ pub(super) struct Ring {
     uring: IoUring,
     /// With deferred completions: readable when there is work.
     event: Option<EventFd>,
-    is_enabled: bool,
     finished: VecDeque<Finished>,
 }
 
@@ -117,23 +120,22 @@ impl fmt::Debug for Ring {
 }
 
 impl Ring {
-    /// A ring of the best flavour that the kernel has.
-    pub(super) fn open() -> Result<Ring, Trouble> {
-        attempt()?;
-        let mut last = Errno::EINVAL;
+    /// A ring of the best flavour that the kernel has. It belongs to the calling thread, and watches `poller`.
+    pub(super) fn open(poller: BorrowedFd<'_>) -> Result<Ring, Trouble> {
+        let mut last = None;
         for flavour in [Flavour::Deferred, Flavour::Cooperative, Flavour::Plain] {
-            match Ring::of(flavour) {
+            match Ring::of(flavour, poller) {
                 // A flag that it does not know.
-                Err(Trouble::Call { errno: Errno::EINVAL, .. }) => last = Errno::EINVAL,
+                Err(trouble @ Trouble::Call { errno: Errno::EINVAL, .. }) => last = Some(trouble),
                 result => return result,
             }
         }
-        Err(Trouble::Call { call: "io_uring_setup", errno: last })
+        Err(last.expect("there are flavours"))
     }
 
-    pub(super) fn of(flavour: Flavour) -> Result<Ring, Trouble> {
+    pub(super) fn of(flavour: Flavour, poller: BorrowedFd<'_>) -> Result<Ring, Trouble> {
         let mut builder = IoUring::builder();
-        builder.setup_cqsize(COMPLETIONS).setup_r_disabled().dontfork();
+        builder.setup_cqsize(COMPLETIONS).dontfork();
         match flavour {
             Flavour::Deferred => builder.setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag(),
             Flavour::Cooperative => builder.setup_coop_taskrun().setup_taskrun_flag(),
@@ -147,18 +149,9 @@ impl Ring {
             uring.submitter().register_eventfd(ours.as_raw_fd()).map_err(refused("io_uring_register"))?;
             event = Some(ours);
         }
-        Ok(Ring { uring, event, is_enabled: false, finished: VecDeque::with_capacity(SUBMISSIONS as usize) })
-    }
-
-    /// Makes the ring the calling thread's, once; from then on `poller` is watched.
-    pub(super) fn enable(&mut self, poller: BorrowedFd<'_>) -> Result<()> {
-        if !self.is_enabled {
-            let enabled = self.uring.submitter().register_enable_rings();
-            enabled.map_err(|e| Error::os("io_uring_register(ENABLE_RINGS)", "the tcp transport", e))?;
-            self.is_enabled = true;
-            self.watch(poller)?;
-        }
-        Ok(())
+        let mut ring = Ring { uring, event, finished: VecDeque::with_capacity(SUBMISSIONS as usize) };
+        ring.watch(poller).expect("a new ring has room");
+        Ok(ring)
     }
 
     /// Asks to be told once that `poller` has something to say; at once if it has. So nothing is missed if this is called after
@@ -310,8 +303,15 @@ impl Ring {
     }
 }
 
-/// Whether this process may use io_uring and the kernel has what the driver needs: a small ring is made, asked and used.
-fn attempt() -> Result<(), Trouble> {
+/// Whether this process may use io_uring and the kernel has what the driver needs.
+pub(super) fn attempt() -> Result<(), Trouble> {
+    let attempt = thread::Builder::new().name("io_uring".into()).spawn(use_a_small_ring);
+    let attempt = attempt.map_err(refused("pthread_create"))?;
+    attempt.join().expect("the attempt does not panic")
+}
+
+/// A ring is made, asked and used.
+fn use_a_small_ring() -> Result<(), Trouble> {
     let mut uring = IoUring::new(2).map_err(refused("io_uring_setup"))?;
     let parameters = uring.params();
     let features = [
