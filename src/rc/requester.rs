@@ -282,7 +282,8 @@ impl Requester {
         let in_flight = self.cursor > place;
         self.stalled_since = in_flight.then_some(now);
         self.timer = in_flight.then(|| now + self.round_trip.timeout(config, 0));
-        while let Some(first) = self.queue.pop_front_if(|first| first.end <= place) {
+        while self.queue.front().is_some_and(|first| first.end <= place) {
+            let first = self.queue.pop_front().expect("looked at just now");
             first.posted.into_iter().for_each(|(ticket, _)| completed(ticket));
         }
     }

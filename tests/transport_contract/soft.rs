@@ -231,6 +231,9 @@ fn an_idle_pair_sleeps_and_a_note_wakes_it() {
     for side in &mut world.sides {
         assert_eq!(waiter.wait(&mut [side.transport()], soon()).unwrap(), Woken::Deadline);
     }
+    // What no packet announces is no reason to sleep either.
+    world.sides[0].post(note(2, PeerId::worker(7), Note::new(NoteKind::Heartbeat)));
+    assert_eq!(waiter.wait(&mut [world.sides[0].transport()], soon()).unwrap(), Woken::Event);
 }
 
 /// Only the waiter decides when anybody polls: no wake-up is lost, whatever the channel does.

@@ -213,6 +213,8 @@ fn one_nak_for_a_gap_and_a_duplicate_is_acknowledged_and_not_applied() {
     side.hear_asking(send(2), 501, true);
     assert_eq!(side.answers(), [(501, ack())]);
     assert_eq!(side.program.complete, [1, 2]);
+    side.hear(send(9), 510);
+    assert_eq!(side.answers(), [(502, nak(NakCode::Sequence))], "another gap, another NAK");
 }
 
 #[test]
