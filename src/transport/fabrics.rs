@@ -9,11 +9,14 @@
 
 use std::{
     collections::BTreeMap,
-    os::fd::{AsFd, BorrowedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
     time::Instant,
 };
 
-use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
+use nix::{
+    errno::Errno,
+    sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags},
+};
 use serde::{Deserialize, Serialize};
 
 use super::{Armed, Completion, Driver, Endpoint, MemoryRegion, QueueFull, RemoteSlot, Transport, Wakeup, WorkRequest};
@@ -45,6 +48,8 @@ pub struct Fabrics {
     failed: Vec<Completion>,
     /// Ready when a driver is; `None` where there is one driver only.
     epoll: Option<Epoll>,
+    /// The descriptor of each driver that is in there.
+    watched: Vec<Option<RawFd>>,
 }
 
 #[derive(Debug)]
@@ -65,8 +70,12 @@ impl Fabrics {
     /// If there is no driver.
     pub fn new(me: PeerId, drivers: Vec<Box<dyn Driver>>) -> Result<Fabrics> {
         assert!(!drivers.is_empty(), "a transport needs a driver");
-        let epoll = if drivers.len() == 1 { None } else { Some(joined(&drivers)?) };
-        Ok(Fabrics { me, drivers, routes: BTreeMap::new(), failed: Vec::new(), epoll })
+        let epoll = match drivers.len() {
+            1 => None,
+            _ => Some(Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(refused)?),
+        };
+        let watched = vec![None; drivers.len()];
+        Ok(Fabrics { me, drivers, routes: BTreeMap::new(), failed: Vec::new(), epoll, watched })
     }
 
     /// The paths, and which fabric carries each.
@@ -108,14 +117,8 @@ impl Fabrics {
     }
 }
 
-/// An epoll that is ready when one of the drivers is.
-fn joined(drivers: &[Box<dyn Driver>]) -> Result<Epoll> {
-    let refused = |e| Error::os("epoll", "the fabrics' descriptors", e);
-    let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(refused)?;
-    for (at, driver) in drivers.iter().enumerate() {
-        epoll.add(driver.fd(), EpollEvent::new(EpollFlags::EPOLLIN, at as u64)).map_err(refused)?;
-    }
-    Ok(epoll)
+fn refused(errno: Errno) -> Error {
+    Error::os("epoll", "the fabrics' descriptors", errno)
 }
 
 impl Transport for Fabrics {
@@ -198,10 +201,18 @@ impl Wakeup for Fabrics {
 
     fn arm_wakeup(&mut self) -> Result<Armed> {
         let mut armed = if self.failed.is_empty() { Armed::Sleep } else { Armed::Ready };
-        for driver in &mut self.drivers {
+        for (at, driver) in self.drivers.iter_mut().enumerate() {
             // Every one of them, so that none sleeps unarmed when the next call finds it so.
             if driver.arm_wakeup()? == Armed::Ready {
                 armed = Armed::Ready;
+            }
+            // Armed drivers have the descriptor that they will sleep on: tcp's ring comes to be on the thread that uses it.
+            let fd = driver.fd();
+            if let Some(epoll) = &self.epoll
+                && self.watched[at] != Some(fd.as_raw_fd())
+            {
+                epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, at as u64)).map_err(refused)?;
+                self.watched[at] = Some(fd.as_raw_fd());
             }
         }
         Ok(armed)

@@ -231,7 +231,7 @@ pub enum Armed {
 
 /// What a sleeping thread needs of a driver.
 pub trait Wakeup {
-    /// Becomes readable when `poll` has something to do.
+    /// Becomes readable when `poll` has something to do. It stays the same from the first `arm_wakeup` on.
     fn fd(&self) -> BorrowedFd<'_>;
 
     /// Asks for the fd to become readable at the next event.

@@ -10,7 +10,7 @@ use crate::{jobs::home, seccomp::refuse_io_uring};
 fn job(errno: Errno, io: &str) -> (bool, String) {
     let home = home();
     let mut command = Command::new(env!("CARGO_BIN_EXE_gradwire"));
-    command.args(["run", "-s", "2", "-n", "2", "--name", "refused", "--set", "chunk_bytes=1024"]);
+    command.args(["run", "-s", "2", "-n", "2", "--name", "refused", "--set", "chunk_bytes=1024", "--transport", "tcp"]);
     command.args(["--set", "optimizer.kind=sgd", "--set", r#"optimizer.groups=[{name="other"}]"#, "--"]);
     command.arg(std::env::current_exe().unwrap());
     command.args(["--exact", "worker_process", "--nocapture", "--test-threads=1"]);

@@ -4,6 +4,7 @@
 
 #[macro_use]
 mod contract;
+mod fabrics;
 mod shm;
 mod shm_hostile;
 mod shm_processes;
