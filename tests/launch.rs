@@ -463,7 +463,11 @@ fn info_says_what_there_is_and_why_not_more() {
     let home = home();
     let output = gradwire(home.path(), &["info", "--json"]);
     let info: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
-    assert_eq!(info["fabrics"]["tcp"]["available"], true);
+    for (fabric, about) in [("shm", "one host"), ("tcp", "epoll"), ("soft", "by name only")] {
+        assert_eq!(info["fabrics"][fabric]["available"], true, "{}", info["fabrics"]);
+        let told = info["fabrics"][fabric]["about"].as_str().unwrap();
+        assert!(told.contains(about) || fabric == "tcp" && told.contains("io_uring"), "{told}");
+    }
     assert!(info["fabrics"]["verbs"]["why"].as_str().unwrap().contains("not built yet"));
     assert!(!info["cores"].as_array().unwrap().is_empty());
     let plain = gradwire(home.path(), &["info"]);

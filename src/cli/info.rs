@@ -51,10 +51,6 @@ fn gather() -> Value {
             json!({ "node": node.os_index, "memory_bytes": node.memory_bytes, "cores": cores })
         })
         .collect();
-    let not_built = |name: &str| {
-        let why = format!("not built yet: gradwire {} has no {name} driver", env!("CARGO_PKG_VERSION"));
-        json!({ "available": false, "why": why })
-    };
     json!({
         "version": env!("CARGO_PKG_VERSION"),
         "target": env!("GRADWIRE_TARGET"),
@@ -63,12 +59,7 @@ fn gather() -> Value {
         "numa": nodes,
         "huge_pages": huge_pages(),
         "memlock": memlock(),
-        "fabrics": {
-            "tcp": { "available": true },
-            "io_uring": not_built("io_uring"),
-            "shm": not_built("shared-memory"),
-            "verbs": not_built("verbs"),
-        },
+        "fabrics": fabrics(),
         "isa": {
             "chosen": crate::optim::isa(),
             "kernels": Isa::available().iter().map(|isa| isa.name()).collect::<Vec<_>>(),
@@ -77,6 +68,21 @@ fn gather() -> Value {
         "gpus": gpus(&topology),
         "nics": topology.devices.iter().filter(|d| d.kind != DeviceKind::Gpu).map(|d| d.name.clone()).collect::<Vec<_>>(),
     })
+}
+
+/// Every fabric, tried: what it would use, or why it cannot be had.
+fn fabrics() -> Value {
+    let tried = crate::session::fabrics::probe().into_iter().map(|(name, outcome)| {
+        let about = match outcome {
+            Ok(about) => json!({ "available": true, "about": about }),
+            Err(error) => json!({ "available": false, "why": error.to_string() }),
+        };
+        (name.to_string(), about)
+    });
+    let mut fabrics: serde_json::Map<String, Value> = tried.collect();
+    let why = format!("not built yet: gradwire {} has no verbs driver", env!("CARGO_PKG_VERSION"));
+    fabrics.insert("verbs".into(), json!({ "available": false, "why": why }));
+    Value::Object(fabrics)
 }
 
 /// Pages of each size that the kernel has set aside, and whether it gives transparent ones.
@@ -175,8 +181,9 @@ fn table(machine: &Value) -> String {
             false => text(memlock),
         },
     ));
-    for name in ["tcp", "io_uring", "shm", "verbs"] {
-        lines.push(("fabrics", format!("{name}: {}", yes_or_why(&machine["fabrics"][name], "available"))));
+    for (name, fabric) in machine["fabrics"].as_object().into_iter().flatten() {
+        let about = fabric["about"].as_str().map(|about| format!(", {about}")).unwrap_or_default();
+        lines.push(("fabrics", format!("{name}: {}{about}", yes_or_why(fabric, "available"))));
     }
     let isa = &machine["isa"];
     lines.push(("isa", format!("{} of {}", text(&isa["chosen"]), text(&isa["kernels"]))));

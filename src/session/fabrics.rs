@@ -13,7 +13,7 @@ use crate::{
         tcp::{TcpOptions, TcpTransport},
     },
     types::PeerId,
-    wire::{handshake::Identity, job_id},
+    wire::{JobToken, handshake::Identity, job_id},
 };
 
 /// The variable with which one rank uses only some of its job's fabrics.
@@ -70,6 +70,29 @@ fn driver(fabric: Fabric, config: &JobConfig, identity: Identity, listen: bool) 
             Box::new(TcpTransport::new(options.with_environment(|name| std::env::var(name).ok())?)?)
         }
     })
+}
+
+/// Opens every fabric once, for a job that does not exist: what each would use, or why it cannot be had on this machine.
+pub fn probe() -> Vec<(&'static str, Result<String>)> {
+    let open = |fabric: Fabric| -> Result<String> {
+        let identity =
+            Identity { job: job_id("probe", ""), token: JobToken::random()?, me: PeerId::worker(0), epoch: 0 };
+        Ok(match fabric {
+            Fabric::Shm => {
+                ShmTransport::new(ShmOptions::new(identity))?;
+                "for ranks of one host and user".into()
+            }
+            Fabric::Soft => {
+                SoftTransport::new(SoftOptions::default())?;
+                "for tests, by name only (--transport soft)".into()
+            }
+            Fabric::Tcp => {
+                let options = TcpOptions::new(identity).with_environment(|name| std::env::var(name).ok())?;
+                TcpTransport::new(options)?.io().to_string()
+            }
+        })
+    };
+    [Fabric::Shm, Fabric::Tcp, Fabric::Soft].map(|fabric| (fabric.name(), open(fabric))).into()
 }
 
 /// The job's fabrics, in its order, without those that this rank does without.
