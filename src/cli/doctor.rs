@@ -28,13 +28,13 @@ use crate::{
   gradwire doctor --listen                there: prints a one-time token and waits for one caller
   GRADWIRE_TOKEN=... gradwire doctor HOST here: can it be reached, how large are packets, how fast is it
 
-Each item is `fine`, `WRONG` (it keeps something from working, or from working well) or `not here` (the machine lacks it and does
-without); below it stands the line that mends it. Run it as the job is run: the same user, shell or container, since limits and
+Each item is `fine`, `WRONG` (it keeps something from working, or from working well) or `not here` (the machine lacks it and
+does without); below it stands the line that mends it. Run it as the job is run: the same user, shell or container, since limits and
 capabilities are those of the process.
 
 The pair test is a connection as a job makes it: both ends prove to each other that they hold the token, which is taken from
-GRADWIRE_TOKEN or GRADWIRE_TOKEN_FILE on both sides; without either, --listen makes one that is good for this test alone. Latency
-is the time from a write of 64 bytes to the note that answers it; bandwidth is that of 1 MiB writes in one direction.
+GRADWIRE_TOKEN or GRADWIRE_TOKEN_FILE on both sides; without either, --listen makes one that is good for this test alone.
+Latency is the time from a write of 64 bytes to the note that answers it; bandwidth is that of 1 MiB writes in one direction.
 
 Exit status: 0 nothing is wrong, 1 something is, 2 the command line is.")]
 pub(super) struct DoctorArguments {
@@ -112,7 +112,8 @@ fn spoken(figures: &Figures) -> String {
     )
 }
 
-/// The token of the environment; `None` where there is none at all. One that cannot be used is an error, not a reason to make another.
+/// The token of the environment; `None` where there is none at all. One that cannot be used is an error, not a reason to make
+/// another.
 fn given_token() -> Result<Option<JobToken>> {
     let is_set = ["GRADWIRE_TOKEN", "GRADWIRE_TOKEN_FILE"].iter().any(|name| std::env::var_os(name).is_some());
     is_set.then(token_from_environment).transpose()
@@ -140,7 +141,9 @@ fn listen(address: SocketAddr, time: Duration, as_json: bool) -> Result<ExitCode
 fn test_pair(host: &str, as_json: bool) -> Result<ExitCode> {
     let token = given_token()?.ok_or_else(|| {
         Error::Config(
-            "a pair is tested under a token: start `gradwire doctor --listen` there, and set GRADWIRE_TOKEN here to what it prints".into(),
+            "a pair is tested under a token: start `gradwire doctor --listen` there, and set GRADWIRE_TOKEN here to what it \
+             prints"
+                .into(),
         )
     })?;
     let reached = call(host, &token)?;

@@ -1,8 +1,8 @@
 //! The measurement itself, over any fabric: one end writes, the other answers each write with a note.
 //!
-//! The answering end registers four slots, arms them, tells of them in an `Attach` note, and answers each `Push` with a `Credit` note
-//! of the same clock once the slot is armed again. The writing end sends 64 bytes at a time and waits for each answer, then 1 MiB at a
-//! time with all slots under way, and says `Finished`, which is answered by `Goodbye`.
+//! The answering end registers four slots, arms them, names them in an `Attach` note, and answers each `Push` with a `Credit`
+//! note of the same clock once the slot is armed again. The writing end sends 64 bytes at a time and awaits each answer, then
+//! 1 MiB at a time with all slots under way, and says `Finished`, which is answered by `Goodbye`.
 //!
 //! Invariant: at most as many writes are under way as there are slots, and every wait has a deadline.
 

@@ -56,8 +56,8 @@ fn memlock(tree: &Tree) -> Item {
         false => Item::wrong(
             "memlock",
             found,
-            "root: `* - memlock unlimited` in /etc/security/limits.d/gradwire.conf (then log in again), LimitMEMLOCK=infinity in \
-             the systemd unit, or docker run --ulimit memlock=-1 --cap-add=IPC_LOCK",
+            "root: `* - memlock unlimited` in /etc/security/limits.d/gradwire.conf (then log in again), LimitMEMLOCK=infinity \
+             in the systemd unit, or docker run --ulimit memlock=-1 --cap-add=IPC_LOCK",
         ),
     }
 }

@@ -1,4 +1,4 @@
-//! Looks at everything that commonly goes wrong when a machine is set up for RDMA, and tries each fabric on itself or with a peer.
+//! Looks at everything that commonly goes wrong when a machine gets RDMA, and tries each fabric on itself or with a peer.
 //!
 //! Each part reads /proc and /sys through a [`Tree`], so that a machine which one does not have can be looked at in a test.
 //!

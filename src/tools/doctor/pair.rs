@@ -1,6 +1,6 @@
 //! Two hosts: one listens, the other calls, and both hold the same token.
 //!
-//! The connection is that of the tcp fabric, so what is tested is what a job uses, and a stranger is refused as a job refuses it.
+//! The connection is that of the tcp fabric, so it is tested what a job uses, and a stranger is refused as by a job.
 //!
 //! Invariant: the listening end answers one caller that holds the token, and ends then or at its deadline.
 
@@ -108,8 +108,8 @@ pub fn call(host: &str, token: &JobToken) -> Result<Reached> {
 fn explain(address: SocketAddr, error: Error) -> Error {
     match &error {
         Error::Deadline { awaited, .. } if *awaited == LARGE_ANSWER => Error::JobFailed(format!(
-            "{address} answered writes of 64 bytes and not those of 1 MiB: something on the way drops large packets. Compare the \
-             MTU of both interfaces and of the switch (`ip link`), and try `ping -M do -s 8972 {}`",
+            "{address} answered writes of 64 bytes and not those of 1 MiB: something on the way drops large packets. Compare \
+             the MTU of both interfaces and of the switch (`ip link`), and try `ping -M do -s 8972 {}`",
             address.ip()
         )),
         _ => error,

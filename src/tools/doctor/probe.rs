@@ -28,11 +28,15 @@ pub(super) fn judge_io_uring(tree: &Tree, answer: io::Result<()>) -> Item {
     let refused = |by: &str| Item::not_here("io_uring", format!("refused ({error}) by {by}; epoll is used"));
     let filtered = tree.field("/proc/self/status", "Seccomp:").is_some_and(|mode| mode == "2");
     match (error.raw_os_error(), tree.number("/proc/sys/kernel/io_uring_disabled")) {
-        (Some(libc::EPERM), Some(2)) => refused("the sysctl kernel.io_uring_disabled=2").mend("sysctl kernel.io_uring_disabled=0"),
-        (Some(libc::EPERM), Some(1)) if !filtered => refused("the sysctl kernel.io_uring_disabled=1, for all but one group")
-            .mend("sysctl kernel.io_uring_disabled=0, or join the group in kernel.io_uring_group"),
+        (Some(libc::EPERM), Some(2)) => {
+            refused("the sysctl kernel.io_uring_disabled=2").mend("sysctl kernel.io_uring_disabled=0")
+        }
+        (Some(libc::EPERM), Some(1)) if !filtered => {
+            refused("the sysctl kernel.io_uring_disabled=1, for all but one group")
+                .mend("sysctl kernel.io_uring_disabled=0, or join the group in kernel.io_uring_group")
+        }
         (Some(libc::EPERM | libc::ENOSYS), _) if filtered => refused("a seccomp filter, as container runtimes set")
-            .mend("docker run --security-opt seccomp=PROFILE.json, with io_uring_setup, io_uring_enter and io_uring_register allowed"),
+            .mend("docker run --security-opt seccomp=PROFILE.json, with io_uring_{setup,enter,register} allowed"),
         (Some(libc::ENOSYS), _) => Item::not_here("io_uring", "this kernel was built without it; epoll is used"),
         _ => refused("the kernel"),
     }

@@ -1,4 +1,4 @@
-//! RDMA devices: the library and the device files that reach them, each port's state, the GID to use, packet size, flow control,
+//! RDMA devices: the library and device files that reach them, each port's state, the GID to use, packet size, flow control,
 //! and the NUMA node.
 //!
 //! Invariant: everything is read from /sys; no library is loaded, so that what keeps one from working can be said.
@@ -121,7 +121,8 @@ impl Port<'_> {
     fn interface(&self) -> Option<String> {
         let of_gids = self.tree.names(&format!("{}/gid_attrs/ndevs", self.folder));
         let of_gids = of_gids.iter().find_map(|index| self.read(&format!("gid_attrs/ndevs/{index}")));
-        // A soft device names its interface itself; hardware has its interfaces beside it, numbered from 0 where ports count from 1.
+        // A soft device names its interface itself; hardware has its interfaces beside it, numbered from 0 where ports count
+        // from 1.
         of_gids.or_else(|| self.tree.text(&format!("{DEVICES}/{}/parent", self.device))).or_else(|| {
             let folder = format!("{DEVICES}/{}/device/net", self.device);
             let port: u64 = self.number.parse().ok()?;

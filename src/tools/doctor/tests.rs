@@ -66,9 +66,8 @@ impl Machine {
     }
 
     fn memlock(&self, soft: &str, hard: &str) -> &Machine {
-        let line = format!(
-            "Limit                     Soft Limit           Hard Limit           Units\nMax locked memory         {soft} {hard} bytes"
-        );
+        let line =
+            format!("Limit             Soft Limit   Hard Limit   Units\nMax locked memory {soft}   {hard}   bytes");
         self.set("proc/self/limits", &line)
     }
 
