@@ -18,7 +18,7 @@ pub(super) fn look(tree: &Tree) -> Vec<Item> {
 fn held(tree: &Tree) -> Vec<&'static str> {
     let mask = tree.field("/proc/self/status", "CapEff:").and_then(|mask| u64::from_str_radix(&mask, 16).ok());
     let mask = mask.unwrap_or(0);
-    CAPABILITIES.iter().filter(|(_, bit)| mask >> bit & 1 == 1).map(|(name, _)| *name).collect()
+    CAPABILITIES.iter().filter(|(_, bit)| (mask >> bit) & 1 == 1).map(|(name, _)| *name).collect()
 }
 
 /// The soft and the hard limit, `None` for unlimited.

@@ -13,7 +13,7 @@ use super::exchange::{End, Figures};
 use crate::{
     Error, Result,
     transport::{
-        Driver,
+        Driver, Endpoint,
         tcp::{TcpOptions, TcpTransport},
     },
     types::PeerId,
@@ -63,21 +63,22 @@ fn try_one(open: fn([Identity; 2]) -> Result<Ends>) -> Result<Figures> {
     let deadline = Instant::now() + CONNECT_TIME;
     thread::scope(|scope| {
         let answering = scope.spawn(move || {
-            let mut end = End::new(&mut *first, worker)?;
-            end.connect(&to_server, deadline)?;
+            let mut end = joined(&mut *first, worker, &to_server, deadline)?;
             end.answer()
         });
-        let measured = (|| {
-            let mut end = End::new(&mut *second, server)?;
-            end.connect(&to_worker, deadline)?;
-            end.measure()
-        })();
+        let measured = joined(&mut *second, server, &to_worker, deadline).and_then(|mut end| end.measure());
         // Hanging up ends the other thread, whatever it waits for.
         drop(second);
         let answered = answering.join().map_err(|_| Error::JobFailed("the answering thread panicked".into()))?;
         let figures = measured?;
         answered.map(|()| figures)
     })
+}
+
+fn joined<'a>(driver: &'a mut dyn Driver, peer: PeerId, remote: &Endpoint, deadline: Instant) -> Result<End<'a>> {
+    let mut end = End::new(driver, peer)?;
+    end.connect(remote, deadline)?;
+    Ok(end)
 }
 
 #[cfg(test)]

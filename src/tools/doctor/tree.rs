@@ -2,7 +2,7 @@
 //!
 //! Invariant: what cannot be read is `None` or an empty list, never an error: its absence is a finding.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// Where /proc, /sys and /dev are looked for.
 #[derive(Clone, Debug)]
@@ -57,7 +57,6 @@ impl Tree {
 
     /// Where a symbolic link points.
     pub fn link(&self, path: &str) -> Option<String> {
-        let target: PathBuf = std::fs::read_link(self.path(path)).ok()?;
-        Some(Path::new(&target).to_string_lossy().into_owned())
+        Some(std::fs::read_link(self.path(path)).ok()?.to_string_lossy().into_owned())
     }
 }
