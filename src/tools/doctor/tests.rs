@@ -41,7 +41,7 @@ impl Machine {
         for (port, interface, state) in
             [("1", "eth0", ["4: ACTIVE", "5: LinkUp"]), ("2", "eth1", ["1: DOWN", "3: Disabled"])]
         {
-            let set = |file: &str, text: &str| drop(machine.set(&format!("{MLX}/ports/{port}/{file}"), text));
+            let set = |file: &str, text: &str| machine.set(&format!("{MLX}/ports/{port}/{file}"), text);
             set("state", state[0]);
             set("phys_state", state[1]);
             set("link_layer", "Ethernet");
