@@ -3,12 +3,12 @@
 //! Invariant: every process ends with its test; all addresses are on the loopback interface.
 
 use std::{
-    io::{BufRead, BufReader},
-    process::{Child, Command, Output, Stdio},
+    io::{BufRead, BufReader, Read},
+    process::{Child, ChildStderr, Command, Output, Stdio},
 };
 
-/// A process that ends with its test.
-struct Ended(Child);
+/// A process that ends with its test. What it goes on to say needs a reader: a log line into a closed pipe would end it.
+struct Ended(Child, Option<BufReader<ChildStderr>>);
 
 impl Drop for Ended {
     fn drop(&mut self) {
@@ -31,9 +31,10 @@ fn text(output: &Output) -> String {
 /// A listener, the token that it printed, and where it waits.
 fn listener() -> (Ended, String, String) {
     let mut command = doctor(&["--listen", "127.0.0.1:0", "--wait", "60"]);
-    let mut child = Ended(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap());
-    let lines = BufReader::new(child.0.stderr.take().unwrap()).lines().map(|line| line.unwrap());
-    let said: Vec<String> = lines.take(2).collect();
+    let mut child = Ended(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap(), None);
+    let mut reader = BufReader::new(child.0.stderr.take().unwrap());
+    let said: Vec<String> = reader.by_ref().lines().take(2).map(|line| line.unwrap()).collect();
+    child.1 = Some(reader);
     let words: Vec<&str> = said[1].split_whitespace().collect();
     let [token, "gradwire", "doctor", address] = words[..] else { panic!("{said:?}") };
     let token = token.strip_prefix("GRADWIRE_TOKEN=").unwrap().to_string();
@@ -68,7 +69,7 @@ fn a_pair_is_tested_with_the_token_that_the_listener_printed() {
     assert!(output.status.success(), "{}", text(&output));
     let reached: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(reached["address"], address);
-    assert_eq!(reached["mtu"], 65536, "that of the loopback interface");
+    assert_eq!(reached["mtu"], 65535, "the loopback interface has 65536, and an IP packet at most one less");
     assert!(reached["bytes_per_s"].as_f64().unwrap() > 0.0 && reached["latency_us_p50"].as_f64().unwrap() > 0.0);
     assert!(waiting.0.wait().unwrap().success());
 }

@@ -24,8 +24,11 @@ const CONNECT_TIME: Duration = Duration::from_secs(10);
 
 type Ends = [Box<dyn Driver>; 2];
 
+/// Makes two ends under the names given.
+type Open = fn([Identity; 2]) -> Result<Ends>;
+
 /// How to make two ends of each fabric that can reach each other; the first may listen. A new driver is a line here.
-const FABRICS: [(&str, fn([Identity; 2]) -> Result<Ends>); 1] = [("tcp", tcp)];
+const FABRICS: [(&str, Open); 1] = [("tcp", tcp)];
 
 fn tcp([first, second]: [Identity; 2]) -> Result<Ends> {
     let calling = TcpOptions { listen: false, ..TcpOptions::new(second) };
@@ -54,7 +57,7 @@ pub fn try_fabrics() -> Vec<Tried> {
     tried.collect()
 }
 
-fn try_one(open: fn([Identity; 2]) -> Result<Ends>) -> Result<Figures> {
+fn try_one(open: Open) -> Result<Figures> {
     let (server, worker) = (PeerId::server(0, 0), PeerId::worker(0));
     let token = JobToken::random()?;
     let identity = |me| Identity { job: job_id("doctor", "loopback"), token: token.clone(), me, epoch: 0 };
