@@ -1,4 +1,4 @@
-//! The command line: `gradwire run`, `node`, `status`, `checkpoint`, `bench`, `info`.
+//! The command line: `gradwire run`, `node`, `status`, `checkpoint`, `bench`, `info`, `doctor`.
 //!
 //! Invariant: what a command prints for machines goes to standard output, everything else to standard error; a failure ends with
 //! one line that says what happened, to whom, and what to do.
@@ -6,6 +6,7 @@
 
 mod bench;
 mod checkpoint;
+mod doctor;
 mod info;
 mod node;
 mod run;
@@ -32,6 +33,7 @@ use crate::Result;
   gradwire checkpoint export ckpt model.safetensors the parameters, for other tools
   gradwire bench push-pull --bytes 64..64M          how fast it is here, beside what the machine can do
   gradwire info                                     what this machine offers
+  gradwire doctor                                   what is wrong with its RDMA set-up, and what mends it
 
 `gradwire help COMMAND` says more about one. What is logged is chosen by GRADWIRE_LOG (error, warn, info, debug)."
 )]
@@ -48,6 +50,8 @@ enum Command {
     Node(node::NodeArguments),
     /// Say what this machine offers, and why not more.
     Info(info::InfoArguments),
+    /// Say what is wrong with this machine, or with the way to another, and what mends it.
+    Doctor(doctor::DoctorArguments),
     /// List the running jobs, or say who has joined one and how far it is.
     Status(status::StatusArguments),
     /// Have a running job write a checkpoint; list, verify and export what has been written.
@@ -75,6 +79,7 @@ pub fn main() -> ExitCode {
         Command::Run(arguments) => run::run(*arguments),
         Command::Node(arguments) => node::run(arguments),
         Command::Info(arguments) => info::run(&arguments),
+        Command::Doctor(arguments) => doctor::run(&arguments),
         Command::Status(arguments) => status::status(&arguments),
         Command::Checkpoint(arguments) => checkpoint::run(&arguments),
         Command::Bench(arguments) => bench::run(arguments),
