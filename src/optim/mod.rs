@@ -10,6 +10,7 @@ mod chunk;
 mod config;
 mod convert;
 mod form;
+pub mod gpu;
 mod isa;
 mod kernel;
 mod norm;
@@ -17,7 +18,7 @@ pub mod oracle;
 mod plan;
 mod schedule;
 
-pub use chunk::{ChunkParts, ChunkStep, Pass, StepArguments};
+pub use chunk::{ChunkParts, ChunkStep, Pass, StepArguments, clipped_scale};
 pub use config::{Clip, GroupConfig, OptimizerConfig, OptimizerKind};
 pub use isa::{Isa, isa};
 pub use kernel::{Contributions, Gradients, Kernels, StateMut, Wire};
