@@ -200,7 +200,7 @@ impl Case {
             None => device.run(&batch, multiprocessors),
         };
         done.map_err(|fault| fault.to_string())?;
-        Ok(uploaded.outcome(&device, self.wire))
+        uploaded.outcome(&device, self.wire)
     }
 
     /// What reducing and then applying leaves.
@@ -217,7 +217,7 @@ impl Case {
             }
         }
         let sums = classes(Dtype::F32, &device.download(uploaded.sums.unwrap()));
-        Ok(Outcome { sums, ..uploaded.outcome(&device, self.wire) })
+        Ok(Outcome { sums, ..uploaded.outcome(&device, self.wire)? })
     }
 
     /// Fails the test where an outcome is not the oracle's. Sums are looked at where there are any, slots that the rule has.
@@ -245,15 +245,15 @@ pub struct Uploaded {
 }
 
 impl Uploaded {
-    pub fn outcome(&self, device: &Device, wire: Option<Dtype>) -> Outcome {
+    pub fn outcome(&self, device: &Device, wire: Option<Dtype>) -> Result<Outcome, String> {
         let mut outcome = Outcome::default();
         for (slot, array) in outcome.state.iter_mut().zip(&self.state) {
-            *slot = classes(Dtype::F32, &device.download(*array));
+            *slot = classes(Dtype::F32, &device.read(*array)?);
         }
         if let (Some(array), Some(dtype)) = (self.wire, wire) {
-            outcome.wire = classes(dtype, &device.download(array));
+            outcome.wire = classes(dtype, &device.read(array)?);
         }
-        outcome
+        Ok(outcome)
     }
 }
 

@@ -46,17 +46,19 @@ impl Device {
         self.upload(&bytes, lead)
     }
 
-    /// What an array holds; the bytes before it must be untouched.
+    /// What an array holds.
     pub fn download(&self, array: Array) -> Vec<u8> {
-        for before in 1..=array.lead as u64 {
-            assert!(
-                self.memory.read(array.address - before, &mut [0]).is_err(),
-                "written before an array's first byte"
-            );
+        self.read(array).expect("a kernel writes all of what it is to write, and nothing else")
+    }
+
+    /// The same, or what a kernel did wrong: bytes that it did not write, or bytes that it wrote before the array's first.
+    pub fn read(&self, array: Array) -> Result<Vec<u8>, String> {
+        if (1..=array.lead as u64).any(|before| self.memory.read(array.address - before, &mut [0]).is_ok()) {
+            return Err(format!("written before the first byte at {:#x}", array.address));
         }
         let mut bytes = vec![0; array.bytes];
-        self.memory.read(array.address, &mut bytes).expect("a kernel writes all of what it is to write");
-        bytes
+        self.memory.read(array.address, &mut bytes).map_err(|cause| cause.to_string())?;
+        Ok(bytes)
     }
 
     /// Runs a batch on as many blocks as it would have on a card with this many multiprocessors.

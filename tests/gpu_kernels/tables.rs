@@ -136,7 +136,7 @@ fn a_full_batch_says_so_and_stays_as_it_was() {
     };
     for (segments_max, contributions_max) in [(6, 100), (100, 13)] {
         let mut batch = Batch::new(GpuKernel::Update(Rule::Adam, Dtype::Bf16), segments_max, contributions_max);
-        let mut push = |batch: &mut Batch| batch.push_chunk(&chunk, &spans(), &config, &rates, &arguments, 1.0);
+        let push = |batch: &mut Batch| batch.push_chunk(&chunk, &spans(), &config, &rates, &arguments, 1.0);
         push(&mut batch).unwrap();
         let (len, launch) = (batch.table_len(), batch.launch(0, 4));
         assert_eq!(push(&mut batch), Err(ShortTable { segments_max, contributions_max }));

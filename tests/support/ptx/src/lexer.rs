@@ -46,6 +46,9 @@ pub(crate) fn tokens(text: &str) -> Result<Vec<Token>, ParseError> {
             let (kind, used) = if first == '"' {
                 let end = rest[1..].find('"').map(|at| at + 2);
                 (Kind::Text, end.ok_or(ParseError { line, message: "a text without an end".into() })?)
+            } else if first.is_ascii_digit() && rest[..len].contains('.') {
+                // A version.
+                (Kind::Text, len)
             } else if negative || first.is_ascii_digit() {
                 let value = number(&rest[start..start + len]);
                 let value = value
