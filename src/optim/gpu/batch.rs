@@ -108,7 +108,7 @@ impl Batch {
     ///
     /// # Panics
     ///
-    /// If an address that the kernel uses is 0 or no multiple of its element's size, an update has no plan or one of another
+    /// If `len` is 2^31 or more, an address that the kernel uses is 0 or no multiple of its element's size, an update has no plan or one of another
     /// rule, or an encoding has nowhere to go.
     pub fn push(
         &mut self,
@@ -124,6 +124,7 @@ impl Batch {
             GpuKernel::Update(..) | GpuKernel::Reduce(_) => chunk.contributions,
             _ => &[],
         };
+        assert!(len < 1 << 31, "a run of {len} elements: the kernels count in 32 bits");
         let tiles = len.div_ceil(TILE);
         let fits = self.segments.len() < self.limits.segments_max
             && self.addresses.len() + contributions.len() <= self.limits.contributions_max
@@ -213,7 +214,7 @@ impl Batch {
         }
         if let (GpuKernel::Update(..) | GpuKernel::Encode, Some((address, dtype))) = (self.kernel, chunk.wire) {
             segment.wire = element(address, start, dtype.size() as u64, "the wire copy");
-            segment.wire_format = wire_format(Some(dtype));
+            segment.wire_format = wire_format(dtype);
         }
         segment
     }

@@ -78,12 +78,11 @@ impl Constants {
     }
 }
 
-/// `WireFormat` of kernels/table.h.
-pub(super) fn wire_format(dtype: Option<Dtype>) -> u32 {
+/// `WireFormat` of kernels/table.h, where 0 is none.
+pub(super) fn wire_format(dtype: Dtype) -> u32 {
     match dtype {
-        None => 0,
-        Some(Dtype::F32) => 1,
-        Some(Dtype::Bf16) => 2,
-        Some(Dtype::F16) => 3,
+        Dtype::F32 => 1,
+        Dtype::Bf16 => 2,
+        Dtype::F16 => 3,
     }
 }
