@@ -1,5 +1,5 @@
-//! Build script: hands the target to the binary, and checks that the committed PTX belongs to its sources. Nothing of CUDA, RDMA
-//! or hwloc is needed to build.
+//! Build script: hands the target to the binary, and checks that the committed PTX belongs to its sources. Nothing of CUDA,
+//! RDMA or hwloc is needed to build.
 
 use std::{fs, path::Path, process::exit};
 

@@ -108,8 +108,8 @@ impl Batch {
     ///
     /// # Panics
     ///
-    /// If `len` is 2^31 or more, an address that the kernel uses is 0 or no multiple of its element's size, an update has no plan
-    /// or one of another rule, or an encoding has nowhere to go.
+    /// If `len` is 2^31 or more, an address that the kernel uses is 0 or no multiple of its element's size, an update has no
+    /// plan or one of another rule, or an encoding has nowhere to go.
     pub fn push(
         &mut self,
         chunk: &ChunkAddresses<'_>,

@@ -7,8 +7,8 @@
 //! byte of shared memory without a barrier in between, barriers and shuffles that part of the threads miss, and the number of
 //! instructions.
 //!
-//! Invariant: a launch that ends well did nothing that the PTX manual leaves undefined, as far as the checks above reach; blocks
-//! run one after another, so races between blocks in global memory are beyond them.
+//! Invariant: a launch that ends well did nothing that the PTX manual leaves undefined, as far as the checks above reach;
+//! blocks run one after another, so races between blocks in global memory are beyond them.
 #![forbid(unsafe_code)]
 
 mod decode;

@@ -1,7 +1,7 @@
 //! Runs a grid: block after block, thread after thread up to its next barrier, shuffle or end.
 //!
-//! Invariant: no thread passes a barrier before all threads of its block have come to that same barrier, nor a shuffle before all
-//! lanes of its warp have come to that same shuffle.
+//! Invariant: no thread passes a barrier before all threads of its block have come to that same barrier, nor a shuffle before
+//! all lanes of its warp have come to that same shuffle.
 
 use crate::{
     Cause, Fault, Function, Memory,

@@ -1,7 +1,7 @@
 //! A module's text to its functions.
 //!
-//! Invariant: whatever of the text is not understood is an error that names the line; every branch goes to an instruction of its
-//! own function, every register is declared.
+//! Invariant: whatever of the text is not understood is an error that names the line; every branch goes to an instruction of
+//! its own function, every register is declared.
 
 use std::{collections::HashMap, sync::Arc};
 
