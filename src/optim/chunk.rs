@@ -56,6 +56,26 @@ pub struct ChunkParts<'a> {
     pub wire: Option<Wire<'a>>,
 }
 
+/// What the gradient is multiplied by after the mean, if a chunk whose sum of contributions has this squared norm may have no
+/// norm above `limit`. A norm that is NaN gives NaN, as in PyTorch.
+///
+/// # Panics
+///
+/// If the total weight is 0.
+pub fn clipped_scale(limit: f32, arguments: &StepArguments, squared_norm: f64) -> f32 {
+    let coefficient = f64::from(limit) / (scaled_norm(arguments, squared_norm) + NORM_EPSILON);
+    if coefficient >= 1.0 {
+        return arguments.scale;
+    }
+    (f64::from(arguments.scale) * coefficient) as f32
+}
+
+/// The norm of the gradient from the squared norm of the sum.
+fn scaled_norm(arguments: &StepArguments, squared_norm: f64) -> f64 {
+    let factor = f64::from(arguments.reduction.factor(arguments.total_weight)) * f64::from(arguments.scale);
+    squared_norm.sqrt() * factor.abs()
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
     Fused,
@@ -127,26 +147,19 @@ impl ChunkStep {
     /// The norm of the reduced and scaled gradient, before clipping; `None` where it is not measured or not yet complete.
     pub fn norm(&self) -> Option<f64> {
         let is_measured = self.norm_limit.is_some() && self.arguments.pass != Pass::Reduce;
-        (is_measured && matches!(self.stage, Stage::Apply | Stage::Done)).then(|| {
-            let factor = f64::from(self.mean()) * f64::from(self.arguments.scale);
-            self.norm.total().sqrt() * factor.abs()
-        })
+        (is_measured && matches!(self.stage, Stage::Apply | Stage::Done))
+            .then(|| scaled_norm(&self.arguments, self.norm.total()))
     }
 
     fn mean(&self) -> f32 {
         self.arguments.reduction.factor(self.arguments.total_weight)
     }
 
-    /// What the gradient is multiplied by after the mean. A norm that is NaN gives NaN, as in PyTorch.
     fn scale(&self) -> f32 {
-        let (Some(limit), Some(norm)) = (self.norm_limit, self.norm()) else {
-            return self.arguments.scale;
-        };
-        let coefficient = f64::from(limit) / (norm + NORM_EPSILON);
-        if coefficient >= 1.0 {
-            return self.arguments.scale;
+        match self.norm_limit {
+            Some(limit) if self.norm().is_some() => clipped_scale(limit, &self.arguments, self.norm.total()),
+            _ => self.arguments.scale,
         }
-        (f64::from(self.arguments.scale) * coefficient) as f32
     }
 
     fn reduce_tile(&mut self, parts: &mut ChunkParts<'_>, start: usize, len: usize) {

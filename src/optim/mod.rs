@@ -1,5 +1,5 @@
 //! The optimizers that the servers run: hyper-parameters and schedules, the scalar oracle that defines every bit, and the CPU
-//! kernels that must agree with it.
+//! and GPU kernels that must agree with it.
 //!
 //! Invariant: what a step does to an element depends on that element's gradients (in rank order), its state and the step's
 //! scalars alone; never on vector width, tile, chunk or thread. NaN is one value here: that an element is NaN is defined, the
@@ -10,6 +10,7 @@ mod chunk;
 mod config;
 mod convert;
 mod form;
+pub mod gpu;
 mod isa;
 mod kernel;
 mod norm;
@@ -17,7 +18,7 @@ pub mod oracle;
 mod plan;
 mod schedule;
 
-pub use chunk::{ChunkParts, ChunkStep, Pass, StepArguments};
+pub use chunk::{ChunkParts, ChunkStep, Pass, StepArguments, clipped_scale};
 pub use config::{Clip, GroupConfig, OptimizerConfig, OptimizerKind};
 pub use isa::{Isa, isa};
 pub use kernel::{Contributions, Gradients, Kernels, StateMut, Wire};
