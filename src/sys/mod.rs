@@ -3,3 +3,4 @@
 //! Invariant: declarations and their lookup only; what is done with them is the business of the layers above.
 
 pub mod hwloc;
+pub mod verbs;
