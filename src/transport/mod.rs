@@ -11,6 +11,7 @@ mod idle;
 pub mod region_table;
 pub mod sim;
 pub mod tcp;
+pub mod verbs;
 mod waiter;
 
 use std::{fmt, os::fd::BorrowedFd, time::Instant};

@@ -6,4 +6,5 @@
 mod contract;
 mod sim;
 mod tcp;
+mod verbs;
 mod world;

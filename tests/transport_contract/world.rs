@@ -26,6 +26,11 @@ pub trait Fabric {
     /// Lets a little time pass.
     fn step(&mut self);
 
+    /// Whether peers write by themselves, so that what may not land is found out after it has landed.
+    fn lands_first(&self) -> bool {
+        false
+    }
+
     /// An end disappears as a killed process does.
     fn vanish(&mut self, end: Self::End) {
         drop(end);

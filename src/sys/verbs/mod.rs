@@ -7,6 +7,7 @@
 //! soname and the version of each symbol stand for one binary interface); `tests` compares them with the header where there is
 //! one.
 
+mod constants;
 mod types;
 
 #[cfg(test)]
@@ -18,6 +19,7 @@ use std::{
     sync::OnceLock,
 };
 
+pub use constants::*;
 use libloading::Library;
 pub use types::*;
 

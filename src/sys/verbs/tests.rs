@@ -13,10 +13,7 @@ use super::*;
 #[test]
 fn a_library_that_is_not_there_or_is_another_is_told_by_name() {
     let error = Table::open("libibverbs-of-nowhere.so.1").err().unwrap();
-    assert!(
-        error.contains("libibverbs-of-nowhere.so.1 cannot be loaded") && error.contains("No such file"),
-        "{error}"
-    );
+    assert!(error.contains("libibverbs-of-nowhere.so.1 cannot be loaded") && error.contains("No such file"), "{error}");
     let error = Table::open("libc.so.6").err().unwrap();
     assert!(error.contains("libc.so.6 is not of rdma-core") && error.contains("ibv_get_device_list"), "{error}");
 }
@@ -36,10 +33,7 @@ const FUNCTIONS: &[(&str, &str)] = &[
     ("ibv_dereg_mr", "int (*)(struct ibv_mr *)"),
     ("ibv_create_comp_channel", "struct ibv_comp_channel *(*)(struct ibv_context *)"),
     ("ibv_destroy_comp_channel", "int (*)(struct ibv_comp_channel *)"),
-    (
-        "ibv_create_cq",
-        "struct ibv_cq *(*)(struct ibv_context *, int, void *, struct ibv_comp_channel *, int)",
-    ),
+    ("ibv_create_cq", "struct ibv_cq *(*)(struct ibv_context *, int, void *, struct ibv_comp_channel *, int)"),
     ("ibv_destroy_cq", "int (*)(struct ibv_cq *)"),
     ("ibv_get_cq_event", "int (*)(struct ibv_comp_channel *, struct ibv_cq **, void **)"),
     ("ibv_ack_cq_events", "void (*)(struct ibv_cq *, unsigned int)"),
