@@ -3,12 +3,13 @@
 //! Invariant: a fabric that the job does not name is never used, and one that it names and that cannot be had here is said so.
 #![forbid(unsafe_code)]
 
-use super::{Fabric, JobConfig, Member};
+use super::{Fabric, JobConfig, Member, cores_from_environment};
 use crate::{
     Error, Result,
     transport::{
         Driver, Fabrics,
         tcp::{TcpOptions, TcpTransport},
+        verbs::{VerbsOptions, VerbsTransport, numa_node_of},
     },
     types::PeerId,
     wire::{handshake::Identity, job_id},
@@ -21,7 +22,8 @@ const OWN_TRANSPORTS: &str = "GRADWIRE_RANK_TRANSPORTS";
 ///
 /// # Errors
 ///
-/// [`Error::Config`] if `GRADWIRE_RANK_TRANSPORTS` leaves nothing; [`Error::Os`] if a fabric cannot be opened.
+/// [`Error::Config`] if `GRADWIRE_RANK_TRANSPORTS` leaves nothing, or the only fabric needs what this machine lacks;
+/// [`Error::Os`] if a fabric cannot be opened.
 pub fn open(member: &Member, lane: u16, listen: bool) -> Result<Fabrics> {
     let config = member.config();
     let me = PeerId { rank: member.rank(), lane };
@@ -33,14 +35,27 @@ pub fn open(member: &Member, lane: u16, listen: bool) -> Result<Fabrics> {
     };
     let own = std::env::var(OWN_TRANSPORTS).ok();
     let mut drivers: Vec<Box<dyn Driver>> = Vec::new();
-    for fabric in allowed(&config.transports, own.as_deref())? {
-        drivers.push(driver(fabric, config, identity.clone(), listen)?);
+    let allowed = allowed(&config.transports, own.as_deref())?;
+    for fabric in &allowed {
+        match driver(*fabric, config, identity.clone(), listen) {
+            Ok(driver) => drivers.push(driver),
+            Err(why) if may_be_missing(*fabric) && allowed.len() > 1 => do_without(me, *fabric, config, &why),
+            Err(error) => return Err(error),
+        }
     }
     Fabrics::new(me, drivers)
 }
 
 fn driver(fabric: Fabric, config: &JobConfig, identity: Identity, listen: bool) -> Result<Box<dyn Driver>> {
     Ok(match fabric {
+        Fabric::Verbs => {
+            let cores = cores_from_environment()?;
+            // A server has a core for each lane; a worker is near any of its own.
+            let core = cores.get(usize::from(identity.me.lane)).or(cores.first());
+            let options =
+                VerbsOptions { numa_node: core.and_then(|core| numa_node_of(*core)), ..VerbsOptions::new(identity) };
+            Box::new(VerbsTransport::new(options.with_environment(|name| std::env::var(name).ok())?)?)
+        }
         Fabric::Tcp => {
             let options = TcpOptions {
                 listen,
@@ -51,6 +66,20 @@ fn driver(fabric: Fabric, config: &JobConfig, identity: Identity, listen: bool) 
             Box::new(TcpTransport::new(options.with_environment(|name| std::env::var(name).ok())?)?)
         }
     })
+}
+
+/// Whether a machine may lack what the fabric needs. A device that was asked for by name may not be missing.
+fn may_be_missing(fabric: Fabric) -> bool {
+    fabric == Fabric::Verbs && std::env::var_os("GRADWIRE_HCA").is_none_or(|name| name.is_empty())
+}
+
+/// Says that a better fabric is not to be had: aloud where somebody asked for it.
+fn do_without(me: PeerId, fabric: Fabric, config: &JobConfig, why: &Error) {
+    let name = fabric.name();
+    match config.transports == JobConfig::default().transports {
+        true => tracing::info!("{me} does without {name}: {why}"),
+        false => tracing::warn!("{me} does without {name}: {why}; `gradwire doctor` says what would help"),
+    }
 }
 
 /// The job's fabrics, in its order, without those that this rank does without.
@@ -75,6 +104,7 @@ mod tests {
     fn a_rank_may_do_without_a_fabric_but_not_without_all() {
         assert_eq!(allowed(&[Fabric::Tcp], None).unwrap(), [Fabric::Tcp]);
         assert_eq!(allowed(&[Fabric::Tcp], Some("verbs, tcp")).unwrap(), [Fabric::Tcp]);
+        assert_eq!(allowed(&[Fabric::Verbs, Fabric::Tcp], Some("verbs")).unwrap(), [Fabric::Verbs]);
         let error = allowed(&[Fabric::Tcp], Some("verbs")).unwrap_err().to_string();
         assert!(error.contains(OWN_TRANSPORTS) && error.contains("verbs") && error.contains("tcp"), "{error}");
     }

@@ -42,6 +42,8 @@ impl Default for CheckpointConfig {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Fabric {
+    /// RDMA: InfiniBand or RoCE.
+    Verbs,
     /// Sockets.
     Tcp,
 }
@@ -50,6 +52,7 @@ impl Fabric {
     /// The name under which endpoints carry it.
     pub const fn name(self) -> &'static str {
         match self {
+            Fabric::Verbs => "verbs",
             Fabric::Tcp => "tcp",
         }
     }
@@ -177,7 +180,7 @@ impl Default for JobConfig {
             join_ms: 60_000,
             setup_ms: 600_000,
             wait_ms: 600_000,
-            transports: vec![Fabric::Tcp],
+            transports: vec![Fabric::Verbs, Fabric::Tcp],
             interface: None,
             ports: None,
         }
@@ -231,7 +234,7 @@ impl JobConfig {
             );
         }
         if self.transports.is_empty() {
-            return refuse("`transports` is empty; the one built today is tcp".into());
+            return refuse("`transports` is empty; name at least one of verbs, tcp".into());
         }
         self.optimizer.validate()
     }

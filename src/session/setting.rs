@@ -48,7 +48,7 @@ const SETTINGS: &[(&str, Kind)] = &[
     ("join_ms", Kind::Whole),
     ("setup_ms", Kind::Whole),
     ("wait_ms", Kind::Whole),
-    ("transports", Kind::Choices(&["tcp"])),
+    ("transports", Kind::Choices(&["verbs", "tcp"])),
     ("interface", Kind::Text),
     ("ports", Kind::Text),
     ("checkpoint.dir", Kind::Text),

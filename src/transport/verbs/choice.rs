@@ -108,6 +108,12 @@ fn refusal(candidates: &[Candidate], options: &VerbsOptions) -> String {
     format!("no port{wish} is up; there are {}", ports.join(", "))
 }
 
+/// The NUMA node of a core, as the kernel numbers both; `None` where it has only one.
+pub fn numa_node_of(core: usize) -> Option<u32> {
+    let entries = names(Path::new(&format!("/sys/devices/system/cpu/cpu{core}")));
+    entries.iter().find_map(|name| name.strip_prefix("node")?.parse().ok())
+}
+
 fn names(folder: &Path) -> Vec<String> {
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
     let mut names: Vec<String> = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();

@@ -39,6 +39,7 @@ use std::{
 
 use address::Address;
 use chain::Chain;
+pub use choice::numa_node_of;
 use completion::{BATCH, CompletionQueue};
 use device::{Device, Event};
 use memory::{NoteRing, Registration};
