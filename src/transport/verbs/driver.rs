@@ -10,7 +10,7 @@ use std::{
 };
 
 use super::{
-    FABRIC, VerbsTransport,
+    FABRIC, ROUNDS_MAX, VerbsTransport,
     address::Address,
     memory::Registration,
     path::{Done, Range, Stage},
@@ -130,7 +130,7 @@ impl Transport for VerbsTransport {
     }
 
     fn poll(&mut self, now: Instant, completions: &mut Vec<Completion>) -> Result<()> {
-        self.collect(now)?;
+        self.collect(now, ROUNDS_MAX)?;
         self.tick(now);
         completions.extend(self.done.drain(..).map(|(_, completion)| completion));
         Ok(())
@@ -170,7 +170,7 @@ impl Wakeup for VerbsTransport {
             self.on_events();
             // Asked first, looked at second: see the file above.
             self.queues.iter().try_for_each(|queue| queue.request_event())?;
-            self.collect(Instant::now())?;
+            self.collect(Instant::now(), ROUNDS_MAX)?;
         }
         Ok(if self.done.is_empty() { Armed::Sleep } else { Armed::Ready })
     }

@@ -176,7 +176,7 @@ impl VerbsTransport {
     /// A completion queue with room for one more pair.
     fn seat(&mut self) -> Result<Arc<CompletionQueue>> {
         // A pair that was destroyed may have left completions behind, in the room of the one that comes.
-        self.collect(Instant::now())?;
+        self.collect(Instant::now(), usize::MAX)?;
         if let Some(queue) = self.queues.iter().find(|queue| queue.has_seat()) {
             return Ok(queue.clone());
         }
@@ -203,11 +203,11 @@ impl VerbsTransport {
         }
     }
 
-    /// Takes completions out of all queues and acts on them, then sends what that made possible.
-    fn collect(&mut self, now: Instant) -> Result<()> {
+    /// Takes completions out of all queues, up to `rounds` batches of each, and acts on them; then sends what that made possible.
+    fn collect(&mut self, now: Instant, rounds: usize) -> Result<()> {
         let mut batch = [IbvWc::default(); BATCH];
         for at in 0..self.queues.len() {
-            for _ in 0..ROUNDS_MAX {
+            for _ in 0..rounds {
                 let count = self.queues[at].poll(&mut batch)?;
                 batch[..count].iter().for_each(|completion| self.on_completion(completion, now));
                 if count < BATCH {
