@@ -3,7 +3,7 @@
 //! Why no binding from a registry: docs/decisions/0004-libibverbs-at-run-time.md. The calls of the data path (`ibv_post_send`,
 //! `ibv_post_recv`, `ibv_poll_cq`, `ibv_req_notify_cq`) are inline in C and no symbols: they go through [`IbvContextOps`].
 //!
-//! Invariant: types and numbers here are those of <infiniband/verbs.h> for every libibverbs.so.1 from rdma-core 25 on (the
+//! Invariant: types and numbers here are those of <infiniband/verbs.h> for every libibverbs.so.1 from rdma-core 28 on (the
 //! soname and the version of each symbol stand for one binary interface); `tests` compares them with the header where there is
 //! one.
 
@@ -108,7 +108,7 @@ impl Table {
         // `table`, and where a test drops it, no pointer of it is left.
         let library =
             unsafe { Library::new(name) }.map_err(|error| format!("{name} cannot be loaded: {}", reason(&error)))?;
-        Table::look_up(library).map_err(|error| format!("{name} is not of rdma-core 25 or later: {error}"))
+        Table::look_up(library).map_err(|error| format!("{name} is not of rdma-core 28 or later: {error}"))
     }
 }
 

@@ -62,11 +62,6 @@ fn beliefs() -> Vec<(&'static str, i64)> {
             vec![$((concat!("offsetof(", $c_type, ", ", $c_field, ")"), offset_of!($type, $field) as i64)),*]
         };
     }
-    macro_rules! sizes {
-        ($($type:ty, $c_type:literal);* $(;)?) => {
-            vec![$((concat!("sizeof(", $c_type, ")"), size_of::<$type>() as i64)),*]
-        };
-    }
     let mut beliefs = offsets!(IbvContext, "struct ibv_context":
         device "device", ops "ops", cmd_fd "cmd_fd", async_fd "async_fd");
     beliefs.extend(offsets!(IbvContextOps, "struct ibv_context_ops":
@@ -116,16 +111,25 @@ fn beliefs() -> Vec<(&'static str, i64)> {
         state "state", max_mtu "max_mtu", active_mtu "active_mtu", gid_tbl_len "gid_tbl_len",
         max_msg_sz "max_msg_sz", lid "lid", link_layer "link_layer"));
     beliefs.extend(offsets!(IbvAsyncEvent, "struct ibv_async_event": element "element", event_type "event_type"));
-    beliefs.extend(sizes!(
+    beliefs.extend(sizes());
+    beliefs.extend(CONSTANTS);
+    beliefs
+}
+
+fn sizes() -> Vec<(&'static str, i64)> {
+    macro_rules! sizes {
+        ($($type:ty, $c_type:literal);* $(;)?) => {
+            vec![$((concat!("sizeof(", $c_type, ")"), size_of::<$type>() as i64)),*]
+        };
+    }
+    sizes!(
         IbvContextOps, "struct ibv_context_ops"; IbvSge, "struct ibv_sge"; IbvSendWr, "struct ibv_send_wr";
         IbvRecvWr, "struct ibv_recv_wr"; IbvWc, "struct ibv_wc"; IbvQpInitAttr, "struct ibv_qp_init_attr";
         IbvGlobalRoute, "struct ibv_global_route"; IbvAhAttr, "struct ibv_ah_attr"; IbvQpAttr, "struct ibv_qp_attr";
         IbvDeviceAttr, "struct ibv_device_attr"; IbvPortAttr, "struct ibv_port_attr";
         IbvAsyncEvent, "struct ibv_async_event"; IbvMr, "struct ibv_mr"; IbvQpCap, "struct ibv_qp_cap";
         c_uint, "enum ibv_wc_status"; c_uint, "enum ibv_event_type"; c_uint, "enum ibv_qp_state";
-    ));
-    beliefs.extend(CONSTANTS);
-    beliefs
+    )
 }
 
 fn program() -> String {
