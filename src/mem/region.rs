@@ -157,6 +157,11 @@ impl Region {
         self.mapping.report
     }
 
+    /// Where the region is mapped, for a device that is to reach it. The bytes there are touched through leases only.
+    pub(crate) fn start(&self) -> NonNull<u8> {
+        self.mapping.start
+    }
+
     /// Whether `other` is this very region, not one like it.
     pub fn is_same(&self, other: &Region) -> bool {
         Arc::ptr_eq(&self.mapping, &other.mapping)

@@ -3,7 +3,7 @@
 //! Invariant: a fabric that the job does not name is never used, and one that it names and that cannot be had here is said so.
 #![forbid(unsafe_code)]
 
-use super::{Fabric, JobConfig, Member};
+use super::{Fabric, JobConfig, Member, cores_from_environment};
 use crate::{
     Error, Result,
     transport::{
@@ -11,6 +11,7 @@ use crate::{
         shm::{ShmOptions, ShmTransport},
         soft::{SoftFaults, SoftOptions, SoftTransport},
         tcp::{TcpOptions, TcpTransport},
+        verbs::{VerbsOptions, VerbsTransport, numa_node_of},
     },
     types::PeerId,
     wire::{JobToken, handshake::Identity, job_id},
@@ -35,17 +36,19 @@ pub fn open(member: &Member, lane: u16, listen: bool) -> Result<Fabrics> {
     };
     let own = std::env::var(OWN_TRANSPORTS).ok();
     let mut drivers: Vec<Box<dyn Driver>> = Vec::new();
-    let mut refused = None;
-    for fabric in allowed(&config.transports, own.as_deref())? {
-        match driver(fabric, config, identity.clone(), listen) {
+    let allowed = allowed(&config.transports, own.as_deref())?;
+    let mut missing = None;
+    for fabric in &allowed {
+        match driver(*fabric, config, identity.clone(), listen) {
             Ok(driver) => drivers.push(driver),
+            Err(why) if !may_be_missing(*fabric) => return Err(why),
             Err(why) => {
-                tracing::warn!("{me} does without {}: {why}", fabric.name());
-                refused = Some(why);
+                do_without(me, *fabric, config, &why);
+                missing = Some(why);
             }
         }
     }
-    match refused {
+    match missing {
         Some(why) if drivers.is_empty() => Err(why),
         _ => Fabrics::new(me, drivers),
     }
@@ -60,6 +63,7 @@ fn driver(fabric: Fabric, config: &JobConfig, identity: Identity, listen: bool) 
             let faults = SoftFaults { seed: config.soft.seed.wrapping_add(salt), ..config.soft };
             Box::new(SoftTransport::new(SoftOptions { faults, ..SoftOptions::default() })?)
         }
+        Fabric::Verbs => Box::new(verbs(identity)?),
         Fabric::Tcp => {
             let options = TcpOptions {
                 listen,
@@ -72,6 +76,32 @@ fn driver(fabric: Fabric, config: &JobConfig, identity: Identity, listen: bool) 
     })
 }
 
+fn verbs(identity: Identity) -> Result<VerbsTransport> {
+    let cores = cores_from_environment()?;
+    // A server has a core for each lane; a worker is near any of its own.
+    let core = cores.get(usize::from(identity.me.lane)).or(cores.first());
+    let options = VerbsOptions { numa_node: core.and_then(|core| numa_node_of(*core)), ..VerbsOptions::new(identity) };
+    VerbsTransport::new(options.with_environment(|name| std::env::var(name).ok())?)
+}
+
+/// Whether a machine may lack what the fabric needs. A device that was asked for by name may not be missing.
+fn may_be_missing(fabric: Fabric) -> bool {
+    match fabric {
+        Fabric::Shm => true,
+        Fabric::Verbs => std::env::var_os("GRADWIRE_HCA").is_none_or(|name| name.is_empty()),
+        Fabric::Tcp | Fabric::Soft => false,
+    }
+}
+
+/// Says that a better fabric is not to be had: aloud where somebody asked for it.
+fn do_without(me: PeerId, fabric: Fabric, config: &JobConfig, why: &Error) {
+    let name = fabric.name();
+    match config.transports == JobConfig::default().transports {
+        true => tracing::info!("{me} does without {name}: {why}"),
+        false => tracing::warn!("{me} does without {name}: {why}; `gradwire doctor` says what would help"),
+    }
+}
+
 /// Opens every fabric once, for a job that does not exist: what each would use, or why it cannot be had on this machine.
 pub fn probe() -> Vec<(&'static str, Result<String>)> {
     let open = |fabric: Fabric| -> Result<String> {
@@ -81,6 +111,10 @@ pub fn probe() -> Vec<(&'static str, Result<String>)> {
             Fabric::Shm => {
                 ShmTransport::new(ShmOptions::new(identity))?;
                 "for ranks of one host and user".into()
+            }
+            Fabric::Verbs => {
+                verbs(identity)?;
+                "for peers that have a device too".into()
             }
             Fabric::Soft => {
                 SoftTransport::new(SoftOptions::default())?;
@@ -92,7 +126,7 @@ pub fn probe() -> Vec<(&'static str, Result<String>)> {
             }
         })
     };
-    [Fabric::Shm, Fabric::Tcp, Fabric::Soft].map(|fabric| (fabric.name(), open(fabric))).into()
+    [Fabric::Shm, Fabric::Verbs, Fabric::Tcp, Fabric::Soft].map(|fabric| (fabric.name(), open(fabric))).into()
 }
 
 /// The job's fabrics, in its order, without those that this rank does without.
@@ -117,6 +151,7 @@ mod tests {
     fn a_rank_may_do_without_a_fabric_but_not_without_all() {
         assert_eq!(allowed(&[Fabric::Tcp], None).unwrap(), [Fabric::Tcp]);
         assert_eq!(allowed(&[Fabric::Tcp], Some("verbs, tcp")).unwrap(), [Fabric::Tcp]);
+        assert_eq!(allowed(&[Fabric::Verbs, Fabric::Tcp], Some("verbs")).unwrap(), [Fabric::Verbs]);
         let error = allowed(&[Fabric::Tcp], Some("verbs")).unwrap_err().to_string();
         assert!(error.contains(OWN_TRANSPORTS) && error.contains("verbs") && error.contains("tcp"), "{error}");
     }

@@ -45,6 +45,8 @@ impl Default for CheckpointConfig {
 pub enum Fabric {
     /// Memory that two processes of one host share.
     Shm,
+    /// RDMA: InfiniBand or RoCE.
+    Verbs,
     /// Sockets.
     Tcp,
     /// A soft-RDMA queue pair over UDP: for tests.
@@ -56,6 +58,7 @@ impl Fabric {
     pub const fn name(self) -> &'static str {
         match self {
             Fabric::Shm => "shm",
+            Fabric::Verbs => "verbs",
             Fabric::Tcp => "tcp",
             Fabric::Soft => "soft",
         }
@@ -186,7 +189,7 @@ impl Default for JobConfig {
             join_ms: 60_000,
             setup_ms: 600_000,
             wait_ms: 600_000,
-            transports: vec![Fabric::Shm, Fabric::Tcp],
+            transports: vec![Fabric::Shm, Fabric::Verbs, Fabric::Tcp],
             soft: SoftFaults::default(),
             interface: None,
             ports: None,

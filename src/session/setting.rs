@@ -48,7 +48,7 @@ const SETTINGS: &[(&str, Kind)] = &[
     ("join_ms", Kind::Whole),
     ("setup_ms", Kind::Whole),
     ("wait_ms", Kind::Whole),
-    ("transports", Kind::Choices(&["shm", "tcp", "soft"])),
+    ("transports", Kind::Choices(&["shm", "verbs", "tcp", "soft"])),
     ("soft.loss", Kind::Number),
     ("soft.duplicate", Kind::Number),
     ("soft.reorder", Kind::Number),

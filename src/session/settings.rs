@@ -13,7 +13,7 @@ use super::{JobConfig, setting};
 use crate::{Error, Result};
 
 /// Variables of this program that are no settings of a job.
-const OTHER_VARIABLES: [&str; 16] = [
+const OTHER_VARIABLES: [&str; 22] = [
     "GRADWIRE_CONFIG",
     "GRADWIRE_LOG",
     "GRADWIRE_HOME",
@@ -30,6 +30,12 @@ const OTHER_VARIABLES: [&str; 16] = [
     "GRADWIRE_RANK_TRANSPORTS",
     "GRADWIRE_TCP_IO",
     "GRADWIRE_TORCH",
+    "GRADWIRE_HCA",
+    "GRADWIRE_GID_INDEX",
+    "GRADWIRE_TRAFFIC_CLASS",
+    "GRADWIRE_SERVICE_LEVEL",
+    "GRADWIRE_PKEY_INDEX",
+    "GRADWIRE_TEST_RDMA",
 ];
 
 /// Gathers the settings of a job, weakest source first: `environment` (all variables; those of other programs are passed over),

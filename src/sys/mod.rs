@@ -4,3 +4,4 @@
 
 pub mod hwloc;
 pub mod kernel;
+pub mod verbs;

@@ -151,6 +151,12 @@ impl Transport for Fabrics {
         let route = self.choose(peer, &own, remote)?;
         self.drivers[route.driver].connect(peer, remote, deadline)?;
         tracing::info!("{} reaches {peer} over {}: {}", self.me, route.choice.fabric, route.choice.reason);
+        // The others need not keep ready what they have offered: a queue pair, a ring.
+        for (at, driver) in self.drivers.iter_mut().enumerate() {
+            if at != route.driver {
+                driver.fence(peer);
+            }
+        }
         self.routes.insert(peer, route);
         Ok(())
     }

@@ -13,6 +13,7 @@ pub mod shm;
 pub mod sim;
 pub mod soft;
 pub mod tcp;
+pub mod verbs;
 mod waiter;
 
 use std::{fmt, os::fd::BorrowedFd, time::Instant};

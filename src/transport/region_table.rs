@@ -82,6 +82,19 @@ impl RegionTable {
         Ok(rkey)
     }
 
+    /// Registers a region under the key that its device gave it.
+    pub fn register_as(&mut self, region: &Region, rkey: u32) -> Result<()> {
+        if self.regions.len() == REGIONS_MAX {
+            return Err(Error::Config(format!("a transport takes at most {REGIONS_MAX} regions")));
+        }
+        assert!(
+            rkey != 0 && self.regions.iter().all(|(known, _)| *known != rkey),
+            "the key {rkey} was given out before"
+        );
+        self.regions.push((rkey, region.clone()));
+        Ok(())
+    }
+
     /// Opens a slot to one write by `peer`.
     pub fn arm(&mut self, peer: PeerId, slot: Lease) -> Result<RemoteSlot> {
         let defect = |what: &str| Error::Config(format!("a slot for {peer} cannot be armed: {what}"));

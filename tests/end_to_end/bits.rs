@@ -4,13 +4,18 @@ use std::{collections::BTreeMap, time::Duration};
 
 use gradwire::{
     Consistency, Dtype,
+    launch::Job,
     layout::{Layout, TensorSpec},
     optim::Reduction,
+    session::Fabric,
+    transport::verbs::{VerbsOptions, VerbsTransport},
+    types::PeerId,
+    wire::{JobToken, handshake::Identity},
     world::{self, Chaos, WorldOptions},
 };
 
 use crate::{
-    jobs::{adamw, bits, digests, home, options, run, stored},
+    jobs::{adamw, bits, digests, end, home, options, run, stored},
     program::{STEPS, Simulated, model, part_of_model},
 };
 
@@ -70,6 +75,47 @@ fn tcp_and_the_simulator_agree_bit_for_bit_fused_and_in_two_steps() {
         assert!(digests.len() == 2 && digests[0] == digests[1], "{output}");
         same(&expected, &stored(home.path(), &all), if two_step { "tcp, two steps" } else { "tcp" });
     }
+}
+
+/// Where there is an RDMA device; elsewhere it says so, and is a failure where `GRADWIRE_TEST_RDMA` is set.
+#[test]
+fn verbs_gives_the_simulators_bits_and_nothing_goes_over_another_fabric() {
+    let home = home();
+    let all = vec![model(); 2];
+    let mut options = options(home.path(), "train");
+    options.config.transports = vec![Fabric::Verbs];
+    options.config.landing_bytes = 2 * 1024 * 3;
+    let identity = Identity { job: 1, token: JobToken::random().unwrap(), me: PeerId::worker(0), epoch: 0 };
+    if let Err(absence) = VerbsTransport::new(VerbsOptions::new(identity)) {
+        assert!(std::env::var_os("GRADWIRE_TEST_RDMA").is_none(), "GRADWIRE_TEST_RDMA is set: {absence}");
+        println!("NOT RUN, the job over verbs is NOT tested here: {absence}");
+        // The only fabric may not be replaced by another in silence.
+        options.config.join_ms = 20_000;
+        let mut job = Job::start(options).unwrap();
+        let outcome = end(&mut job);
+        assert_ne!(outcome.code, 0, "{}", job.output());
+        let told = format!("{:?} {}", outcome.reason, job.output());
+        assert!(told.contains("RDMA") || told.contains("libibverbs"), "{told}");
+        return;
+    }
+    let output = run(options);
+    let digests = digests(&output);
+    assert!(digests.len() == 2 && digests[0] == digests[1], "{output}");
+    same(&simulated(all.clone(), false), &stored(home.path(), &all), "verbs");
+}
+
+#[test]
+fn a_job_that_would_rather_have_verbs_says_why_it_has_not_and_goes_on() {
+    let home = home();
+    let all = vec![model(); 2];
+    let mut options = options(home.path(), "train");
+    // Not the default, so somebody has asked for it.
+    options.config.transports = vec![Fabric::Tcp, Fabric::Verbs];
+    let identity = Identity { job: 1, token: JobToken::random().unwrap(), me: PeerId::worker(0), epoch: 0 };
+    let absence = VerbsTransport::new(VerbsOptions::new(identity)).err();
+    let output = run(options);
+    assert_eq!(output.contains("does without verbs"), absence.is_some(), "{absence:?}: {output}");
+    same(&simulated(all.clone(), false), &stored(home.path(), &all), "tcp before verbs");
 }
 
 #[test]

@@ -12,4 +12,5 @@ mod shm_users;
 mod sim;
 mod soft;
 mod tcp;
+mod verbs;
 mod world;

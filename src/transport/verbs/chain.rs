@@ -1,0 +1,165 @@
+//! Requests that go to a device together: built one after the other, handed in as one list, with one doorbell.
+//!
+//! Invariant: a request's range and inline bytes live in the chain's own arrays, at its own index, and the arrays do not move
+//! between `link` and the end of the call that hands the list in; a chain never grows beyond what it was made for.
+
+use std::ptr;
+
+use crate::{
+    sys::verbs::{self as v, IbvSendWr, IbvSge},
+    wire::FrameHeader,
+};
+
+/// A list of requests.
+#[derive(Debug)]
+pub(super) struct Chain {
+    requests: Vec<IbvSendWr>,
+    ranges: Vec<IbvSge>,
+    headers: Vec<[u8; FrameHeader::SIZE]>,
+    /// What all of them are called in completions.
+    wr_id: u64,
+}
+
+// SAFETY: the pointers in `requests` are null but for the time of one call, and point into the chain's own arrays then.
+unsafe impl Send for Chain {}
+
+/// Where a request's bytes go at the peer.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Target {
+    pub(super) rkey: u32,
+    pub(super) offset: u64,
+}
+
+impl Chain {
+    /// An empty chain for up to `capacity` requests.
+    pub(super) fn new(capacity: usize) -> Chain {
+        Chain {
+            requests: Vec::with_capacity(capacity),
+            ranges: Vec::with_capacity(capacity),
+            headers: Vec::with_capacity(capacity),
+            wr_id: 0,
+        }
+    }
+
+    /// Begins a new list, whose requests complete under `wr_id`.
+    pub(super) fn begin(&mut self, wr_id: u64) {
+        self.wr_id = wr_id;
+        self.requests.clear();
+        self.ranges.clear();
+        self.headers.clear();
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.requests.len()
+    }
+
+    /// A write of registered bytes.
+    pub(super) fn write(&mut self, range: IbvSge, target: Target) {
+        self.push(v::WR_RDMA_WRITE, None, Some(range), target, [0; FrameHeader::SIZE]);
+    }
+
+    /// A note: its bytes into the peer's ring, and 32 bits with the completion there.
+    pub(super) fn note(&mut self, header: [u8; FrameHeader::SIZE], immediate: u32, target: Target) {
+        let range = IbvSge { addr: 0, length: FrameHeader::SIZE as u32, lkey: 0 };
+        self.push(v::WR_RDMA_WRITE_WITH_IMM, Some(immediate), Some(range), target, header);
+        self.last().send_flags |= v::SEND_INLINE;
+    }
+
+    /// 32 bits alone.
+    pub(super) fn word(&mut self, immediate: u32, target: Target) {
+        self.push(v::WR_RDMA_WRITE_WITH_IMM, Some(immediate), None, target, [0; FrameHeader::SIZE]);
+    }
+
+    /// A write of nothing: its acknowledgement is all that is wanted.
+    pub(super) fn probe(&mut self, target: Target) {
+        self.push(v::WR_RDMA_WRITE, None, None, target, [0; FrameHeader::SIZE]);
+    }
+
+    /// Has the last request complete when it is done, not only when it fails.
+    pub(super) fn signal(&mut self) {
+        self.last().send_flags |= v::SEND_SIGNALED;
+    }
+
+    /// The list, for one call.
+    pub(super) fn link(&mut self) -> *mut IbvSendWr {
+        for at in 0..self.requests.len() {
+            if self.requests[at].send_flags & v::SEND_INLINE != 0 {
+                self.ranges[at].addr = self.headers[at].as_ptr().expose_provenance() as u64;
+            }
+        }
+        let (first, ranges) = (self.requests.as_mut_ptr(), self.ranges.as_mut_ptr());
+        for (at, request) in self.requests.iter_mut().enumerate() {
+            // Within the arrays: they have as many elements each.
+            request.sg_list = ranges.wrapping_add(at);
+            request.next = first.wrapping_add(at + 1);
+        }
+        match self.requests.last_mut() {
+            Some(last) => last.next = ptr::null_mut(),
+            None => return ptr::null_mut(),
+        }
+        self.requests.as_mut_ptr()
+    }
+
+    fn last(&mut self) -> &mut IbvSendWr {
+        self.requests.last_mut().expect("there is a request")
+    }
+
+    fn push(
+        &mut self,
+        opcode: u32,
+        immediate: Option<u32>,
+        range: Option<IbvSge>,
+        target: Target,
+        header: [u8; FrameHeader::SIZE],
+    ) {
+        assert!(self.requests.len() < self.requests.capacity(), "a chain longer than the send queue");
+        self.requests.push(IbvSendWr {
+            wr_id: self.wr_id,
+            next: ptr::null_mut(),
+            sg_list: ptr::null_mut(),
+            num_sge: i32::from(range.is_some()),
+            opcode,
+            send_flags: 0,
+            imm_data: immediate.unwrap_or(0).to_be(),
+            remote_addr: target.offset,
+            rkey: target.rkey,
+            others: [0; 19],
+        });
+        self.ranges.push(range.unwrap_or_default());
+        self.headers.push(header);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_list_leads_through_all_requests_and_to_their_bytes() {
+        let mut chain = Chain::new(3);
+        let target = Target { rkey: 5, offset: 640 };
+        assert!(chain.link().is_null());
+        chain.begin(77);
+        chain.write(IbvSge { addr: 4096, length: 9, lkey: 3 }, target);
+        chain.note([7; FrameHeader::SIZE], 0x0102_0304, target);
+        chain.signal();
+        chain.word(1, target);
+        let mut at = chain.link();
+        let mut seen = Vec::new();
+        while !at.is_null() {
+            // SAFETY: the list is the chain's own, just linked.
+            let (request, range) = unsafe { (*at, *(*at).sg_list) };
+            seen.push((request.opcode, request.send_flags, request.num_sge, range.length));
+            if request.send_flags & v::SEND_INLINE != 0 {
+                // SAFETY: inline bytes are the chain's own.
+                let bytes = unsafe { *(range.addr as usize as *const [u8; FrameHeader::SIZE]) };
+                assert_eq!(bytes, [7; FrameHeader::SIZE]);
+                assert_eq!((request.imm_data.to_ne_bytes(), request.wr_id), ([1, 2, 3, 4], 77));
+            }
+            assert_eq!((request.rkey, request.remote_addr), (5, 640));
+            at = request.next;
+        }
+        let inline = v::SEND_INLINE | v::SEND_SIGNALED;
+        assert_eq!(seen, [(0, 0, 1, 9), (1, inline, 1, 64), (1, 0, 0, 0)]);
+    }
+}

@@ -1,0 +1,217 @@
+//! The transport's trait on verbs.
+//!
+//! Invariant: after `fence` the peer's queue pair is destroyed before anything of it is given back, and nothing is told of that
+//! peer but `Failed`.
+#![forbid(unsafe_code)]
+
+use std::{
+    os::fd::{AsFd, BorrowedFd},
+    time::Instant,
+};
+
+use super::{
+    FABRIC, ROUNDS_MAX, VerbsTransport,
+    address::Address,
+    memory::Registration,
+    path::{Done, Range, Stage},
+};
+use crate::{
+    Error, Result,
+    mem::{Lease, Region, SharedLease},
+    transport::{
+        Armed, Completion, Driver, Endpoint, MemoryRegion, QueueFull, RemoteSlot, Transport, Wakeup, WorkRequest,
+    },
+    types::PeerId,
+    wire::{FrameHeader, FrameTarget},
+};
+
+impl Transport for VerbsTransport {
+    fn register(&mut self, region: &Region) -> Result<MemoryRegion> {
+        let rkey = match self.regions.get(&region.id()) {
+            Some(known) => known.rkey(),
+            None => {
+                let registration = Registration::new(&self.device, region)?;
+                self.registrations += 1;
+                let rkey = registration.rkey();
+                if rkey == 0 {
+                    return Err(Error::Config(format!("the device gave {} the key 0, which means none", region.id())));
+                }
+                self.table.register_as(region, rkey)?;
+                self.regions.insert(region.id(), registration);
+                rkey
+            }
+        };
+        Ok(MemoryRegion::new(FABRIC, rkey, region.len() as u64))
+    }
+
+    fn fabric(&self, _peer: PeerId) -> &'static str {
+        FABRIC
+    }
+
+    fn offer(&mut self, peer: PeerId) -> Result<Endpoint> {
+        let index = match self.index_of.get(&peer) {
+            Some(index) => *index,
+            None => self.prepare(peer)?,
+        };
+        match &self.paths[index] {
+            Some(path) if !matches!(path.stage, Stage::Dead) => Ok(Endpoint::new(FABRIC, path.offered.to_string())),
+            _ => Err(Error::Config(format!("the path to {peer} is broken; fence it first"))),
+        }
+    }
+
+    fn connect(&mut self, peer: PeerId, remote: &Endpoint, deadline: Instant) -> Result<()> {
+        let Some(address) = remote.on(FABRIC) else {
+            return Err(Error::Config(format!("{peer} offers `{}`, this is {FABRIC}", remote.fabrics())));
+        };
+        let address = Address::parse(address).map_err(|why| Error::Config(format!("{peer}: {why}")))?;
+        let index = match self.index_of.get(&peer) {
+            Some(index) => *index,
+            None => self.prepare(peer)?,
+        };
+        let path = self.paths[index].as_mut().expect("a path that has an index is there");
+        path.offered
+            .judge(&address)
+            .map_err(|why| Error::Config(format!("{peer} cannot be reached over verbs: {why}")))?;
+        path.connect(&address, self.options.identity.me > peer, deadline)?;
+        self.mark(index);
+        self.send();
+        Ok(())
+    }
+
+    fn arm(&mut self, peer: PeerId, slot: Lease) -> Result<RemoteSlot> {
+        self.table.arm(peer, slot)
+    }
+
+    fn fence(&mut self, peer: PeerId) -> Vec<Lease> {
+        let mut slots = Vec::new();
+        if let Some(index) = self.index_of.remove(&peer)
+            && let Some(mut path) = self.paths[index].take()
+        {
+            path.end();
+            forget(peer, &mut self.done, &mut slots);
+            path.fail("we ended it", &mut self.done);
+            self.dirty.retain(|dirty| *dirty != index);
+        }
+        slots.append(&mut self.table.fence(peer));
+        slots
+    }
+
+    fn post(&mut self, request: WorkRequest) -> Result<(), QueueFull> {
+        let queue_limit = self.options.queue_limit;
+        let peer = request.peer;
+        let defect = match self.path(peer).map(|(_, path)| (&path.stage, path.outstanding())) {
+            None | Some((Stage::Prepared(_), _)) => {
+                Some(Error::Broken { peer, reason: "there is none: connect comes first".into() })
+            }
+            Some((Stage::Dead, _)) => Some(Error::Broken { peer, reason: "it ended before".into() }),
+            Some((_, outstanding)) if outstanding >= queue_limit => return Err(QueueFull(request)),
+            Some(_) => request.defect(),
+        };
+        let WorkRequest { id, note, payload, .. } = request;
+        let target = payload.as_ref().map(|(_, slot)| FrameTarget { rkey: slot.rkey, offset: slot.offset });
+        let located = match defect {
+            Some(error) => Err((error, payload.map(|(source, _)| source))),
+            None => self.locate(peer, payload, note.length),
+        };
+        match located {
+            Err((error, source)) => self.done.push((peer, Completion::Failed { id, source, error })),
+            Ok(payload) => {
+                let (index, path) = self.path(peer).expect("looked up above");
+                path.push(id, &FrameHeader { target, note }, payload);
+                self.mark(index);
+            }
+        }
+        Ok(())
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        self.send();
+        Ok(())
+    }
+
+    fn poll(&mut self, now: Instant, completions: &mut Vec<Completion>) -> Result<()> {
+        self.collect(now, ROUNDS_MAX)?;
+        self.tick(now);
+        completions.extend(self.done.drain(..).map(|(_, completion)| completion));
+        Ok(())
+    }
+}
+
+impl VerbsTransport {
+    /// Finds the key of a payload's memory.
+    #[allow(clippy::type_complexity, reason = "a payload, with what the device needs or with why it cannot")]
+    fn locate(
+        &self,
+        peer: PeerId,
+        payload: Option<(SharedLease, RemoteSlot)>,
+        length: u32,
+    ) -> Result<Option<(SharedLease, Range)>, (Error, Option<SharedLease>)> {
+        let Some((source, slot)) = payload else { return Ok(None) };
+        let refuse = |what: &str| Error::Config(format!("the request to {peer} cannot be sent: {what}"));
+        let Some(registration) = self.regions.get(&source.region_id()) else {
+            return Err((refuse("its payload's region is not registered with this transport"), Some(source)));
+        };
+        let range = Range { lkey: registration.lkey(), slot, length };
+        if !range.fits(self.device.limits.message_bytes, self.options.send_depth) {
+            return Err((refuse("its payload is longer than the send queue can hold in messages"), Some(source)));
+        }
+        Ok(Some((source, range)))
+    }
+}
+
+impl Wakeup for VerbsTransport {
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.epoll.0.as_fd()
+    }
+
+    fn arm_wakeup(&mut self) -> Result<Armed> {
+        if self.done.is_empty() {
+            self.device.drain_channel();
+            self.on_events();
+            // Asked first, looked at second: see the file above.
+            self.queues.iter().try_for_each(|queue| queue.request_event())?;
+            self.collect(Instant::now(), ROUNDS_MAX)?;
+        }
+        Ok(if self.done.is_empty() { Armed::Sleep } else { Armed::Ready })
+    }
+
+    fn next_deadline(&self) -> Option<Instant> {
+        let joined = self.paths.iter().flatten().filter(|path| path.handle().is_some());
+        joined.map(|path| path.deadline().map_or(self.next_tick, |deadline| deadline.min(self.next_tick))).min()
+    }
+}
+
+impl Driver for VerbsTransport {
+    fn judge(&self, own: &str, remote: &str) -> Result<String, String> {
+        Address::parse(own)?.judge(&Address::parse(remote)?)
+    }
+}
+
+impl Drop for VerbsTransport {
+    fn drop(&mut self) {
+        // Pairs before the slots and sources that they reach.
+        self.paths.iter_mut().flatten().for_each(|path| path.end());
+    }
+}
+
+/// After a fence only `Failed` may follow: a `Sent` that nobody has heard of yet becomes one, so that its source comes back.
+fn forget(peer: PeerId, done: &mut Done, slots: &mut Vec<Lease>) {
+    done.retain_mut(|(about, completion)| {
+        if *about != peer {
+            return true;
+        }
+        match completion {
+            Completion::Sent { id, source } => {
+                let error = Error::Broken { peer, reason: "we ended it".into() };
+                *completion = Completion::Failed { id: *id, source: source.take(), error };
+                true
+            }
+            Completion::Failed { .. } | Completion::Released { .. } => true,
+            Completion::Arrived { lease, .. } => {
+                slots.extend(lease.take());
+                false
+            }
+            Completion::Connected { .. } | Completion::Broken { .. } => false,
+        }
+    });
+}
