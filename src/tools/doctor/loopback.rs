@@ -14,7 +14,10 @@ use crate::{
     Error, Result,
     transport::{
         Driver, Endpoint,
+        shm::{ShmOptions, ShmTransport},
+        soft::{SoftOptions, SoftTransport},
         tcp::{TcpOptions, TcpTransport},
+        verbs::{VerbsOptions, VerbsTransport},
     },
     types::PeerId,
     wire::{JobToken, handshake::Identity, job_id},
@@ -28,7 +31,27 @@ type Ends = [Box<dyn Driver>; 2];
 type Open = fn([Identity; 2]) -> Result<Ends>;
 
 /// How to make two ends of each fabric that can reach each other; the first may listen. A new driver is a line here.
-const FABRICS: [(&str, Open); 1] = [("tcp", tcp)];
+const FABRICS: [(&str, Open); 4] = [("shm", shm), ("verbs", verbs), ("tcp", tcp), ("soft", soft)];
+
+/// Where Linux lists RDMA devices.
+const RDMA_DEVICES: &str = "/sys/class/infiniband";
+
+fn shm([first, second]: [Identity; 2]) -> Result<Ends> {
+    let end = |identity| ShmTransport::new(ShmOptions::new(identity));
+    Ok([Box::new(end(first)?), Box::new(end(second)?)])
+}
+
+fn verbs([first, second]: [Identity; 2]) -> Result<Ends> {
+    let end = |identity| -> Result<VerbsTransport> {
+        VerbsTransport::new(VerbsOptions::new(identity).with_environment(|name| std::env::var(name).ok())?)
+    };
+    Ok([Box::new(end(first)?), Box::new(end(second)?)])
+}
+
+fn soft(_: [Identity; 2]) -> Result<Ends> {
+    let end = || SoftTransport::new(SoftOptions::default());
+    Ok([Box::new(end()?), Box::new(end()?)])
+}
 
 fn tcp([first, second]: [Identity; 2]) -> Result<Ends> {
     let calling = TcpOptions { listen: false, ..TcpOptions::new(second) };
@@ -48,9 +71,11 @@ pub struct Tried {
     pub error: Option<String>,
 }
 
-/// Tries every fabric on this machine alone.
+/// Tries every fabric on this machine alone, verbs only where there is a device: that there is none is told elsewhere.
 pub fn try_fabrics() -> Vec<Tried> {
-    let tried = FABRICS.iter().map(|(fabric, open)| match try_one(*open) {
+    let has_device = std::fs::read_dir(RDMA_DEVICES).is_ok_and(|mut devices| devices.next().is_some());
+    let there = FABRICS.iter().filter(|(fabric, _)| *fabric != "verbs" || has_device);
+    let tried = there.map(|(fabric, open)| match try_one(*open) {
         Ok(figures) => Tried { fabric, figures: Some(figures), error: None },
         Err(error) => Tried { fabric, figures: None, error: Some(error.to_string()) },
     });

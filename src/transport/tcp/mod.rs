@@ -475,10 +475,8 @@ impl Wakeup for TcpTransport {
 
 impl Driver for TcpTransport {
     fn judge(&self, own: &str, remote: &str) -> Result<String, String> {
-        match own.is_empty() && remote.is_empty() {
-            true => Err("neither end listens".into()),
-            false => Ok("sockets reach any host".into()),
-        }
+        let neither = own.is_empty() && remote.is_empty();
+        if neither { Err("neither end listens".into()) } else { Ok("sockets reach any host".into()) }
     }
 }
 
