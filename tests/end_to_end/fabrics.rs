@@ -5,7 +5,12 @@ use std::ffi::OsString;
 use gradwire::{
     launch::{Job, JobOptions},
     session::Fabric,
-    transport::soft::SoftFaults,
+    transport::{
+        soft::SoftFaults,
+        verbs::{VerbsOptions, VerbsTransport},
+    },
+    types::PeerId,
+    wire::{JobToken, handshake::Identity},
 };
 
 use crate::{
@@ -87,6 +92,28 @@ fn three_fabrics_in_one_job_give_the_same_bits() {
     let paths = run_alike(options, home.path(), "shm, soft and tcp");
     let expected = [("shm", 1), ("soft", 1), ("tcp", 2)].map(|(name, count)| (name.to_string(), count));
     assert_eq!(paths, expected);
+}
+
+/// Verbs where there is an RDMA device: worker 0 reaches server 0 over shm and server 1 over verbs, worker 1 both over tcp.
+#[test]
+fn verbs_shm_and_tcp_in_one_job_give_the_same_bits() {
+    let home = home();
+    let mut options = options(home.path(), "train");
+    options.config.transports = vec![Fabric::Shm, Fabric::Verbs, Fabric::Tcp];
+    restrict(&mut options, "worker", 1, "tcp");
+    restrict(&mut options, "server", 1, "verbs,tcp");
+    let identity = Identity { job: 1, token: JobToken::random().unwrap(), me: PeerId::worker(0), epoch: 0 };
+    let absence = VerbsTransport::new(VerbsOptions::new(identity)).err();
+    let paths = run_alike(options, home.path(), "shm, verbs and tcp");
+    let expected: &[(&str, usize)] = match &absence {
+        None => &[("shm", 1), ("tcp", 2), ("verbs", 1)],
+        Some(absence) => {
+            assert!(std::env::var_os("GRADWIRE_TEST_RDMA").is_none(), "GRADWIRE_TEST_RDMA is set: {absence}");
+            println!("verbs is NOT among the fabrics here: {absence}");
+            &[("shm", 1), ("tcp", 3)]
+        }
+    };
+    assert!(paths.iter().map(|(name, count)| (name.as_str(), *count)).eq(expected.iter().copied()), "{paths:?}");
 }
 
 /// Left to itself a job on one host takes shared memory.

@@ -1,4 +1,5 @@
-//! The contract on several fabrics at once, behind the router: three ends, and a different fabric between each two of them.
+//! The contract on several fabrics at once, behind the router: three ends, and a different fabric between each two of them; with
+//! verbs among them where there is an RDMA device.
 //!
 //! Invariant: the drivers are the real ones, and which pair has which is checked.
 
@@ -10,6 +11,7 @@ use gradwire::{
         shm::{ShmOptions, ShmTransport},
         soft::{SoftFaults, SoftOptions, SoftTransport},
         tcp::{TcpOptions, TcpTransport},
+        verbs::{VerbsOptions, VerbsTransport},
     },
     types::PeerId,
     wire::{JobToken, Note, NoteKind, handshake::Identity, job_id},
@@ -41,12 +43,21 @@ impl Mixed {
         Mixed::new([&["tcp", "shm"], &["soft", "tcp"], &["shm", "soft"]], ["tcp", "shm", "soft"])
     }
 
+    /// Only where there is an RDMA device.
+    fn verbs_first() -> Mixed {
+        Mixed::new([&["verbs", "shm", "tcp"], &["verbs", "tcp"], &["shm", "tcp"]], ["verbs", "shm", "tcp"])
+    }
+
     fn driver(&self, fabric: &str, me: PeerId) -> Box<dyn Driver> {
         let identity = Identity { job: job_id("contract", "1"), token: self.token.clone(), me, epoch: 0 };
         let queue_limit = 512;
         match fabric {
             "shm" => Box::new(ShmTransport::new(ShmOptions { queue_limit, ..ShmOptions::new(identity) }).unwrap()),
             "tcp" => Box::new(TcpTransport::new(TcpOptions { queue_limit, ..TcpOptions::new(identity) }).unwrap()),
+            "verbs" => {
+                let options = VerbsOptions { queue_limit, ..crate::verbs::options(me) };
+                Box::new(VerbsTransport::new(options).unwrap())
+            }
             _ => {
                 // A lost packet is sent again by its sender, whom one test does not poll: duplicates and delays only.
                 let faults = SoftFaults { duplicate: 0.02, reorder: 0.02, seed: 5, ..SoftFaults::default() };
@@ -89,9 +100,22 @@ mod tcp_first {
     contract!(super::Mixed::tcp_first());
 }
 
+mod verbs_first {
+    contract!(
+        super::Mixed::verbs_first(),
+        if !crate::verbs::is_there() {
+            return;
+        }
+    );
+}
+
 #[test]
-fn every_pair_has_the_fabric_that_both_prefer_and_says_why() {
-    for fabric in [Mixed::shm_first(), Mixed::soft_first(), Mixed::tcp_first()] {
+fn every_pair_has_the_fabric_that_both_prefer_verbs_too_and_says_why() {
+    let mut fabrics = vec![Mixed::shm_first(), Mixed::soft_first(), Mixed::tcp_first()];
+    if crate::verbs::is_there() {
+        fabrics.push(Mixed::verbs_first());
+    }
+    for fabric in fabrics {
         let (pairs, has) = (fabric.pairs, fabric.has);
         let mut world = World::joined(fabric, 3, 4096);
         for ((a, b), expected) in [(0, 1), (0, 2), (1, 2)].into_iter().zip(pairs) {

@@ -23,13 +23,13 @@ use gradwire::{
 
 use crate::world::{Fabric, World, fill, note, write};
 
-fn options(me: PeerId) -> VerbsOptions {
+pub fn options(me: PeerId) -> VerbsOptions {
     let identity = Identity { job: job_id("contract", "1"), token: JobToken::random().unwrap(), me, epoch: 0 };
     VerbsOptions::new(identity).with_environment(|name| std::env::var(name).ok()).unwrap()
 }
 
 /// Whether this machine can run these tests; says so if not.
-fn is_there() -> bool {
+pub fn is_there() -> bool {
     static ABSENCE: OnceLock<Option<String>> = OnceLock::new();
     let look = || VerbsTransport::new(options(PeerId::worker(0))).err().map(|error| error.to_string());
     let Some(absence) = ABSENCE.get_or_init(look) else { return true };

@@ -1,6 +1,6 @@
 //! The functions of libibverbs that we call, found at run time, and the structures that they share with us.
 //!
-//! Why no binding from a registry: docs/decisions/0004-libibverbs-at-run-time.md. The calls of the data path (`ibv_post_send`,
+//! Why no binding from a registry: docs/decisions/0005-libibverbs-at-run-time.md. The calls of the data path (`ibv_post_send`,
 //! `ibv_post_recv`, `ibv_poll_cq`, `ibv_req_notify_cq`) are inline in C and no symbols: they go through [`IbvContextOps`].
 //!
 //! Invariant: types and numbers here are those of <infiniband/verbs.h> for every libibverbs.so.1 from rdma-core 28 on (the

@@ -89,7 +89,7 @@ impl Datagrams {
         let none: [ControlMessage<'a>; 0] = [];
         let fd = self.socket.as_raw_fd();
         // The slices are read during the call only, but must be borrowed as long as the results, which only count here.
-        let sent = sendmmsg(fd, &mut self.sending, &slices, &NOWHERE[..slices.len()], &none, MsgFlags::MSG_DONTWAIT);
+        let sent = sendmmsg(fd, &mut self.sending, &slices, &NOWHERE[..slices.len()], none, MsgFlags::MSG_DONTWAIT);
         match sent {
             Ok(results) => Ok(results.count()),
             Err(Errno::EAGAIN | Errno::EINTR | Errno::ENOBUFS) => Ok(0),

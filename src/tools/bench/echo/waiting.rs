@@ -127,7 +127,10 @@ pub(super) fn complete<L: Line>(lines: &mut [L], waiting: &mut Waiting) -> Resul
 fn sleep<L: Line>(lines: &mut [L]) -> Result<()> {
     let mut ready = Vec::new();
     // Every one of them, as a waiter does.
-    let armed = lines.iter_mut().filter(|line| !line.is_done()).fold(true, |armed, line| line.arm() && armed);
+    let mut armed = true;
+    for line in lines.iter_mut().filter(|line| !line.is_done()) {
+        armed &= line.arm();
+    }
     let mut counts = Vec::with_capacity(lines.len());
     let mut fds = Vec::with_capacity(2 * lines.len());
     for line in lines.iter() {
