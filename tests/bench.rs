@@ -71,9 +71,9 @@ fn push_pull_reports_itself_beside_its_ceiling() {
             let number = |key: &str| row[key].as_f64().unwrap_or_else(|| panic!("{key} is missing: {row}"));
             assert!(number("latency_us_p50") > 0.0 && number("latency_us_p50") <= number("latency_us_p99"), "{row}");
             assert!(number("goodput_bytes_per_s") > 0.0 && number("ceiling_latency_us") > 0.0, "{row}");
-            // Whole rounds of a single worker and its median must tell of the same speed, within what medians and means differ.
+            // At least half of the slowest worker's rounds take its median or longer, which bounds the rate.
             let by_latency = number("workers") * 2.0 * number("bytes") / number("latency_us_p50") * 1e6;
-            assert!((0.02..50.0).contains(&(number("goodput_bytes_per_s") / by_latency)), "{row}");
+            assert!(number("goodput_bytes_per_s") <= 2.5 * by_latency, "{row}");
             assert!(number("ceiling_bytes_per_s") > 0.0, "{row}");
             let ratio = number("latency_us_p50") / number("ceiling_latency_us");
             assert!((number("latency_x_ceiling") / ratio - 1.0).abs() < 1e-9, "{row}");
@@ -120,10 +120,9 @@ fn every_echo_runs_with_every_policy() {
                     number("latency_us_p50") > 0.0 && number("latency_us_p50") <= number("latency_us_p99"),
                     "{row}"
                 );
-                let speaks_of = number("goodput_bytes_per_s") * number("latency_us_p50") / 1e6;
-                assert!((0.02..50.0).contains(&(speaks_of / (2.0 * number("bytes")))), "{over} {wait}: {row}");
-                let times = number("goodput_bytes_per_s") / rows[0]["goodput_bytes_per_s"].as_f64().unwrap();
-                assert!((0.05..20.0 * number("bytes") / 64.0).contains(&times), "{over} {wait}: {rows:?}");
+                // At least half of the rounds take the median or longer, so their mean is at least half of it.
+                let mean_us = 2.0 * number("bytes") / number("goodput_bytes_per_s") * 1e6;
+                assert!(mean_us > 0.0 && number("latency_us_p50") <= 2.5 * mean_us, "{over} {wait}: {row}");
             }
         }
     }
