@@ -236,12 +236,10 @@ pub fn table() -> Result<&'static Table, &'static str> {
 
 #[cfg(test)]
 mod tests {
-    use std::{
-        mem::{offset_of, size_of},
-        process::Command,
-    };
+    use std::mem::{offset_of, size_of};
 
     use super::*;
+    use crate::sys::header;
 
     #[test]
     fn a_library_that_is_not_there_or_is_another_is_told_by_name() {
@@ -298,35 +296,6 @@ mod tests {
 
     #[test]
     fn our_layout_is_that_of_the_header() {
-        let dir = tempfile::tempdir().unwrap();
-        let (source, program) = (dir.path().join("layout.c"), dir.path().join("layout"));
-        let mut text = "#include <stddef.h>\n#include <stdio.h>\n#include <hwloc.h>\nint main(void) {\n".to_owned();
-        for (expression, _) in beliefs() {
-            text.push_str(&format!("    printf(\"%lld\\n\", (long long)({expression}));\n"));
-        }
-        std::fs::write(&source, text + "    return 0;\n}\n").unwrap();
-        let compiled = Command::new("cc").arg("-o").arg(&program).arg(&source).output();
-        let absence = match &compiled {
-            Err(error) => Some(format!("cc: {error}")),
-            Ok(output) if !output.status.success() => {
-                let message = String::from_utf8_lossy(&output.stderr).into_owned();
-                assert!(message.contains("hwloc.h: No such file"), "the layout program does not compile: {message}");
-                Some("no <hwloc.h> (`apt-get install libhwloc-dev`)".to_owned())
-            }
-            Ok(_) => None,
-        };
-        if let Some(absence) = absence {
-            assert!(std::env::var_os("CI").is_none(), "under CI the layout must be compared: {absence}");
-            eprintln!("SKIPPED our_layout_is_that_of_the_header: {absence}");
-            return;
-        }
-        let output = Command::new(&program).output().unwrap();
-        let text = String::from_utf8(output.stdout).unwrap();
-        let found: Vec<i64> = text.lines().map(|line| line.parse().unwrap()).collect();
-        let expected = beliefs();
-        assert_eq!(found.len(), expected.len());
-        for (found, (expression, believed)) in found.iter().zip(expected) {
-            assert_eq!(*found, believed, "{expression}");
-        }
+        header::compare("", "hwloc.h", "libhwloc-dev", &beliefs());
     }
 }

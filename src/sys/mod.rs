@@ -2,6 +2,8 @@
 //!
 //! Invariant: declarations and their lookup only; what is done with them is the business of the layers above.
 
+#[cfg(test)]
+mod header;
 pub mod hwloc;
 pub mod kernel;
 pub mod verbs;

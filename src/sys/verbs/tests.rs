@@ -3,12 +3,10 @@
 //!
 //! Invariant: every structure and every function of the table stands here.
 
-use std::{
-    mem::{offset_of, size_of},
-    process::Command,
-};
+use std::mem::{offset_of, size_of};
 
 use super::*;
+use crate::sys::header;
 
 #[test]
 fn a_library_that_is_not_there_or_is_another_is_told_by_name() {
@@ -132,48 +130,14 @@ fn sizes() -> Vec<(&'static str, i64)> {
     )
 }
 
-fn program() -> String {
-    let mut text = String::from("#include <stddef.h>\n#include <stdio.h>\n#include <infiniband/verbs.h>\n");
-    // Macros of the header that hide the functions of these names.
-    text.push_str("#undef ibv_query_port\n");
+#[test]
+fn our_layout_is_that_of_the_header() {
+    // A macro of the header hides the function of this name.
+    let mut declarations = String::from("#undef ibv_query_port\n");
     for (function, c_type) in FUNCTIONS {
-        text.push_str(&format!(
+        declarations.push_str(&format!(
             "_Static_assert(__builtin_types_compatible_p(__typeof__(&{function}), {c_type}), \"{function}\");\n"
         ));
     }
-    text.push_str("int main(void) {\n");
-    for (expression, _) in beliefs() {
-        text.push_str(&format!("    printf(\"%lld\\n\", (long long)({expression}));\n"));
-    }
-    text + "    return 0;\n}\n"
-}
-
-#[test]
-fn our_layout_is_that_of_the_header() {
-    let dir = tempfile::tempdir().unwrap();
-    let (source, binary) = (dir.path().join("layout.c"), dir.path().join("layout"));
-    std::fs::write(&source, program()).unwrap();
-    let compiled = Command::new("cc").arg("-o").arg(&binary).arg(&source).output();
-    let absence = match &compiled {
-        Err(error) => Some(format!("cc: {error}")),
-        Ok(output) if !output.status.success() => {
-            let message = String::from_utf8_lossy(&output.stderr).into_owned();
-            assert!(message.contains("verbs.h: No such file"), "the layout program does not compile: {message}");
-            Some("no <infiniband/verbs.h> (`apt-get install libibverbs-dev`)".to_owned())
-        }
-        Ok(_) => None,
-    };
-    if let Some(absence) = absence {
-        assert!(std::env::var_os("CI").is_none(), "under CI the layout must be compared: {absence}");
-        eprintln!("SKIPPED our_layout_is_that_of_the_header: {absence}");
-        return;
-    }
-    let output = Command::new(&binary).output().unwrap();
-    let text = String::from_utf8(output.stdout).unwrap();
-    let found: Vec<i64> = text.lines().map(|line| line.parse().unwrap()).collect();
-    let expected = beliefs();
-    assert_eq!(found.len(), expected.len());
-    for (found, (expression, believed)) in found.iter().zip(expected) {
-        assert_eq!(*found, believed, "{expression}");
-    }
+    header::compare(&declarations, "infiniband/verbs.h", "libibverbs-dev", &beliefs());
 }
