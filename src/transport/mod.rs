@@ -6,8 +6,10 @@
 //! Invariant: bytes of a leased range are never touched by safe code between `post`/`arm` and the completion that returns the
 //! lease; nothing lands after `fence`.
 
+mod done;
 mod fabrics;
 mod idle;
+mod poller;
 pub mod region_table;
 pub mod shm;
 pub mod sim;

@@ -1,11 +1,11 @@
-//! Readiness: one epoll instance for a transport, and the tokens by which its events name their socket.
+//! Readiness: one epoll instance for a driver, and the tokens by which its events name what they are about.
 //!
 //! Everything is level-triggered. What a bounded read left in a socket is told again by the next wait, and the epoll descriptor
-//! itself is readable for as long as any socket has something to say: hence it can be the driver's wake-up descriptor without
+//! itself is readable for as long as anything has something to say: hence it can be the driver's wake-up descriptor without
 //! anything being armed.
 //!
-//! Invariant: a token is never used for two sockets (until its serial number wraps), so an event of a socket that was closed in
-//! the meantime finds nobody.
+//! Invariant: a token is never used twice (until its serial number wraps), so an event of a descriptor that was closed in the
+//! meantime finds nobody.
 #![forbid(unsafe_code)]
 
 use std::os::fd::{AsFd, BorrowedFd};
@@ -20,7 +20,7 @@ use crate::{Error, Result};
 /// Events taken in one wait; the kernel gives the others their turn in the next one.
 const EVENTS_MAX: usize = 256;
 
-/// What kind of socket an event is about.
+/// What an event is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
     /// The listening socket.
@@ -29,33 +29,41 @@ pub(super) enum Kind {
     Stranger = 1,
     /// A connection to or from a known peer.
     Path = 2,
+    /// A peer's process: it has ended.
+    Process = 3,
+    /// What is left of a path whose peer is fenced and may still be writing.
+    Withheld = 4,
 }
 
-/// Names a socket: kind (bits 62 and 63), serial number (bits 32 to 61), index (bits 0 to 31).
+/// Where a token's kind begins.
+const KIND_SHIFT: u32 = 61;
+
+/// Names what is watched: kind (bits 61 to 63), serial number (bits 32 to 60), index (bits 0 to 31).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Token(u64);
 
 impl Token {
     pub(super) fn kind(self) -> Option<Kind> {
-        [Kind::Listener, Kind::Stranger, Kind::Path].into_iter().find(|kind| *kind as u64 == self.0 >> 62)
+        let all = [Kind::Listener, Kind::Stranger, Kind::Path, Kind::Process, Kind::Withheld];
+        all.into_iter().find(|kind| *kind as u64 == self.0 >> KIND_SHIFT)
     }
 
     pub(super) fn index(self) -> usize {
         (self.0 & u64::from(u32::MAX)) as usize
     }
 
-    /// Serial number and index alone, for whoever needs the two highest bits for something else.
+    /// Serial number and index alone, for whoever needs the highest bits for something else.
     pub(super) fn without_kind(self) -> u64 {
-        self.0 & !(0b11 << 62)
+        self.0 & ((1 << KIND_SHIFT) - 1)
     }
 
-    /// The token of a path, from [`Token::without_kind`]; the two highest bits are not looked at.
+    /// The token of a path, from [`Token::without_kind`]; the bits of the kind are not looked at.
     pub(super) fn of_path(bits: u64) -> Token {
-        Token((Kind::Path as u64) << 62 | Token(bits).without_kind())
+        Token((Kind::Path as u64) << KIND_SHIFT | Token(bits).without_kind())
     }
 }
 
-/// What a socket can do now.
+/// What is watched, and can do something now.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Readiness {
     pub(super) token: Token,
@@ -63,6 +71,7 @@ pub(super) struct Readiness {
     pub(super) writable: bool,
 }
 
+/// What a driver watches.
 #[derive(Debug)]
 pub(super) struct Poller {
     epoll: Epoll,
@@ -71,18 +80,19 @@ pub(super) struct Poller {
 }
 
 impl Poller {
+    /// Nothing is watched yet.
     pub(super) fn new() -> Result<Poller> {
-        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)
-            .map_err(|e| Error::os("epoll_create1", "the tcp transport", e))?;
+        let epoll =
+            Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(|e| Error::os("epoll_create1", "a transport", e))?;
         Ok(Poller { epoll, events: vec![EpollEvent::empty(); EVENTS_MAX], serial: 0 })
     }
 
-    /// Watches a socket for something to read.
-    pub(super) fn add(&mut self, socket: impl AsFd, kind: Kind, index: usize) -> Result<Token> {
+    /// Watches for something to read, or an end.
+    pub(super) fn add(&mut self, watched: impl AsFd, kind: Kind, index: usize) -> Result<Token> {
         let token = self.fresh(kind, index);
         self.epoll
-            .add(socket, EpollEvent::new(EpollFlags::EPOLLIN, token.0))
-            .map_err(|e| Error::os("epoll_ctl(ADD)", "a socket", e))?;
+            .add(watched, EpollEvent::new(EpollFlags::EPOLLIN, token.0))
+            .map_err(|e| Error::os("epoll_ctl(ADD)", "a descriptor", e))?;
         Ok(token)
     }
 
@@ -99,17 +109,17 @@ impl Poller {
         self.modify(socket, EpollEvent::new(EpollFlags::EPOLLIN | write, token.0))
     }
 
-    /// Ends the watch. Closing alone would not do: a child process may hold a copy of the socket.
-    pub(super) fn remove(&self, socket: impl AsFd) {
-        // It fails only if the socket is not watched, and that is what is wanted.
-        let _ = self.epoll.delete(socket);
+    /// Ends the watch. Closing alone would not do: a child process may hold a copy.
+    pub(super) fn remove(&self, watched: impl AsFd) {
+        // It fails only if it is not watched, and that is what is wanted.
+        let _ = self.epoll.delete(watched);
     }
 
     /// Collects what is ready, without waiting; returns how many there are for [`Poller::ready`].
     pub(super) fn collect(&mut self) -> Result<usize> {
         match self.epoll.wait(&mut self.events, EpollTimeout::ZERO) {
             Err(Errno::EINTR) => Ok(0),
-            result => result.map_err(|e| Error::os("epoll_wait", "the tcp transport", e)),
+            result => result.map_err(|e| Error::os("epoll_wait", "a transport", e)),
         }
     }
 
@@ -131,8 +141,8 @@ impl Poller {
     }
 
     fn fresh(&mut self, kind: Kind, index: usize) -> Token {
-        self.serial = (self.serial + 1) & ((1 << 30) - 1);
-        Token((kind as u64) << 62 | self.serial << 32 | index as u64)
+        self.serial = (self.serial + 1) & ((1 << (KIND_SHIFT - 32)) - 1);
+        Token((kind as u64) << KIND_SHIFT | self.serial << 32 | index as u64)
     }
 
     fn modify(&self, socket: impl AsFd, mut event: EpollEvent) -> Result<()> {

@@ -9,12 +9,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{
-    epoll::{Kind, Poller, Token},
-    socket::{self, Owner},
-};
+use super::socket::{self, Owner};
 use crate::{
     Result,
+    transport::poller::{Kind, Poller, Token},
     types::PeerId,
     wire::{
         handshake::{Calling, HandshakeError, Identity, Told},
@@ -138,7 +136,7 @@ impl Call {
                 return Ok(());
             }
         };
-        let token = poller.add(&socket, Kind::Socket, index)?;
+        let token = poller.add(&socket, Kind::Path, index)?;
         let handshake = Box::new(Calling::begin(self.peer, random_bytes()?));
         self.stage = Stage::Trying { socket, owner, token, handshake, give_up: now + TRY_MAX };
         Ok(())

@@ -12,12 +12,17 @@ use std::{
 };
 
 use super::{
-    epoll::{Kind, Poller, Token},
     mapping::{Mapping, Ring},
     ring::{Consumer, Producer},
     socket::{self, Owner, Received},
 };
-use crate::{Result, mem::Region, types::PeerId, wire::ShareMessage};
+use crate::{
+    Result,
+    mem::Region,
+    transport::poller::{Kind, Poller, Token},
+    types::PeerId,
+    wire::ShareMessage,
+};
 
 /// Messages read from one socket in one go; the kernel tells the rest again.
 const MESSAGES_MAX: usize = 64;

@@ -3,7 +3,7 @@
 //! Regions are memfds with a sealed size. Two ends that find each other ([`reachable`]) meet over a Unix socket with an abstract
 //! name, look at each other's user, shake hands as on tcp, and hand each other a ring and their registered regions. A write is a
 //! copy into the peer's slot, which this process has mapped, and an entry (the 64-byte frame header) in the peer's ring. The parts:
-//! `ring` knows the order in which shared words are touched and nothing else, `mapping` the memory, `socket` and `epoll` the kernel,
+//! `ring` knows the order in which shared words are touched and nothing else, `mapping` the memory, `socket` the kernel,
 //! `connecting` and `strangers` are the two ends of a handshake, `link` is a connection and what came over it, `path` one peer's
 //! state, `withheld` keeps what a fence could not give back yet, and this file ties them to the transport's trait.
 //!
@@ -30,7 +30,6 @@
 
 mod address;
 mod connecting;
-mod epoll;
 mod link;
 mod mapping;
 mod options;
@@ -49,13 +48,12 @@ use std::{
 use address::Address;
 pub use address::reachable;
 use connecting::{Call, Outcome};
-use epoll::{Kind, Poller, Readiness, Token};
 use link::Link;
 #[doc(hidden)]
 pub use mapping::RING_LAYOUT;
 use mapping::Ring;
 pub use options::ShmOptions;
-use path::{Done, Path, Queued, State, forget};
+use path::{Path, Queued, State};
 use ring::Shared;
 use socket::Owner;
 use strangers::{Guest, Strangers};
@@ -63,6 +61,8 @@ use withheld::Withheld;
 
 use super::{
     Armed, Completion, Driver, Endpoint, MemoryRegion, QueueFull, RemoteSlot, Transport, Wakeup, WorkRequest,
+    done::{Done, forget},
+    poller::{Kind, Poller, Readiness, Token},
     region_table::RegionTable,
 };
 use crate::{
@@ -133,7 +133,7 @@ impl ShmTransport {
         match ready.token.kind() {
             Some(Kind::Listener) => self.strangers.welcome(now, &mut self.poller)?,
             Some(Kind::Stranger) => self.on_stranger(ready.token, now)?,
-            Some(Kind::Socket) => self.on_socket(ready, now)?,
+            Some(Kind::Path) => self.on_socket(ready, now)?,
             Some(Kind::Process) => self.on_process(ready.token),
             Some(Kind::Withheld) => self.withheld.on_ready(ready.token, &self.poller, &mut self.done),
             None => {}
@@ -157,7 +157,7 @@ impl ShmTransport {
             Some(State::Expecting { deadline }) => *deadline,
             _ => now,
         };
-        let token = self.poller.add(&socket, Kind::Socket, index)?;
+        let token = self.poller.add(&socket, Kind::Path, index)?;
         self.begin(index, socket, owner, token, deadline)
     }
 

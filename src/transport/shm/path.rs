@@ -8,7 +8,6 @@ use std::{collections::VecDeque, os::fd::OwnedFd, time::Instant};
 
 use super::{
     connecting::Call,
-    epoll::Poller,
     link::Link,
     mapping::{RING_ENTRIES, Ring},
     ring::{Consumer, ENTRY_WORDS, Entry},
@@ -16,8 +15,8 @@ use super::{
 };
 use crate::{
     Error, Result,
-    mem::{Lease, SharedLease},
-    transport::{Completion, region_table::RegionTable},
+    mem::SharedLease,
+    transport::{Completion, done::Done, poller::Poller, region_table::RegionTable},
     types::PeerId,
     wire::FrameHeader,
 };
@@ -29,9 +28,6 @@ const READ_ENTRIES_MAX: usize = 256;
 const WRITE_BYTES_MAX: usize = 4 << 20;
 
 const _: () = assert!(FrameHeader::SIZE == ENTRY_WORDS * 8);
-
-/// What is to be told at the next poll, and whom it is about.
-pub(super) type Done = Vec<(PeerId, Completion)>;
 
 #[derive(Debug)]
 pub(super) struct Path {
@@ -196,28 +192,6 @@ impl Path {
             done.push((peer, Completion::Failed { id, source, error }));
         }
     }
-}
-
-/// After a fence only `Failed` may follow: a `Sent` that nobody has heard of yet becomes one, so that its source comes back.
-pub(super) fn forget(peer: PeerId, done: &mut Done, slots: &mut Vec<Lease>) {
-    done.retain_mut(|(about, completion)| {
-        if *about != peer {
-            return true;
-        }
-        match completion {
-            Completion::Sent { id, source } => {
-                let error = Error::Broken { peer, reason: "we ended it".into() };
-                *completion = Completion::Failed { id: *id, source: source.take(), error };
-                true
-            }
-            Completion::Failed { .. } | Completion::Released { .. } => true,
-            Completion::Arrived { lease, .. } => {
-                slots.extend(lease.take());
-                false
-            }
-            Completion::Connected { .. } | Completion::Broken { .. } => false,
-        }
-    });
 }
 
 /// Why a path ends whose ring was found fenced.

@@ -7,11 +7,18 @@
 use std::os::fd::AsFd;
 
 use super::{
-    epoll::{Kind, Poller, Token},
-    path::{Done, Remains},
+    path::Remains,
     socket::{self, Owner},
 };
-use crate::{mem::Lease, transport::Completion, types::PeerId};
+use crate::{
+    mem::Lease,
+    transport::{
+        Completion,
+        done::Done,
+        poller::{Kind, Poller, Token},
+    },
+    types::PeerId,
+};
 
 /// All that is withheld.
 #[derive(Debug, Default)]

@@ -26,11 +26,12 @@ use address::SoftAddress;
 pub use counters::SoftCounters;
 use faults::{Datagram, Injector};
 pub use options::{SoftFaults, SoftOptions};
-use path::{Done, Line, Path, Posted};
+use path::{Line, Path, Posted};
 use socket::{BATCH, Socket};
 
 use super::{
     Armed, Completion, Driver, Endpoint, MemoryRegion, QueueFull, RemoteSlot, Transport, Wakeup, WorkRequest,
+    done::{Done, forget},
     region_table::RegionTable,
 };
 use crate::{
@@ -370,26 +371,4 @@ impl Receiver for Nobody {
     fn complete(&mut self, _target: Option<&Target>, _immediate: &Immediate) -> Result<(), String> {
         Err("it has ended".into())
     }
-}
-
-/// After a fence only `Failed` may follow: a `Sent` that nobody has heard of yet becomes one, so that its source comes back.
-fn forget(peer: PeerId, done: &mut Done, slots: &mut Vec<Lease>) {
-    done.retain_mut(|(about, completion)| {
-        if *about != peer {
-            return true;
-        }
-        match completion {
-            Completion::Sent { id, source } => {
-                let error = Error::Broken { peer, reason: "we ended it".into() };
-                *completion = Completion::Failed { id: *id, source: source.take(), error };
-                true
-            }
-            Completion::Failed { .. } | Completion::Released { .. } => true,
-            Completion::Arrived { lease, .. } => {
-                slots.extend(lease.take());
-                false
-            }
-            Completion::Connected { .. } | Completion::Broken { .. } => false,
-        }
-    });
 }

@@ -11,13 +11,10 @@ use crate::{
     Error,
     mem::{Lease, SharedLease},
     rc::{Event, Immediate, Piece, QueuePair, Receiver, State, Target},
-    transport::{Completion, region_table::RegionTable},
+    transport::{Completion, done::Done, region_table::RegionTable},
     types::PeerId,
     wire::Note,
 };
-
-/// What is to be told at the next poll, and whom it is about.
-pub(super) type Done = Vec<(PeerId, Completion)>;
 
 /// A queue pair and its two addresses: all that is needed to speak.
 #[derive(Debug)]

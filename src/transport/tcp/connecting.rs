@@ -10,12 +10,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{
-    epoll::{Kind, Poller, Token},
-    socket,
-};
+use super::socket;
 use crate::{
     Result,
+    transport::poller::{Kind, Poller, Token},
     types::PeerId,
     wire::{
         handshake::{Calling, HandshakeError, Identity, Told},

@@ -19,11 +19,11 @@ use std::{
 use io_uring::{opcode, types};
 
 use super::{
-    epoll::Token,
     framing::{Inbound, Outbound, Queued, RANGES_MAX},
     ring::{Finished, Operation, Ring},
     socket,
 };
+use crate::transport::poller::Token;
 
 /// Memory that the kernel works on.
 struct Shared {

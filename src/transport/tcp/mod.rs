@@ -11,7 +11,6 @@
 
 mod choice;
 mod connecting;
-mod epoll;
 mod flow;
 mod framing;
 mod options;
@@ -29,14 +28,15 @@ use std::{
 
 pub use choice::{Io, IoChoice};
 use connecting::{Call, Outcome};
-use epoll::{Kind, Poller, Readiness, Token};
 pub use options::TcpOptions;
-use path::{Done, Open, Path, State, forget};
+use path::{Open, Path, State};
 use ring::{Finished, Operation, Ring};
 use strangers::{Guest, Strangers};
 
 use super::{
     Armed, Completion, Driver, Endpoint, MemoryRegion, QueueFull, RemoteSlot, Transport, Wakeup, WorkRequest,
+    done::{Done, forget},
+    poller::{Kind, Poller, Readiness, Token},
     region_table::RegionTable,
 };
 use crate::{
@@ -178,7 +178,7 @@ impl TcpTransport {
             },
             Some(Kind::Stranger) => self.on_stranger(ready.token),
             Some(Kind::Path) => self.on_path(ready, now),
-            None => Ok(()),
+            Some(Kind::Process | Kind::Withheld) | None => Ok(()), // tcp watches sockets only
         }
     }
 

@@ -16,7 +16,6 @@ use std::{
 
 use super::{
     connecting::Call,
-    epoll::{Poller, Token},
     flow::Flow,
     framing::{Inbound, Outbound, Queued, RANGES_MAX},
     ring::{Finished, Operation, Ring},
@@ -25,7 +24,12 @@ use super::{
 use crate::{
     Error, Result,
     mem::{Lease, SharedLease},
-    transport::{Completion, region_table::RegionTable},
+    transport::{
+        Completion,
+        done::Done,
+        poller::{Poller, Token},
+        region_table::RegionTable,
+    },
     types::PeerId,
     wire::FrameHeader,
 };
@@ -35,9 +39,6 @@ const READ_BYTES_MAX: usize = 2 << 20;
 
 /// Bytes that one connection may send in one flush or poll, give or take one payload.
 const WRITE_BYTES_MAX: usize = 4 << 20;
-
-/// What is to be told at the next poll, and whom it is about.
-pub(super) type Done = Vec<(PeerId, Completion)>;
 
 #[derive(Debug)]
 pub(super) struct Path {
@@ -306,28 +307,6 @@ impl Path {
             done.push((peer, Completion::Failed { id: queued.id, source: queued.source, error }));
         }
     }
-}
-
-/// After a fence only `Failed` may follow: a `Sent` that nobody has heard of yet becomes one, so that its source comes back.
-pub(super) fn forget(peer: PeerId, done: &mut Done, slots: &mut Vec<Lease>) {
-    done.retain_mut(|(about, completion)| {
-        if *about != peer {
-            return true;
-        }
-        match completion {
-            Completion::Sent { id, source } => {
-                let error = Error::Broken { peer, reason: "we ended it".into() };
-                *completion = Completion::Failed { id: *id, source: source.take(), error };
-                true
-            }
-            Completion::Failed { .. } | Completion::Released { .. } => true,
-            Completion::Arrived { lease, .. } => {
-                slots.extend(lease.take());
-                false
-            }
-            Completion::Connected { .. } | Completion::Broken { .. } => false,
-        }
-    });
 }
 
 /// Tells of every write that is complete.

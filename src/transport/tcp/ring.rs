@@ -31,7 +31,7 @@ use nix::{
     sys::eventfd::{EfdFlags, EventFd},
 };
 
-use super::epoll::Token;
+use crate::transport::poller::Token;
 use crate::{Error, Result};
 
 /// Entries that can wait for one submission. When they are used up, what is there is submitted.

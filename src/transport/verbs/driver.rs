@@ -13,13 +13,14 @@ use super::{
     FABRIC, ROUNDS_MAX, VerbsTransport,
     address::Address,
     memory::Registration,
-    path::{Done, Range, Stage},
+    path::{Range, Stage},
 };
 use crate::{
     Error, Result,
     mem::{Lease, Region, SharedLease},
     transport::{
         Armed, Completion, Driver, Endpoint, MemoryRegion, QueueFull, RemoteSlot, Transport, Wakeup, WorkRequest,
+        done::forget,
     },
     types::PeerId,
     wire::{FrameHeader, FrameTarget},
@@ -192,26 +193,4 @@ impl Drop for VerbsTransport {
         // Pairs before the slots and sources that they reach.
         self.paths.iter_mut().flatten().for_each(|path| path.end());
     }
-}
-
-/// After a fence only `Failed` may follow: a `Sent` that nobody has heard of yet becomes one, so that its source comes back.
-fn forget(peer: PeerId, done: &mut Done, slots: &mut Vec<Lease>) {
-    done.retain_mut(|(about, completion)| {
-        if *about != peer {
-            return true;
-        }
-        match completion {
-            Completion::Sent { id, source } => {
-                let error = Error::Broken { peer, reason: "we ended it".into() };
-                *completion = Completion::Failed { id: *id, source: source.take(), error };
-                true
-            }
-            Completion::Failed { .. } | Completion::Released { .. } => true,
-            Completion::Arrived { lease, .. } => {
-                slots.extend(lease.take());
-                false
-            }
-            Completion::Connected { .. } | Completion::Broken { .. } => false,
-        }
-    });
 }

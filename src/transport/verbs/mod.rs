@@ -45,10 +45,10 @@ use device::{Device, Event};
 use memory::{NoteRing, Registration};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 pub use options::{RETRY_COUNT_MAX, VerbsOptions};
-use path::{Done, Path, Sending, Stage, WORDS_MAX};
+use path::{Path, Sending, Stage, WORDS_MAX};
 use queue_pair::Builder;
 
-use super::{Completion, region_table::RegionTable};
+use super::{Completion, done::Done, region_table::RegionTable};
 use crate::{
     Error, Result,
     mem::RegionId,

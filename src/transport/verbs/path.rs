@@ -23,7 +23,7 @@ use crate::{
     Error, Result,
     mem::{Lease, SharedLease},
     sys::verbs::IbvSge,
-    transport::{Completion, RemoteSlot, region_table::RegionTable},
+    transport::{Completion, RemoteSlot, done::Done, region_table::RegionTable},
     types::PeerId,
     wire::FrameHeader,
 };
@@ -41,9 +41,6 @@ pub(super) const WORDS_MAX: u32 = 8;
 
 /// A path on which nothing was acknowledged for so long is asked whether it still is one.
 const PROBE_AFTER: Duration = Duration::from_millis(500);
-
-/// What is to be told at the next poll, and whom it is about.
-pub(super) type Done = Vec<(PeerId, Completion)>;
 
 #[derive(Debug)]
 pub(super) struct Path {
