@@ -37,6 +37,8 @@ pub mod world;
 
 #[doc(hidden)]
 pub mod cli;
+#[doc(hidden)]
+pub mod ffi;
 
 pub use consistency::Consistency;
 pub use error::{Error, Result};

@@ -4,6 +4,7 @@
 
 use std::{
     collections::VecDeque,
+    os::fd::BorrowedFd,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -234,6 +235,31 @@ impl Worker {
         self.clock += 1;
         self.report_progress();
         Ok(())
+    }
+
+    /// Ends the clock as [`wait`](Worker::wait) does, but without waiting: whether everything is there already. `false` means that it
+    /// is to be asked again; after `true` the next clock has begun.
+    ///
+    /// # Errors
+    ///
+    /// As [`wait`](Worker::wait), but for the deadline.
+    pub fn test(&mut self) -> Result<bool> {
+        self.progress.rest();
+        match self.wait_for(Duration::ZERO) {
+            Ok(()) => Ok(true),
+            Err(Error::Deadline { .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// A descriptor for `poll` or `epoll`, which becomes readable when [`test`](Worker::test) is worth calling: call `test`, and
+    /// while it says `false`, poll and call it again. It is the worker's: neither read nor close it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Os`] where the process has no descriptor left.
+    pub fn completion_fd(&self) -> Result<BorrowedFd<'_>> {
+        self.progress.fd()
     }
 
     /// Brings every chunk's parameters up to `min_version` or later (under `bsp`, version = clocks applied), waiting at most

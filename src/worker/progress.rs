@@ -6,11 +6,13 @@
 
 use std::{
     collections::VecDeque,
-    os::fd::BorrowedFd,
-    sync::{Arc, Condvar, Mutex, MutexGuard},
+    os::fd::{AsFd, BorrowedFd},
+    sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock},
     thread::JoinHandle,
     time::{Duration, Instant},
 };
+
+use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::{Command, Engine, Event};
 use crate::{
@@ -42,9 +44,18 @@ struct State {
 struct Shared {
     state: Mutex<State>,
     changed: Condvar,
+    /// Readable once something has changed; there only if the user has asked for it.
+    readable: OnceLock<EventFd>,
 }
 
 impl Shared {
+    fn notify(&self) {
+        self.changed.notify_all();
+        if let Some(event) = self.readable.get() {
+            let _ = event.write(1); // fails only when it is full, and then it is readable
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
@@ -79,7 +90,7 @@ impl Progress {
                     }
                 };
                 thread.shared.lock().failure = Some(failure);
-                thread.shared.changed.notify_all();
+                thread.shared.notify();
             }
         };
         let handle = std::thread::Builder::new().name("gradwire".into()).spawn(run);
@@ -96,6 +107,24 @@ impl Progress {
         drop(state);
         if are_new {
             self.wake.wake();
+        }
+    }
+
+    /// A descriptor that becomes readable when there are events to take or the worker's part in the job has ended. It is readable
+    /// at first, and until [`Progress::rest`].
+    pub fn fd(&self) -> Result<BorrowedFd<'_>> {
+        if self.shared.readable.get().is_none() {
+            let event = EventFd::from_value_and_flags(1, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
+                .map_err(|error| Error::os("eventfd", "a worker's completions", error))?;
+            let _ = self.shared.readable.set(event); // only the user's thread sets it
+        }
+        Ok(self.shared.readable.get().expect("it was set above").as_fd())
+    }
+
+    /// Makes the descriptor wait for the next change; to be called before the events are taken, so that none is missed.
+    pub fn rest(&self) {
+        if let Some(event) = self.shared.readable.get() {
+            let _ = event.read();
         }
     }
 
@@ -180,7 +209,7 @@ impl<T: Transport + Wakeup> ProgressThread<T> {
             let turned = self.engine.turn(now, &mut commands, &mut events);
             if !events.is_empty() {
                 self.shared.lock().events.append(&mut events);
-                self.shared.changed.notify_all();
+                self.shared.notify();
             }
             let moved = turned.map_err(|error| self.explain(error))?;
             if moved || commanded {

@@ -1,0 +1,143 @@
+//! A worker's part in its job: joining, leaving, where it stands.
+//!
+//! Invariant: an answer is written to the caller's memory only if the call gives GW_OK.
+
+use std::ffi::c_char;
+
+use super::{
+    handle::{Entry, WorkerHandle, keep, take, with},
+    process::start_log,
+    status::{Answer, Fault, Status, guard, place, slice, text},
+    tensor::TensorDescription,
+};
+use crate::{types::Dtype, worker::Worker};
+
+/// Takes this process' place in the job that its environment names (`gradwire run` sets it), declares the tensors, which are
+/// numbered from 0 in this order, and waits for the first parameters: until all workers are there, or the job's own deadlines pass.
+///
+/// `tensors` is the address of `count` descriptions; they, their names and shapes are copied, and stay the caller's. On GW_OK
+/// `worker` is a new handle, to be ended with gw_finish or gw_close. One process has one worker, unless its environment leaves the
+/// rank open. Any thread; the library starts threads of its own, which need no signal.
+///
+/// # Safety
+///
+/// Each pointer is null or points to what is said of it; `worker` is nobody else's during the call.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn gw_connect(
+    tensors: *const TensorDescription,
+    count: usize,
+    worker: *mut WorkerHandle,
+) -> Status {
+    guard("gw_connect", || {
+        // SAFETY: the caller answers for it.
+        let worker = unsafe { place(worker, "worker") }?;
+        // SAFETY: likewise.
+        let tensors = unsafe { slice(tensors, count, "tensors") }?;
+        start_log();
+        // SAFETY: likewise.
+        let specs = tensors.iter().enumerate().map(|(index, tensor)| unsafe { tensor.to_spec(index) });
+        let specs: Vec<_> = specs.collect::<Answer<_>>()?;
+        let sizes = specs.iter().map(|(spec, dtype)| (*dtype, spec.elements().unwrap_or(0) as usize));
+        let sizes: Vec<(Dtype, usize)> = sizes.collect();
+        let joined = Worker::join(specs.into_iter().map(|(spec, _)| spec).collect())?;
+        let longest = sizes.iter().filter(|(dtype, _)| *dtype != Dtype::F32).map(|(_, len)| *len).max();
+        *worker = keep(Entry { worker: joined, tensors: sizes, scratch: vec![0.0; longest.unwrap_or(0)] })?;
+        Ok(())
+    })
+}
+
+/// This worker has done its part: ends the clock if something has been pushed in it, waits (at most the job's `wait_ms`) until every
+/// server knows, and leaves the job in order. The handle is closed, whatever the status.
+#[unsafe(no_mangle)]
+pub extern "C" fn gw_finish(worker: WorkerHandle) -> Status {
+    guard("gw_finish", || Ok(take(worker)?.worker.finish()?))
+}
+
+/// Leaves the job at once, wherever it stands, and gives back everything that belongs to the worker, its threads and its
+/// descriptor too. A worker that leaves without gw_finish has failed, and the job ends with it; after a failure that is the way
+/// to clean up. After gw_finish it answers GW_CLOSED, which does no harm.
+#[unsafe(no_mangle)]
+pub extern "C" fn gw_close(worker: WorkerHandle) -> Status {
+    guard("gw_close", || take(worker).map(drop))
+}
+
+/// Writes one number about a worker to where the caller wants it.
+///
+/// # Safety
+///
+/// `out` is null or room for a number that nobody else uses during the call.
+unsafe fn tell<T>(name: &str, worker: WorkerHandle, out: *mut T, what: impl FnOnce(&Worker) -> Answer<T>) -> Status {
+    guard(name, || {
+        // SAFETY: the caller of this function answers for it.
+        let out = unsafe { place(out, "the place for the answer") }?;
+        *out = with(worker, |entry| what(&entry.worker))?;
+        Ok(())
+    })
+}
+
+/// This worker's number, from 0.
+///
+/// # Safety
+///
+/// `rank` is null or room for a number that nobody else uses during the call.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn gw_rank(worker: WorkerHandle, rank: *mut usize) -> Status {
+    // SAFETY: the caller answers for it.
+    unsafe { tell("gw_rank", worker, rank, |worker| Ok(worker.rank())) }
+}
+
+/// How many workers the job has.
+///
+/// # Safety
+///
+/// `workers` is null or room for a number that nobody else uses during the call.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn gw_workers(worker: WorkerHandle, workers: *mut usize) -> Status {
+    // SAFETY: the caller answers for it.
+    unsafe { tell("gw_workers", worker, workers, |worker| Ok(worker.workers())) }
+}
+
+/// The clock (step) that the next push belongs to; not 0 at first in a job that was resumed.
+///
+/// # Safety
+///
+/// `clock` is null or room for a number that nobody else uses during the call.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn gw_clock(worker: WorkerHandle, clock: *mut u64) -> Status {
+    // SAFETY: the caller answers for it.
+    unsafe { tell("gw_clock", worker, clock, |worker| Ok(worker.clock())) }
+}
+
+/// The version of the parameters at hand: that of the oldest chunk. Under `bsp` it is the number of clocks applied.
+///
+/// # Safety
+///
+/// `version` is null or room for a number that nobody else uses during the call.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn gw_parameter_version(worker: WorkerHandle, version: *mut u64) -> Status {
+    // SAFETY: the caller answers for it.
+    unsafe { tell("gw_parameter_version", worker, version, |worker| Ok(worker.version())) }
+}
+
+/// The number of the tensor with this name. The name is only read.
+///
+/// # Safety
+///
+/// `name` is null or a text that ends with a NUL; `tensor` is null or room for a number that nobody else uses during the call.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn gw_tensor_index(worker: WorkerHandle, name: *const c_char, tensor: *mut usize) -> Status {
+    let find = |worker: &Worker| {
+        // SAFETY: the caller answers for it.
+        let name = unsafe { text(name, "the name") }?;
+        worker.tensor(name).ok_or_else(|| Fault::invalid(format!("this worker has no tensor `{name}`")))
+    };
+    // SAFETY: the caller answers for it.
+    unsafe { tell("gw_tensor_index", worker, tensor, find) }
+}
+
+/// Changes the default group's learning rate on every server, from this clock on; the other groups keep their proportion to it.
+/// Under `bsp` it takes effect at exactly that clock everywhere, if it is called before this worker's first push of the clock.
+#[unsafe(no_mangle)]
+pub extern "C" fn gw_set_learning_rate(worker: WorkerHandle, rate: f64) -> Status {
+    guard("gw_set_learning_rate", || with(worker, |entry| Ok(entry.worker.set_learning_rate(rate)?)))
+}
