@@ -5,7 +5,7 @@ use gradwire::{Init, Result, TensorSpec, Worker};
 
 const N: usize = 10;
 
-fn main() -> Result<()> {
+pub fn main() -> Result<()> {
     let mut worker = Worker::join(vec![TensorSpec::new("w", [N as u64, N as u64]).init(Init::Normal(1.0))])?;
     let (mut w, mut loss) = (vec![0.0; N * N], 0.0);
     for step in worker.clock()..1000 {

@@ -38,6 +38,8 @@ impl Entry {
         }
     }
 
+    /// Pushes a gradient.
+    ///
     /// # Safety
     ///
     /// `gradient` is null or points to `elements` values of the tensor's format.
@@ -67,6 +69,8 @@ impl Entry {
         Ok(())
     }
 
+    /// Copies parameters out.
+    ///
     /// # Safety
     ///
     /// `out` is null or room for `elements` values of the tensor's format that nobody else uses.
@@ -95,8 +99,8 @@ impl Entry {
     }
 }
 
-/// Starts a tensor's step: its gradient of this clock goes to the servers, and the new parameters are on their way back until
-/// gw_wait or gw_test says that they are here. Tensors may be given in any order, each once a clock.
+/// Starts a tensor's step: its gradient of this clock goes to the servers, and the new parameters are on their way back
+/// until gw_wait or gw_test says that they are here. Tensors may be given in any order, each once a clock.
 ///
 /// `gradient` is the address of `elements` values of the tensor's dtype in host memory, as many as the tensor has. They are
 /// copied before the call returns: the buffer stays the caller's, and may be changed at once. Never waits for the network.
@@ -111,12 +115,14 @@ pub unsafe extern "C" fn gw_push_pull(
     gradient: *const c_void,
     elements: usize,
 ) -> Status {
-    // SAFETY: the caller answers for it.
-    guard("gw_push_pull", || with(worker, |entry| unsafe { entry.give(tensor, gradient, elements, Back::Parameters) }))
+    guard("gw_push_pull", || {
+        // SAFETY: the caller answers for it.
+        with(worker, |entry| unsafe { entry.give(tensor, gradient, elements, Back::Parameters) })
+    })
 }
 
-/// The same for a gradient that brings nothing back: gw_wait then waits only until it has left, and gw_pull fetches parameters.
-/// All pushes of a clock are of one kind.
+/// The same for a gradient that brings nothing back: gw_wait then waits only until it has left, and gw_pull fetches
+/// parameters. All pushes of a clock are of one kind.
 ///
 /// # Safety
 ///
@@ -128,30 +134,32 @@ pub unsafe extern "C" fn gw_push(
     gradient: *const c_void,
     elements: usize,
 ) -> Status {
-    // SAFETY: the caller answers for it.
-    guard("gw_push", || with(worker, |entry| unsafe { entry.give(tensor, gradient, elements, Back::Nothing) }))
+    guard("gw_push", || {
+        // SAFETY: the caller answers for it.
+        with(worker, |entry| unsafe { entry.give(tensor, gradient, elements, Back::Nothing) })
+    })
 }
 
-/// Brings all parameters up to `min_version` or later, waiting at most `timeout_ms` milliseconds for the servers to have it, and a
-/// few seconds more for the way. On GW_TIMEOUT what there was has been brought all the same. Not between gw_push_pull and the end
-/// of its clock.
+/// Brings all parameters up to `min_version` or later, waiting at most `timeout_ms` milliseconds for the servers to have
+/// it, and a few seconds more for the way. On GW_TIMEOUT what there was has been brought all the same. Not between
+/// gw_push_pull and the end of its clock.
 #[unsafe(no_mangle)]
 pub extern "C" fn gw_pull(worker: WorkerHandle, min_version: u64, timeout_ms: u32) -> Status {
     let time = Duration::from_millis(timeout_ms.into());
     guard("gw_pull", || with(worker, |entry| Ok(entry.worker.pull(min_version, time)?)))
 }
 
-/// Ends the clock and waits, at most `timeout_ms` milliseconds, until the new parameters are here (after gw_push_pull) or the
-/// gradients have left (after gw_push). Tensors that were not pushed have no gradient in this clock. On GW_TIMEOUT the text names
-/// what was waited for, and it may be called again; after GW_OK the next clock has begun.
+/// Ends the clock and waits, at most `timeout_ms` milliseconds, until the new parameters are here (after gw_push_pull) or
+/// the gradients have left (after gw_push). Tensors that were not pushed have no gradient in this clock. On GW_TIMEOUT
+/// the text names what was waited for, and it may be called again; after GW_OK the next clock has begun.
 #[unsafe(no_mangle)]
 pub extern "C" fn gw_wait(worker: WorkerHandle, timeout_ms: u32) -> Status {
     let time = Duration::from_millis(timeout_ms.into());
     guard("gw_wait", || with(worker, |entry| Ok(entry.worker.wait_for(time)?)))
 }
 
-/// Ends the clock as gw_wait does, but without waiting: `done` says whether everything is here already. While it is false nothing
-/// may be pushed, and this or gw_wait is to be called again; once it is true the next clock has begun.
+/// Ends the clock as gw_wait does, but without waiting: `done` says whether everything is here already. While it is false
+/// nothing may be pushed, and this or gw_wait is to be called again; once it is true the next clock has begun.
 ///
 /// # Safety
 ///
@@ -166,8 +174,8 @@ pub unsafe extern "C" fn gw_test(worker: WorkerHandle, done: *mut bool) -> Statu
     })
 }
 
-/// A descriptor for poll or epoll (POLLIN), readable when gw_test is worth calling: call gw_test; while it says false, poll and
-/// call it again. It is the worker's and is closed with it: neither read nor close it.
+/// A descriptor for poll or epoll (POLLIN), readable when gw_test is worth calling: call gw_test; while it says false,
+/// poll and call it again. It is the worker's and is closed with it: neither read nor close it.
 ///
 /// # Safety
 ///
@@ -182,8 +190,8 @@ pub unsafe extern "C" fn gw_completion_fd(worker: WorkerHandle, fd: *mut c_int) 
     })
 }
 
-/// Copies a tensor's parameters into `out`, room for `elements` values of the tensor's dtype, as many as the tensor has. Not between
-/// gw_push_pull and the end of its clock: they are on their way then. The buffer stays the caller's.
+/// Copies a tensor's parameters into `out`, room for `elements` values of the tensor's dtype, as many as the tensor has.
+/// Not between gw_push_pull and the end of its clock: they are on their way then. The buffer stays the caller's.
 ///
 /// # Safety
 ///
@@ -195,6 +203,8 @@ pub unsafe extern "C" fn gw_parameters(
     out: *mut c_void,
     elements: usize,
 ) -> Status {
-    // SAFETY: the caller answers for it.
-    guard("gw_parameters", || with(worker, |entry| unsafe { entry.copy(tensor, out, elements) }))
+    guard("gw_parameters", || {
+        // SAFETY: the caller answers for it.
+        with(worker, |entry| unsafe { entry.copy(tensor, out, elements) })
+    })
 }

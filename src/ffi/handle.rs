@@ -1,7 +1,7 @@
 //! Handles: numbers under which this process keeps its workers.
 //!
-//! A handle is the process' id (upper half) and a serial number (lower half). The id is looked at before any lock, since a child
-//! may have been forked while another thread held one.
+//! A handle is the process' id (upper half) and a serial number (lower half). The id is looked at before any lock, since
+//! a child may have been forked while another thread held one.
 //!
 //! Invariant: a worker is used by one thread at a time, and a number never names a second worker.
 #![forbid(unsafe_code)]
@@ -17,8 +17,8 @@ use std::{
 use super::status::{Answer, Fault, Status};
 use crate::{types::Dtype, worker::Worker};
 
-/// A worker of this process, as gw_connect gives it; 0 is none. A number, to be copied at will: every copy is the same worker.
-/// One thread at a time may call with it; a call beside another one's answers GW_BUSY.
+/// A worker of this process, as gw_connect gives it; 0 is none. A number, to be copied at will: every copy is the same
+/// worker. One thread at a time may call with it; a call beside another one's answers GW_BUSY.
 pub type WorkerHandle = u64;
 
 /// A worker and what its caller has said of its tensors.

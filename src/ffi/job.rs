@@ -12,12 +12,13 @@ use super::{
 };
 use crate::{types::Dtype, worker::Worker};
 
-/// Takes this process' place in the job that its environment names (`gradwire run` sets it), declares the tensors, which are
-/// numbered from 0 in this order, and waits for the first parameters: until all workers are there, or the job's own deadlines pass.
+/// Takes this process' place in the job that its environment names (`gradwire run` sets it), declares the tensors, which
+/// are numbered from 0 in this order, and waits for the first parameters: until all workers are there, or the job's own
+/// deadlines pass.
 ///
-/// `tensors` is the address of `count` descriptions; they, their names and shapes are copied, and stay the caller's. On GW_OK
-/// `worker` is a new handle, to be ended with gw_finish or gw_close. One process has one worker, unless its environment leaves the
-/// rank open. Any thread; the library starts threads of its own, which need no signal.
+/// `tensors` is the address of `count` descriptions; they, their names and shapes are copied, and stay the caller's. On
+/// GW_OK `worker` is a new handle, to be ended with gw_finish or gw_close. One process has one worker, unless its
+/// environment leaves the rank open. Any thread; the library starts threads of its own, which need no signal.
 ///
 /// # Safety
 ///
@@ -46,16 +47,16 @@ pub unsafe extern "C" fn gw_connect(
     })
 }
 
-/// This worker has done its part: ends the clock if something has been pushed in it, waits (at most the job's `wait_ms`) until every
-/// server knows, and leaves the job in order. The handle is closed, whatever the status.
+/// This worker has done its part: ends the clock if something has been pushed in it, waits (at most the job's `wait_ms`)
+/// until every server knows, and leaves the job in order. The handle is closed, whatever the status.
 #[unsafe(no_mangle)]
 pub extern "C" fn gw_finish(worker: WorkerHandle) -> Status {
     guard("gw_finish", || Ok(take(worker)?.worker.finish()?))
 }
 
 /// Leaves the job at once, wherever it stands, and gives back everything that belongs to the worker, its threads and its
-/// descriptor too. A worker that leaves without gw_finish has failed, and the job ends with it; after a failure that is the way
-/// to clean up. After gw_finish it answers GW_CLOSED, which does no harm.
+/// descriptor too. A worker that leaves without gw_finish has failed, and the job ends with it; after a failure that is
+/// the way to clean up. After gw_finish it answers GW_CLOSED, which does no harm.
 #[unsafe(no_mangle)]
 pub extern "C" fn gw_close(worker: WorkerHandle) -> Status {
     guard("gw_close", || take(worker).map(drop))
@@ -123,7 +124,8 @@ pub unsafe extern "C" fn gw_parameter_version(worker: WorkerHandle, version: *mu
 ///
 /// # Safety
 ///
-/// `name` is null or a text that ends with a NUL; `tensor` is null or room for a number that nobody else uses during the call.
+/// `name` is null or a text that ends with a NUL; `tensor` is null or room for a number that nobody else uses during the
+/// call.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn gw_tensor_index(worker: WorkerHandle, name: *const c_char, tensor: *mut usize) -> Status {
     let find = |worker: &Worker| {
@@ -135,8 +137,9 @@ pub unsafe extern "C" fn gw_tensor_index(worker: WorkerHandle, name: *const c_ch
     unsafe { tell("gw_tensor_index", worker, tensor, find) }
 }
 
-/// Changes the default group's learning rate on every server, from this clock on; the other groups keep their proportion to it.
-/// Under `bsp` it takes effect at exactly that clock everywhere, if it is called before this worker's first push of the clock.
+/// Changes the default group's learning rate on every server, from this clock on; the other groups keep their proportion
+/// to it. Under `bsp` it takes effect at exactly that clock everywhere, if it is called before this worker's first push
+/// of the clock.
 #[unsafe(no_mangle)]
 pub extern "C" fn gw_set_learning_rate(worker: WorkerHandle, rate: f64) -> Status {
     guard("gw_set_learning_rate", || with(worker, |entry| Ok(entry.worker.set_learning_rate(rate)?)))

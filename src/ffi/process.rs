@@ -15,8 +15,9 @@ pub extern "C" fn gw_version() -> *const c_char {
     VERSION.as_ptr().cast()
 }
 
-/// What went wrong in this thread's last call that failed: which call, what happened, to whom, what to do. Empty if none has
-/// failed. The text belongs to the library; it stays until this thread's next failure or its end. Any thread, each its own.
+/// What went wrong in this thread's last call that failed: which call, what happened, to whom, what to do. Empty if none
+/// has failed. The text belongs to the library; it stays until this thread's next failure or its end. Any thread, each
+/// its own.
 #[unsafe(no_mangle)]
 pub extern "C" fn gw_last_error() -> *const c_char {
     let mut text = c"".as_ptr();
@@ -27,8 +28,8 @@ pub extern "C" fn gw_last_error() -> *const c_char {
     text
 }
 
-/// What the library writes to standard error: "off", "error", "warn", "info", "debug" or "trace". Without this call it is what
-/// GRADWIRE_LOG says, else "warn". It can be changed at any time, from any thread. The text is only read.
+/// What the library writes to standard error: "off", "error", "warn", "info", "debug" or "trace". Without this call it is
+/// what GRADWIRE_LOG says, else "warn". It can be changed at any time, from any thread. The text is only read.
 ///
 /// # Safety
 ///

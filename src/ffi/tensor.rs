@@ -40,8 +40,8 @@ pub enum InitRule {
     GwInitKaimingNormal = 4,
 }
 
-/// A tensor. All workers give a tensor of one name the same shape, rule and group; the number format is each one's own. Set what
-/// is not used to zero.
+/// A tensor. All workers give a tensor of one name the same shape, rule and group; the number format is each one's own.
+/// Set what is not used to zero.
 #[repr(C)]
 #[derive(Debug)]
 pub struct TensorDescription {

@@ -168,6 +168,12 @@ fn push_and_pull_apart_give_the_bits_of_push_pull() {
 }
 
 #[test]
+fn asking_in_between_gives_the_bits_of_waiting() {
+    let [waited, polled] = ["train", "polled"].map(|part| digests(&run(options(home().path(), part))));
+    assert!(waited.len() == 2 && waited == polled, "{waited:?} {polled:?}");
+}
+
+#[test]
 fn a_live_learning_rate_takes_effect_at_one_clock_on_every_server() {
     let all = vec![model(); 2];
     let mut seen = Vec::new();
