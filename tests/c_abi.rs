@@ -213,7 +213,7 @@ fn a_plug_in_uses_the_programs_library_or_brings_its_own() {
 fn declared() -> BTreeSet<String> {
     let header = fs::read_to_string(Path::new(ROOT).join("include/gradwire.h")).unwrap();
     let lines = header.lines().filter(|line| !line.starts_with([' ', '/', '*']));
-    let names = lines.filter_map(|line| line.split('(').next()?.split([' ', '*']).next_back());
+    let names = lines.filter_map(|line| line.split_once('(')?.0.split([' ', '*']).next_back());
     names.filter(|name| name.starts_with("gw_")).map(String::from).collect()
 }
 
