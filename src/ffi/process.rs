@@ -72,8 +72,5 @@ fn log(filter: EnvFilter) -> Answer {
         (Some(reload), Some(filter)) => reload(filter),
         (None, _) => false,
     };
-    match set {
-        true => Ok(()),
-        false => Err(Fault::invalid("the program has a log of its own, which is not ours to change")),
-    }
+    if set { Ok(()) } else { Err(Fault::invalid("the program has a log of its own, which is not ours to change")) }
 }
