@@ -135,7 +135,11 @@ pub fn play(part: &str) -> Result<()> {
         } else {
             push_all(&mut worker, &tensors, part == "separate")?;
         }
-        if part == "polled" { wait_in_poll(&mut worker, &mut quiet)? } else { worker.wait()? }
+        if part == "polled" {
+            wait_in_poll(&mut worker, &mut quiet)?
+        } else {
+            worker.wait()?
+        }
         if part == "separate" {
             worker.pull(worker.clock(), Duration::from_secs(30))?;
             assert_eq!(worker.version(), worker.clock());
