@@ -11,8 +11,6 @@ const SOURCES: [&str; 5] = ["flags", "device.h", "table.h", "rules.h", "gradwire
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-changed=kernels");
-    // The C library: found by its name wherever the loader looks, and never unloaded under threads that have used it.
-    println!("cargo:rustc-cdylib-link-arg=-Wl,-soname,libgradwire.so,-z,nodelete");
     println!("cargo:rustc-env=GRADWIRE_TARGET={}", std::env::var("TARGET").unwrap_or_default());
     if let Err(what) = check_kernels(Path::new("kernels")) {
         eprintln!("kernels/gradwire.ptx: {what}: run scripts/kernels, which compiles kernels/ (it needs clang-19)");

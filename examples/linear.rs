@@ -5,6 +5,7 @@ use gradwire::{Init, Result, TensorSpec, Worker};
 
 const N: usize = 10;
 
+/// Joins the job that the environment names and learns until the loss is small.
 pub fn main() -> Result<()> {
     let mut worker = Worker::join(vec![TensorSpec::new("w", [N as u64, N as u64]).init(Init::Normal(1.0))])?;
     let (mut w, mut loss) = (vec![0.0; N * N], 0.0);

@@ -1,7 +1,7 @@
 //! C and C++ programs in real jobs: the examples, alone, under valgrind and with AddressSanitizer; a plug-in; wrong
 //! calls; a lost server. And what the library exports, and how it is installed.
 //!
-//! Invariant: every program is compiled with all warnings as errors, against `include/gradwire.h` alone.
+//! Invariant: every program is compiled with all warnings as errors, against the installed header alone.
 
 use std::{
     collections::BTreeSet,
@@ -10,6 +10,7 @@ use std::{
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::Command,
+    sync::LazyLock,
     time::{Duration, Instant},
 };
 
@@ -29,9 +30,14 @@ const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 /// Long enough for valgrind on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(300);
 
-/// Where cargo has put the C libraries: beside the tests.
-fn built() -> PathBuf {
-    std::env::current_exe().unwrap().parent().unwrap().to_owned()
+/// Header and libraries, installed as a user installs them, once for all tests.
+fn installed() -> &'static Path {
+    static PREFIX: LazyLock<PathBuf> = LazyLock::new(|| {
+        let prefix = Path::new(env!("CARGO_TARGET_TMPDIR")).join("c");
+        output(Command::new(format!("{ROOT}/scripts/install-c")).arg(&prefix).arg("dev"));
+        prefix
+    });
+    &PREFIX
 }
 
 /// What a tool writes to standard output; it must end well.
@@ -43,6 +49,7 @@ fn output(command: &mut Command) -> String {
 
 fn is_there(tool: &str) -> bool {
     let there = Command::new(tool).arg("--version").output().is_ok();
+    assert!(there || std::env::var_os("CI").is_none(), "{tool} is not installed, and under CI nothing is skipped");
     if !there {
         eprintln!("skipped: {tool} is not installed");
     }
@@ -61,7 +68,7 @@ fn compiler(source: &str) -> Command {
     let mut command = Command::new(compiler);
     // Contraction off: on machines with fused multiply-add the examples' sums would differ from Rust's.
     command.args([standard, "-g", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Wpedantic", "-Werror"]);
-    command.current_dir(ROOT).args(["-I", "include", source]);
+    command.current_dir(ROOT).arg("-I").arg(installed().join("include")).arg(source);
     command
 }
 
@@ -69,9 +76,10 @@ fn compiler(source: &str) -> Command {
 fn compile(source: &str, more: &[&str]) -> Program {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("program");
-    let (at, built) = (format!("-Wl,-rpath,{}", built().display()), built());
+    let libraries = installed().join("lib");
+    let at = format!("-Wl,-rpath,{}", libraries.display());
     let mut command = compiler(source);
-    command.args(more).arg("-L").arg(built).args([&at, "-lgradwire", "-lm", "-lpthread", "-o"]).arg(&path);
+    command.args(more).arg("-L").arg(libraries).args([&at, "-lgradwire", "-lm", "-lpthread", "-o"]).arg(&path);
     output(&mut command);
     Program { directory, path }
 }
@@ -160,7 +168,7 @@ fn the_examples_and_wrong_calls_are_clean_with_address_sanitizer() {
         let program = compile(source, &sanitize);
         let line = format!("ASAN_OPTIONS=detect_leaks=1 exec {}", program.path.display());
         let output = run(workers, rate, &line);
-        assert_eq!(output.matches(said).count(), workers.into(), "{output}");
+        assert_eq!(output.matches(said).count(), usize::from(workers), "{output}");
     }
 }
 
@@ -202,7 +210,7 @@ fn a_plug_in_uses_the_programs_library_or_brings_its_own() {
     let bare = Program { directory: tempfile::tempdir().unwrap(), path: bare };
     let alone = shared.directory.path().join("alone.so");
     let mut link = compiler("tests/c/plugin.c");
-    link.args(["-shared", "-fPIC", "-Wl,--exclude-libs,ALL"]).arg(built().join("libgradwire.a"));
+    link.args(["-shared", "-fPIC", "-Wl,--exclude-libs,ALL"]).arg(installed().join("lib/libgradwire.a"));
     output(link.args(["-lm", "-lpthread", "-ldl", "-o"]).arg(&alone));
     for plugin in [&shared.path, &alone] {
         assert!(run(1, 1.0, &line(&bare, plugin)).contains("plug-in ok"));
@@ -219,7 +227,7 @@ fn declared() -> BTreeSet<String> {
 
 #[test]
 fn the_library_exports_what_the_header_declares_and_nothing_else() {
-    let table = output(Command::new("nm").args(["-D", "--defined-only"]).arg(built().join("libgradwire.so")));
+    let table = output(Command::new("nm").args(["-D", "--defined-only"]).arg(installed().join("lib/libgradwire.so")));
     let exported: BTreeSet<String> =
         table.lines().filter_map(|line| line.split(' ').next_back()).map(String::from).collect();
     let declared = declared();
@@ -232,11 +240,10 @@ fn it_installs_and_pkg_config_finds_it() {
     if !is_there("pkg-config") {
         return;
     }
-    let prefix = tempfile::tempdir().unwrap();
-    output(Command::new(format!("{ROOT}/scripts/install-c")).arg(prefix.path()).arg(built()));
+    let (prefix, folder) = (installed(), tempfile::tempdir().unwrap());
     let ask = |question: &[&str]| {
         let mut command = Command::new("pkg-config");
-        let path = prefix.path().join("lib/pkgconfig");
+        let path = prefix.join("lib/pkgconfig");
         let text = output(command.env("PKG_CONFIG_PATH", path).args(question).arg("gradwire"));
         text.split_whitespace().map(String::from).collect::<Vec<_>>()
     };
@@ -245,14 +252,14 @@ fn it_installs_and_pkg_config_finds_it() {
     let (shared, fixed): (Vec<_>, Vec<_>) =
         (ask(&["--cflags", "--libs"]), ask(&["--static", "--cflags", "--libs"]).into_iter().map(archive).collect());
     for (words, library) in [(shared, true), (fixed, false)] {
-        let program = prefix.path().join("linear");
+        let program = folder.path().join("linear");
         // Only what pkg-config says, not the repository's header.
         let mut command = Command::new("cc");
         command.arg(format!("{ROOT}/examples/c/linear.c")).args(words).args(["-lm", "-o"]).arg(&program);
         output(&mut command);
         let needed = output(Command::new("readelf").arg("-d").arg(&program));
         assert_eq!(needed.contains("[libgradwire.so]"), library, "{needed}");
-        let line = format!("LD_LIBRARY_PATH={}/lib exec {} 20", prefix.path().display(), program.display());
+        let line = format!("LD_LIBRARY_PATH={}/lib exec {} 20", prefix.display(), program.display());
         assert_eq!(losses(&run(2, 0.1, &line)).len(), 2);
     }
 }
