@@ -18,6 +18,7 @@ mod random_faults;
 #[path = "../seccomp/filter.rs"]
 mod seccomp;
 mod surface;
+mod verbs_hosts;
 mod verbs_links;
 
 /// Not a test: a worker of the jobs of these tests. Started by the test runner it does nothing.

@@ -3,15 +3,14 @@
 //! Invariant: a request's range and inline bytes live in the chain's own arrays, at its own index, and the arrays do not move
 //! between `link` and the end of the call that hands the list in; a chain never grows beyond what it was made for.
 
-use std::ptr;
+use std::{fmt, ptr};
 
 use crate::{
-    sys::verbs::{self as v, IbvSendWr, IbvSge},
+    sys::verbs::{self as v, IbvRdma, IbvSendData, IbvSendTarget, IbvSendWr, IbvSge},
     wire::FrameHeader,
 };
 
 /// A list of requests.
-#[derive(Debug)]
 pub(super) struct Chain {
     requests: Vec<IbvSendWr>,
     ranges: Vec<IbvSge>,
@@ -120,13 +119,18 @@ impl Chain {
             num_sge: i32::from(range.is_some()),
             opcode,
             send_flags: 0,
-            imm_data: immediate.unwrap_or(0).to_be(),
-            remote_addr: target.offset,
-            rkey: target.rkey,
-            others: [0; 19],
+            __bindgen_anon_1: IbvSendData { imm_data: immediate.unwrap_or(0).to_be() },
+            wr: IbvSendTarget { rdma: IbvRdma { remote_addr: target.offset, rkey: target.rkey } },
+            ..Default::default()
         });
         self.ranges.push(range.unwrap_or_default());
         self.headers.push(header);
+    }
+}
+
+impl fmt::Debug for Chain {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Chain").field("requests", &self.requests.len()).finish_non_exhaustive()
     }
 }
 
@@ -154,9 +158,13 @@ mod tests {
                 // SAFETY: inline bytes are the chain's own.
                 let bytes = unsafe { *(range.addr as usize as *const [u8; FrameHeader::SIZE]) };
                 assert_eq!(bytes, [7; FrameHeader::SIZE]);
-                assert_eq!((request.imm_data.to_ne_bytes(), request.wr_id), ([1, 2, 3, 4], 77));
+                // SAFETY: all members of the union are 32 bits.
+                let immediate = unsafe { request.__bindgen_anon_1.imm_data };
+                assert_eq!((immediate.to_ne_bytes(), request.wr_id), ([1, 2, 3, 4], 77));
             }
-            assert_eq!((request.rkey, request.remote_addr), (5, 640));
+            // SAFETY: the chain's requests are all writes.
+            let target = unsafe { request.wr.rdma };
+            assert_eq!((target.rkey, target.remote_addr), (5, 640));
             at = request.next;
         }
         let inline = v::SEND_INLINE | v::SEND_SIGNALED;

@@ -12,7 +12,7 @@ use std::{
 use super::device::Device;
 use crate::{
     Error, Result,
-    sys::verbs::{IbvCq, IbvWc},
+    sys::verbs::{self, IbvCq, IbvWc},
 };
 
 /// Queue pairs that share a completion queue, if the device's queues are long enough.
@@ -65,8 +65,7 @@ impl CompletionQueue {
     /// Takes up to a batch of completions.
     pub(super) fn poll(&self, completions: &mut [IbvWc; BATCH]) -> Result<usize> {
         // SAFETY: the queue is valid, its context's functions are the provider's, and the array has as many places as we say.
-        let count =
-            unsafe { ((*self.device.context()).ops.poll_cq)(self.raw(), BATCH as i32, completions.as_mut_ptr()) };
+        let count = unsafe { verbs::poll_cq(self.raw(), BATCH as i32, completions.as_mut_ptr()) };
         usize::try_from(count).map_err(|_| {
             let subject = format!("a completion queue of RDMA device {}", self.device.place.device);
             Error::os("ibv_poll_cq", subject, io::Error::other(format!("it answered {count}")))
@@ -76,7 +75,7 @@ impl CompletionQueue {
     /// Has the channel told of the next completion.
     pub(super) fn request_event(&self) -> Result<()> {
         // SAFETY: the queue is valid and its context's functions are the provider's.
-        match unsafe { ((*self.device.context()).ops.req_notify_cq)(self.raw(), 0) } {
+        match unsafe { verbs::req_notify_cq(self.raw(), 0) } {
             0 => Ok(()),
             error => {
                 let subject = format!("a completion queue of RDMA device {}", self.device.place.device);

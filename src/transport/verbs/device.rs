@@ -23,7 +23,7 @@ use super::{
 use crate::{
     Error, Result,
     sys::verbs::{
-        self, IbvAsyncElement, IbvAsyncEvent, IbvCompChannel, IbvContext, IbvDevice, IbvPd, IbvPortAttr, Table,
+        self, IbvAsyncEvent, IbvCompChannel, IbvContext, IbvDevice, IbvDeviceAttr, IbvPd, IbvPortAttr, Table,
     },
 };
 
@@ -106,6 +106,23 @@ impl Device {
         Ok(Arc::new(device))
     }
 
+    /// A device of a test's table, with `pd` as its protection domain; nothing else of it may be looked into.
+    #[cfg(test)]
+    pub(super) fn fake(table: &'static Table, pd: NonNull<IbvPd>) -> Device {
+        let place = Candidate {
+            device: "fake0".into(),
+            port: 1,
+            gid_index: 0,
+            gid: super::address::Gid([0; 16]),
+            link: super::address::Link::RoceV2,
+            is_active: true,
+            numa_node: None,
+        };
+        let limits = Limits { queue_requests: 1, completions: 1, message_bytes: 1, mtu: 1, lid: 0 };
+        let context = Context { table, raw: NonNull::dangling() };
+        Device { context, pd, channel: NonNull::dangling(), place, limits }
+    }
+
     pub(super) fn table(&self) -> &'static Table {
         self.context.table
     }
@@ -148,7 +165,7 @@ impl Device {
 
     /// The next thing that the device has to tell.
     pub(super) fn event(&self) -> Option<Event> {
-        let mut event = IbvAsyncEvent { element: IbvAsyncElement { port_num: 0 }, event_type: 0 };
+        let mut event = IbvAsyncEvent::default();
         // SAFETY: the context is valid and the target ours.
         if unsafe { (self.table().get_async_event)(self.context(), &mut event) } != 0 {
             let error = io::Error::last_os_error();
@@ -196,7 +213,7 @@ impl Context {
     fn limits(&self, place: &Candidate) -> Result<Limits> {
         let mut port = IbvPortAttr::default();
         // SAFETY: the context is open and the structure ours, as long as the header's or longer.
-        let result = unsafe { (self.table.query_port)(self.raw.as_ptr(), place.port, &mut port) };
+        let result = unsafe { (self.table.query_port)(self.raw.as_ptr(), place.port, (&raw mut port).cast()) };
         let failed = |call, result| {
             let subject = format!("port {} of RDMA device {}", place.port, place.device);
             Err(Error::os(call, subject, io::Error::from_raw_os_error(result)))
@@ -204,8 +221,7 @@ impl Context {
         if result != 0 {
             return failed("ibv_query_port", result);
         }
-        // SAFETY: all-zero bytes are a value of this structure of numbers.
-        let mut device = unsafe { std::mem::zeroed() };
+        let mut device = IbvDeviceAttr::default();
         // SAFETY: the context is open and the structure ours, of the header's size.
         let result = unsafe { (self.table.query_device)(self.raw.as_ptr(), &mut device) };
         if result != 0 {

@@ -5,7 +5,7 @@
 //! is. What the receiver cannot do is refuse a payload before it lands: a peer holds the keys of our regions until it is fenced,
 //! and one that writes where no slot is armed for it is found out by its note and loses its path.
 //!
-//! The parts: `choice` and `address` are pure, `device`, `completion`, `memory` and `queue_pair` own libibverbs' objects, one a
+//! The parts: `choice` and `address` are pure, `device`, `completion`, `memory`, `device_memory` and `queue_pair` own libibverbs' objects, one a
 //! file, `chain` builds lists of requests, `path` is one peer's protocol, this file keeps the paths, and `driver` is the trait.
 //!
 //! Paths begin by a hello each way: the end with the larger name calls until the other answers, for a queue pair whose peer is
@@ -24,7 +24,10 @@ mod chain;
 mod choice;
 mod completion;
 mod device;
+mod device_memory;
 mod driver;
+#[cfg(test)]
+mod fake;
 mod memory;
 mod options;
 mod path;
@@ -230,7 +233,7 @@ impl VerbsTransport {
             return self.on_failure(index, completion, now);
         }
         let result = if completion.opcode == v::WC_RECV_RDMA_WITH_IMM {
-            path.heard(u32::from_be(completion.imm_data), now, &mut self.table, &mut self.done)
+            path.heard(u32::from_be(completion.imm_data()), now, &mut self.table, &mut self.done)
         } else {
             path.retire(now, &mut self.done);
             Ok(())

@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     Error, Result,
-    sys::verbs::{self as v, IbvAhAttr, IbvGlobalRoute, IbvQp, IbvQpAttr, IbvQpCap, IbvQpInitAttr, IbvRecvWr},
+    sys::verbs::{self as v, IbvAhAttr, IbvGid, IbvGlobalRoute, IbvQp, IbvQpAttr, IbvQpCap, IbvQpInitAttr, IbvRecvWr},
     wire::{FrameHeader, random_bytes},
 };
 
@@ -156,8 +156,7 @@ impl QueuePair {
         // SAFETY: the pair is valid, its context's functions are the provider's, and the list is well-formed until the end of
         // this call, which copies it. The ranges lie in registered regions (or the device refuses them) and are left alone
         // (our caller).
-        let result =
-            unsafe { ((*self.raw.device.context()).ops.post_send)(self.raw.pair.as_ptr(), list, &mut refused) };
+        let result = unsafe { v::post_send(self.raw.pair.as_ptr(), list, &mut refused) };
         self.raw.check("ibv_post_send", result)
     }
 
@@ -190,7 +189,7 @@ impl Raw {
             min_rnr_timer: RNR_TIMER,
             ah_attr: IbvAhAttr {
                 grh: IbvGlobalRoute {
-                    dgid: remote.gid.0,
+                    dgid: IbvGid { raw: remote.gid.0 },
                     flow_label: 0,
                     sgid_index: place.gid_index,
                     hop_limit: HOP_LIMIT,
@@ -240,18 +239,16 @@ impl Raw {
             let mut refused = ptr::null_mut();
             // SAFETY: the pair is valid, its context's functions are the provider's; the list, which ends within the array, is
             // copied by this call. The receives name no memory: a note lands in the ring, which the peer names.
-            let result = unsafe {
-                ((*self.device.context()).ops.post_recv)(self.pair.as_ptr(), list.as_mut_ptr(), &mut refused)
-            };
+            let result = unsafe { v::post_recv(self.pair.as_ptr(), list.as_mut_ptr(), &mut refused) };
             self.check("ibv_post_recv", result)?;
             left -= batch;
         }
         Ok(())
     }
 
-    fn modify(&self, state: &str, attributes: &mut IbvQpAttr, mask: i32) -> Result<()> {
+    fn modify(&self, state: &str, attributes: &mut IbvQpAttr, mask: u32) -> Result<()> {
         // SAFETY: the pair is valid and the structure ours, of the header's size.
-        let result = unsafe { (self.device.table().modify_qp)(self.pair.as_ptr(), attributes, mask) };
+        let result = unsafe { (self.device.table().modify_qp)(self.pair.as_ptr(), attributes, mask as i32) };
         if result == 0 {
             return Ok(());
         }
