@@ -150,10 +150,19 @@ impl Printer {
                 text
             }
         };
+        self.line(stream, &format!("{tag} {text}"));
+    }
+
+    /// Prints a line of the launcher's own.
+    pub fn say(&mut self, text: &str) {
+        self.line(Stream::Err, text);
+    }
+
+    /// Prints a line above the live one.
+    fn line(&mut self, stream: Stream, text: &str) {
         let clear = if self.terminal { "\r\x1b[K" } else { "" };
-        let line = format!("{clear}{tag} {text}\n");
         let target = if stream == Stream::Out { &mut self.out } else { &mut self.err };
-        let _ = target.write_all(line.as_bytes()).and_then(|()| target.flush());
+        let _ = target.write_all(format!("{clear}{text}\n").as_bytes()).and_then(|()| target.flush());
         if let Some((rank, text)) = self.live.take() {
             self.show(rank, text);
         }

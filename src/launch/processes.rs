@@ -171,6 +171,11 @@ impl Processes {
         self.alive().for_each(|rank| self.signal(rank, signal));
     }
 
+    /// Prints a line of the launcher's own, beside the ranks' errors.
+    pub fn say(&self, text: &str) {
+        lock(&self.printer).say(text);
+    }
+
     /// Prints what is still in the pipes. Nobody of ours holds their other ends any more.
     pub fn finish_output(&mut self) {
         self.stop_reading.store(true, Ordering::Relaxed);

@@ -83,6 +83,7 @@ pub(super) struct Supervisor {
     lost: BTreeSet<Rank>,
     running: bool,
     paths: BTreeMap<Rank, Vec<PathChoice>>,
+    told_fallback: bool,
     summaries: BTreeMap<Rank, serde_json::Value>,
     checkpoint: Option<u64>,
     stopped_with_checkpoint: bool,
@@ -110,6 +111,7 @@ impl Supervisor {
             lost: BTreeSet::new(),
             running: false,
             paths: BTreeMap::new(),
+            told_fallback: false,
             summaries: BTreeMap::new(),
             checkpoint: None,
             stopped_with_checkpoint: false,
@@ -178,6 +180,19 @@ impl Supervisor {
         }
     }
 
+    /// Says once a job that a path goes over another fabric than the job would rather have.
+    fn tell_fallback(&mut self, rank: Rank, paths: &[PathChoice]) {
+        let fallback = paths.iter().find_map(|path| Some((path, path.missed.as_ref()?)));
+        if let Some((path, missed)) = fallback
+            && !std::mem::replace(&mut self.told_fallback, true)
+        {
+            let (name, PathChoice { peer, fabric, .. }) = (&self.options.config.name, path);
+            self.processes.say(&format!(
+                "gradwire: job {name}: {rank} reaches {peer} over {fabric} only: {missed}; `gradwire doctor` says what would help"
+            ));
+        }
+    }
+
     fn notice(&mut self, notice: Notice) {
         match notice {
             Notice::Joined(rank) => {
@@ -185,7 +200,10 @@ impl Supervisor {
                 self.check_unjoined();
             }
             Notice::Running => self.running = true,
-            Notice::Paths { rank, paths } => drop(self.paths.insert(rank, paths)),
+            Notice::Paths { rank, paths } => {
+                self.tell_fallback(rank, &paths);
+                self.paths.insert(rank, paths);
+            }
             Notice::Failed { rank, text, elsewhere } => self.see(Sight::Reported { rank, text, elsewhere }),
             // Of a rank that we started, its exit tells more, and when the job is ending it was told to leave.
             Notice::Lost(rank) => {

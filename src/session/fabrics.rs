@@ -7,7 +7,7 @@ use super::{Fabric, JobConfig, Member, cores_from_environment};
 use crate::{
     Error, Result,
     transport::{
-        Driver, Fabrics,
+        Driver, Fabrics, Missing,
         shm::{ShmOptions, ShmTransport},
         soft::{SoftFaults, SoftOptions, SoftTransport},
         tcp::{TcpOptions, TcpTransport},
@@ -37,20 +37,21 @@ pub fn open(member: &Member, lane: u16, listen: bool) -> Result<Fabrics> {
     let own = std::env::var(OWN_TRANSPORTS).ok();
     let mut drivers: Vec<Box<dyn Driver>> = Vec::new();
     let allowed = allowed(&config.transports, own.as_deref())?;
-    let mut missing = None;
+    let (mut missing, mut last_error) = (Vec::new(), None);
     for fabric in &allowed {
         match driver(*fabric, config, identity.clone(), listen) {
             Ok(driver) => drivers.push(driver),
             Err(why) if !may_be_missing(*fabric) => return Err(why),
             Err(why) => {
-                do_without(me, *fabric, config, &why);
-                missing = Some(why);
+                tracing::info!("{me} does without {}: {why}", fabric.name());
+                missing.push(Missing { fabric: fabric.name(), why: why.to_string(), better: drivers.len() });
+                last_error = Some(why);
             }
         }
     }
-    match missing {
+    match last_error {
         Some(why) if drivers.is_empty() => Err(why),
-        _ => Fabrics::new(me, drivers),
+        _ => Fabrics::new(me, drivers, missing),
     }
 }
 
@@ -90,15 +91,6 @@ fn may_be_missing(fabric: Fabric) -> bool {
         Fabric::Shm => true,
         Fabric::Verbs => std::env::var_os("GRADWIRE_HCA").is_none_or(|name| name.is_empty()),
         Fabric::Tcp | Fabric::Soft => false,
-    }
-}
-
-/// Says that a better fabric is not to be had: aloud where somebody asked for it.
-fn do_without(me: PeerId, fabric: Fabric, config: &JobConfig, why: &Error) {
-    let name = fabric.name();
-    match config.transports == JobConfig::default().transports {
-        true => tracing::info!("{me} does without {name}: {why}"),
-        false => tracing::warn!("{me} does without {name}: {why}; `gradwire doctor` says what would help"),
     }
 }
 

@@ -35,7 +35,25 @@ pub struct PathChoice {
     pub fabric: String,
     /// Why this one, and why none that would have been better.
     pub reason: String,
+    /// The better fabrics of the job that one of the ends cannot have, and why, if there are any; that two hosts share no memory is
+    /// none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub missed: Option<String>,
 }
+
+/// A fabric that its job allows and that this rank does without.
+#[derive(Clone, Debug)]
+pub struct Missing {
+    /// Its name.
+    pub fabric: &'static str,
+    /// Why it cannot be had.
+    pub why: String,
+    /// How many of the rank's drivers the job prefers to it.
+    pub better: usize,
+}
+
+/// The fabric whose refusal means no more than that the ends are apart.
+const ONE_HOST: &str = "shm";
 
 /// A transport that routes by peer.
 #[derive(Debug)]
@@ -43,6 +61,7 @@ pub struct Fabrics {
     me: PeerId,
     /// In the order of preference.
     drivers: Vec<Box<dyn Driver>>,
+    missing: Vec<Missing>,
     routes: BTreeMap<PeerId, Route>,
     /// Requests to peers without a path: they fail.
     failed: Vec<Completion>,
@@ -59,7 +78,7 @@ struct Route {
 }
 
 impl Fabrics {
-    /// A transport over `drivers`, the most preferred one first.
+    /// A transport over `drivers`, the most preferred one first; `missing` is what the job allows and cannot be had here.
     ///
     /// # Errors
     ///
@@ -68,14 +87,14 @@ impl Fabrics {
     /// # Panics
     ///
     /// If there is no driver.
-    pub fn new(me: PeerId, drivers: Vec<Box<dyn Driver>>) -> Result<Fabrics> {
+    pub fn new(me: PeerId, drivers: Vec<Box<dyn Driver>>, missing: Vec<Missing>) -> Result<Fabrics> {
         assert!(!drivers.is_empty(), "a transport needs a driver");
         let epoll = match drivers.len() {
             1 => None,
             _ => Some(Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(refused)?),
         };
         let watched = vec![None; drivers.len()];
-        Ok(Fabrics { me, drivers, routes: BTreeMap::new(), failed: Vec::new(), epoll, watched })
+        Ok(Fabrics { me, drivers, missing, routes: BTreeMap::new(), failed: Vec::new(), epoll, watched })
     }
 
     /// The paths, and which fabric carries each.
@@ -102,7 +121,8 @@ impl Fabrics {
             match self.drivers[driver].judge(ours, theirs) {
                 Ok(why) => {
                     let reason = [why].into_iter().chain(why_not).collect::<Vec<_>>().join("; ");
-                    return Ok(Route { driver, choice: PathChoice { peer, fabric: fabric.into(), reason } });
+                    let missed = self.missed(peer, driver, own, remote);
+                    return Ok(Route { driver, choice: PathChoice { peer, fabric: fabric.into(), reason, missed } });
                 }
                 Err(why) => why_not.push(format!("no {fabric}: {why}")),
             }
@@ -114,6 +134,25 @@ impl Fabrics {
             remote.fabrics(),
             why_not.join("; ")
         )))
+    }
+}
+
+impl Fabrics {
+    /// Why none of the fabrics that the job prefers to that of `driver` carries the path to `peer`.
+    fn missed(&self, peer: PeerId, driver: usize, own: &Endpoint, remote: &Endpoint) -> Option<String> {
+        let ours = self.missing.iter().filter(|missing| missing.better <= driver);
+        let mut why: Vec<String> = ours.map(|missing| format!("no {} here: {}", missing.fabric, missing.why)).collect();
+        for better in &self.drivers[..driver] {
+            let fabric = better.fabric(peer);
+            match (own.on(fabric), remote.on(fabric)) {
+                (Some(_), None) => why.push(format!("no {fabric}: {peer} does not offer it")),
+                (Some(ours), Some(theirs)) if fabric != ONE_HOST => {
+                    why.extend(better.judge(ours, theirs).err().map(|why| format!("no {fabric}: {why}")));
+                }
+                _ => {}
+            }
+        }
+        (!why.is_empty()).then(|| why.join("; "))
     }
 }
 

@@ -20,7 +20,7 @@ mod waiter;
 
 use std::{fmt, os::fd::BorrowedFd, time::Instant};
 
-pub use fabrics::{Fabrics, PathChoice};
+pub use fabrics::{Fabrics, Missing, PathChoice};
 pub use idle::{Idle, SPIN_MAX};
 pub use waiter::{Waiter, WakeHandle, Woken};
 

@@ -109,13 +109,17 @@ fn a_job_that_would_rather_have_verbs_says_why_it_has_not_and_goes_on() {
     let home = home();
     let all = vec![model(); 2];
     let mut options = options(home.path(), "train");
-    // Not the default, so somebody has asked for it.
-    options.config.transports = vec![Fabric::Tcp, Fabric::Verbs];
+    options.config.transports = vec![Fabric::Verbs, Fabric::Tcp];
     let identity = Identity { job: 1, token: JobToken::random().unwrap(), me: PeerId::worker(0), epoch: 0 };
     let absence = VerbsTransport::new(VerbsOptions::new(identity)).err();
     let output = run(options);
-    assert_eq!(output.contains("does without verbs"), absence.is_some(), "{absence:?}: {output}");
-    same(&simulated(all.clone(), false), &stored(home.path(), &all), "tcp before verbs");
+    // Two servers and two workers have seen it; the job says it once.
+    let told: Vec<&str> = output.lines().filter(|line| line.contains("gradwire doctor")).collect();
+    assert_eq!(told.len(), usize::from(absence.is_some()), "{absence:?}: {output}");
+    for (line, absence) in told.iter().zip(absence) {
+        assert!(line.contains("over tcp only: no verbs here: ") && line.contains(&absence.to_string()), "{line}");
+    }
+    same(&simulated(all.clone(), false), &stored(home.path(), &all), "verbs before tcp");
 }
 
 #[test]

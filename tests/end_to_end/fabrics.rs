@@ -15,7 +15,7 @@ use gradwire::{
 
 use crate::{
     bits::{same, simulated},
-    jobs::{digests, end, home, options, stored},
+    jobs::{digests, end, home, options, run, stored},
     program::model,
 };
 
@@ -121,6 +121,9 @@ fn verbs_shm_and_tcp_in_one_job_give_the_same_bits() {
 fn what_is_not_chosen_by_name_is_shared_memory_on_one_host() {
     let home = home();
     assert_eq!(run_alike(options(home.path(), "train"), home.path(), "default"), [("shm".to_string(), 4)]);
+    // Whether there is RDMA or not: nothing better was missed.
+    let output = run(options(home.path(), "train"));
+    assert!(!output.contains("gradwire doctor"), "{output}");
 }
 
 #[test]

@@ -118,3 +118,53 @@ fn a_worker_joins_by_hand_from_another_host() {
     let digest = |text: &str| text.split("digest ").nth(1).map(|rest| rest[..8].to_string());
     assert!(digest(&text).is_some() && digest(&text) == digest(&printed), "{text}\n{printed}");
 }
+
+/// Removes libibverbs from what this mount namespace shows, by a layer in memory over its folder; then runs the arguments.
+const WITHOUT_LIBIBVERBS: &str = r#"
+set -e
+for library in /usr/lib/*/libibverbs.so.1 /usr/lib64/libibverbs.so.1 /usr/lib/libibverbs.so.1; do
+    [ -e "$library" ] || continue
+    folder=$(dirname "$(readlink -f "$library")")
+    mount -t tmpfs tmpfs "$LAYER"
+    mkdir "$LAYER/files" "$LAYER/work"
+    mount -t overlay -o "lowerdir=$folder,upperdir=$LAYER/files,workdir=$LAYER/work" overlay "$folder"
+    rm "$folder"/libibverbs.so.1*
+    break
+done
+exec "$@"
+"#;
+
+/// One binary for every machine: where libibverbs is missing a job goes on with the next fabric, and says so in one line.
+#[test]
+fn a_job_without_libibverbs_goes_on_and_says_so_once() {
+    let (home, layer) = (home(), home());
+    let can = Command::new("unshare").args(["--mount", "true"]).output().is_ok_and(|output| output.status.success());
+    if !can {
+        assert!(std::env::var_os("CI").is_none(), "CI must be able to make mount namespaces");
+        println!("NOT RUN: mount namespaces need root and util-linux");
+        return;
+    }
+    let program = std::env::current_exe().unwrap();
+    let output = Command::new("unshare")
+        .args(["--mount", "sh", "-c", WITHOUT_LIBIBVERBS, "sh", GRADWIRE, "run"])
+        .args(["--servers", "2", "--workers", "2", "--transport", "verbs,tcp"])
+        .args(["--set", r#"optimizer.groups=[{name="other"}]"#, "--"])
+        .arg(program)
+        .args(["--exact", "worker_process", "--nocapture", "--test-threads=1"])
+        .env("LAYER", layer.path())
+        .env("GRADWIRE_HOME", home.path())
+        .env("WORKER_PART", "train")
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{text}");
+    let told: Vec<&str> = text.lines().filter(|line| line.contains("gradwire doctor")).collect();
+    let [line] = told[..] else { panic!("{} lines name the doctor: {text}", told.len()) };
+    for part in
+        ["over tcp only", "no verbs here", "libibverbs.so.1 cannot be loaded", "No such file", "apt-get install"]
+    {
+        assert!(line.contains(part), "{part}: {line}");
+    }
+    assert!(text.contains("paths between workers and shards: 4 over tcp"), "{text}");
+}

@@ -75,7 +75,7 @@ impl Fabric for Mixed {
     fn ends(&mut self, peers: &[PeerId]) -> Vec<Fabrics> {
         let ends = peers.iter().enumerate().map(|(at, peer)| {
             let drivers = self.has[at % 3].iter().map(|fabric| self.driver(fabric, *peer));
-            Fabrics::new(*peer, drivers.collect()).unwrap()
+            Fabrics::new(*peer, drivers.collect(), Vec::new()).unwrap()
         });
         ends.collect()
     }

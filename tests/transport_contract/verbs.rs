@@ -12,7 +12,7 @@ use std::{
 };
 
 use gradwire::{
-    mem::{Region, RegionOptions},
+    mem::{Locking, Region, RegionOptions},
     transport::{
         Armed, Completion, Driver, Endpoint, RemoteSlot, Transport, Waiter, Wakeup, Woken,
         verbs::{VerbsOptions, VerbsTransport},
@@ -356,4 +356,49 @@ fn a_killed_process_is_noticed_though_nothing_is_sent() {
     let told = until("Broken", |c| matches!(c, Completion::Broken { .. }));
     eprintln!("noticed after {:.2} s", killed.elapsed().as_secs_f64());
     assert!(told.contains("did not acknowledge") && told.contains("status 12"), "{told}");
+}
+
+/// Not a test: registers memory, under the limit that the test below sets. Started by the test runner it does nothing.
+#[test]
+fn a_registering_process() {
+    if std::env::var_os("VERBS_REGISTERS").is_none() {
+        return;
+    }
+    let mut transport = VerbsTransport::new(options(PeerId::worker(0))).unwrap();
+    let options = RegionOptions { lock: Locking::None, ..RegionOptions::default() };
+    let (small, _lease) = Region::allocate(4096, &options).unwrap();
+    transport.register(&small).unwrap();
+    let (region, _lease) = Region::allocate(1 << 20, &options).unwrap();
+    let error = transport.register(&region).unwrap_err();
+    println!("\nREFUSED {error}");
+}
+
+/// The kernel pins what a device may reach, up to a limit that is 64 KiB where nobody has raised it.
+#[test]
+fn a_limit_on_locked_memory_that_is_too_small_is_told_with_what_mends_it() {
+    if !is_there() {
+        return;
+    }
+    if !nix::unistd::geteuid().is_root() {
+        println!("NOT RUN: becoming another user needs root");
+        return;
+    }
+    for (limit, mends) in [("65536:65536", "LimitMEMLOCK="), ("65536:16777216", "ulimit -l")] {
+        let output = Command::new("prlimit")
+            .args([&format!("--memlock={limit}"), "setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"])
+            .args(["--inh-caps=-all", "--bounding-set=-all"])
+            .arg(std::env::current_exe().unwrap())
+            .args(["--exact", "verbs::a_registering_process", "--nocapture", "--test-threads=1"])
+            .env("VERBS_REGISTERS", "1")
+            .output()
+            .unwrap();
+        let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        let told = text.lines().find_map(|line| line.strip_prefix("REFUSED ")).unwrap_or_else(|| panic!("{text}"));
+        for part in ["of 1048576 bytes with RDMA device", "RLIMIT_MEMLOCK", "65536 bytes soft", mends] {
+            assert!(told.contains(part), "{part}: {told}");
+        }
+        // The small region is pinned already, and counts.
+        let needed: u64 = told.split("needs ").nth(1).and_then(|rest| rest.split(' ').next()).unwrap().parse().unwrap();
+        assert!(needed >= (1 << 20) + 4096, "{told}");
+    }
 }
