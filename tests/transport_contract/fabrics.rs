@@ -129,6 +129,7 @@ fn every_pair_has_the_fabric_that_both_prefer_verbs_too_and_says_why() {
             // The list of the end with the smaller name decides.
             let passed_over = has[a][0] != expected;
             assert_eq!(choice.reason.contains("does not offer it"), passed_over, "{}", choice.reason);
+            assert_eq!(choice.missed.is_some(), passed_over, "{:?}", choice.missed);
             world.assert_works(a, b);
         }
     }
