@@ -184,7 +184,7 @@ mod tests {
         assert_eq!((registration.lkey(), registration.rkey()), (Fake::LKEY, Fake::RKEY));
         let start = region.start().as_ptr().addr() as u64;
         let registered = Call::Pages { address: start, length: region.len(), iova: 0, access: ACCESS };
-        assert_eq!(fake.calls(), [registered.clone()]);
+        assert_eq!(fake.calls(), std::slice::from_ref(&registered));
         drop(registration);
         assert_eq!(fake.calls(), [registered, Call::Ended]);
     }
