@@ -85,11 +85,14 @@ fn verbs(identity: Identity) -> Result<VerbsTransport> {
     VerbsTransport::new(options.with_environment(|name| std::env::var(name).ok())?)
 }
 
-/// Whether a machine may lack what the fabric needs. A device that was asked for by name may not be missing.
+/// Whether a machine may lack what the fabric needs. Devices that were asked for, by name or by number, may not be missing.
 fn may_be_missing(fabric: Fabric) -> bool {
     match fabric {
         Fabric::Shm => true,
-        Fabric::Verbs => std::env::var_os("GRADWIRE_HCA").is_none_or(|name| name.is_empty()),
+        Fabric::Verbs => {
+            let is_said = |name| std::env::var_os(name).is_some_and(|text| !text.is_empty());
+            !is_said("GRADWIRE_HCA") && !is_said("GRADWIRE_RAILS")
+        }
         Fabric::Tcp | Fabric::Soft => false,
     }
 }
@@ -105,8 +108,7 @@ pub fn probe() -> Vec<(&'static str, Result<String>)> {
                 "for ranks of one host and user".into()
             }
             Fabric::Verbs => {
-                verbs(identity)?;
-                "for peers that have a device too".into()
+                format!("for peers that have a device too: {}", verbs(identity)?.place())
             }
             Fabric::Soft => {
                 SoftTransport::new(SoftOptions::default())?;

@@ -13,7 +13,7 @@ use super::{JobConfig, setting};
 use crate::{Error, Result};
 
 /// Variables of this program that are no settings of a job.
-const OTHER_VARIABLES: [&str; 22] = [
+const OTHER_VARIABLES: [&str; 23] = [
     "GRADWIRE_CONFIG",
     "GRADWIRE_LOG",
     "GRADWIRE_HOME",
@@ -31,6 +31,7 @@ const OTHER_VARIABLES: [&str; 22] = [
     "GRADWIRE_TCP_IO",
     "GRADWIRE_TORCH",
     "GRADWIRE_HCA",
+    "GRADWIRE_RAILS",
     "GRADWIRE_GID_INDEX",
     "GRADWIRE_TRAFFIC_CLASS",
     "GRADWIRE_SERVICE_LEVEL",

@@ -13,4 +13,6 @@ mod sim;
 mod soft;
 mod tcp;
 mod verbs;
+mod verbs_rails;
+mod verbs_signalling;
 mod world;

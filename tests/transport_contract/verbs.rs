@@ -7,7 +7,7 @@
 use std::{
     io::{BufRead, BufReader, Write},
     process::{Command, Stdio},
-    sync::OnceLock,
+    sync::{OnceLock, RwLockReadGuard},
     time::{Duration, Instant},
 };
 
@@ -38,13 +38,23 @@ pub fn is_there() -> bool {
     false
 }
 
-struct Verbs {
+pub struct Verbs {
     spoil: fn(&mut VerbsOptions),
+    /// Held as long as the ends are used.
+    _guard: Option<RwLockReadGuard<'static, ()>>,
 }
 
 impl Verbs {
     fn new() -> Verbs {
-        Verbs { spoil: |options| options.queue_limit = 512 }
+        Verbs::spoilt(|options| options.queue_limit = 512)
+    }
+
+    pub fn spoilt(spoil: fn(&mut VerbsOptions)) -> Verbs {
+        Verbs { spoil, _guard: None }
+    }
+
+    pub fn guarded(spoil: fn(&mut VerbsOptions), guard: RwLockReadGuard<'static, ()>) -> Verbs {
+        Verbs { spoil, _guard: Some(guard) }
     }
 }
 
@@ -85,7 +95,7 @@ mod short_queues {
         (options.ring_entries, options.send_depth, options.queue_limit) = (4, 16, 64);
     };
     contract!(
-        super::Verbs { spoil: SPOIL },
+        super::Verbs::spoilt(SPOIL),
         if !super::is_there() {
             return;
         }
@@ -156,7 +166,7 @@ fn notes_wait_for_a_receiver_that_does_not_look() {
     if !is_there() {
         return;
     }
-    let mut world = World::joined(Verbs { spoil: |options| options.ring_entries = 8 }, 2, 4096);
+    let mut world = World::joined(Verbs::spoilt(|options| options.ring_entries = 8), 2, 4096);
     let (a, b) = (world.peer(0), world.peer(1));
     for id in 0..100 {
         world.sides[0].post(note(id, b, Note { clock: id, ..Note::new(NoteKind::Absent) }));
@@ -209,7 +219,7 @@ fn two_hundred_paths_one_after_the_other_leave_nothing_behind() {
     if !is_there() {
         return;
     }
-    let mut world = World::apart(Verbs { spoil: |options| options.ring_entries = 16 }, 2, 4096);
+    let mut world = World::apart(Verbs::spoilt(|options| options.ring_entries = 16), 2, 4096);
     let (a, b) = (world.peer(0), world.peer(1));
     // Descriptors, and mappings of note rings.
     let held = || {
@@ -243,7 +253,7 @@ fn a_caller_goes_on_calling_until_its_peer_is_there() {
         return;
     }
     // The device gives a hello up after 7 tries of 34 ms.
-    let mut world = World::apart(Verbs { spoil: |options| options.ack_timeout = 13 }, 2, 4096);
+    let mut world = World::apart(Verbs::spoilt(|options| options.ack_timeout = 13), 2, 4096);
     let (a, b) = (world.peer(0), world.peer(1));
     world.connect(1, 0, Duration::from_secs(20));
     let until = Instant::now() + Duration::from_millis(1200);
@@ -254,53 +264,6 @@ fn a_caller_goes_on_calling_until_its_peer_is_there() {
     world.connect(0, 1, Duration::from_secs(20));
     world.until("Connected", |w| w.sides[0].is_connected_to(b) && w.sides[1].is_connected_to(a));
     world.assert_works(0, 1);
-}
-
-/// The network interface of the last device, if there are several and it is a dummy, which nobody else needs.
-fn dummy_of_the_last_device() -> Option<(String, String)> {
-    let mut devices: Vec<_> = std::fs::read_dir("/sys/class/infiniband").ok()?.flatten().map(|d| d.path()).collect();
-    devices.sort();
-    let device = devices.pop().filter(|_| !devices.is_empty())?;
-    let interface = std::fs::read_to_string(device.join("ports/1/gid_attrs/ndevs/0")).ok()?.trim().to_string();
-    interface.starts_with("dummy").then(|| (device.file_name().unwrap().to_string_lossy().into_owned(), interface))
-}
-
-#[test]
-fn a_port_that_goes_down_breaks_its_paths_and_says_so() {
-    if !is_there() {
-        return;
-    }
-    let Some((device, interface)) = dummy_of_the_last_device() else {
-        eprintln!("SKIPPED: there is no second soft-RDMA device on a dummy interface to be taken down");
-        return;
-    };
-    let set = |state| Command::new("ip").args(["link", "set", &interface, state]).status().unwrap();
-    let peers = [PeerId::server(0, 0), PeerId::worker(0)];
-    let mut ends =
-        peers.map(|peer| VerbsTransport::new(VerbsOptions { hca: Some(device.clone()), ..options(peer) }).unwrap());
-    let [server, worker] = &mut ends;
-    let deadline = Instant::now() + Duration::from_secs(20);
-    let (offer, answer) = (server.offer(peers[1]).unwrap(), worker.offer(peers[0]).unwrap());
-    server.connect(peers[1], &answer, deadline).unwrap();
-    worker.connect(peers[0], &offer, deadline).unwrap();
-    let mut heard = [Vec::new(), Vec::new()];
-    let mut until = |what: &str, reached: fn(&Completion) -> bool| {
-        while !heard.iter().all(|heard| heard.iter().any(reached)) {
-            assert!(Instant::now() < deadline, "waited in vain for {what}: {heard:?}");
-            for (end, heard) in ends.iter_mut().zip(&mut heard) {
-                end.poll(Instant::now(), heard).unwrap();
-            }
-            std::thread::yield_now();
-        }
-    };
-    until("Connected", |c| matches!(c, Completion::Connected { .. }));
-    assert!(set("down").success());
-    until("Broken", |c| matches!(c, Completion::Broken { .. }));
-    assert!(set("up").success());
-    for heard in &heard {
-        let told = format!("{heard:?}");
-        assert!(told.contains("went down") && told.contains(&device), "{told}");
-    }
 }
 
 /// Not a test: the peer of the test below, in a process of its own. Started by the test runner it does nothing.

@@ -7,6 +7,7 @@
 //! libibverbs.so.1 from rdma-core 28 on (the soname and the version of each symbol stand for one binary interface); the compiler
 //! compares the type of each function of the table with the header's.
 
+mod extended;
 #[allow(missing_docs, non_camel_case_types, dead_code, clippy::undocumented_unsafe_blocks)]
 mod generated;
 mod names;
@@ -20,6 +21,7 @@ use std::{
     sync::OnceLock,
 };
 
+pub use extended::*;
 use libloading::Library;
 pub use names::*;
 

@@ -3,10 +3,16 @@
 //!
 //! Invariant: everything is read from /sys; no library is loaded, so that what keeps one from working can be said.
 
-use std::{collections::BTreeSet, net::Ipv6Addr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::Ipv6Addr,
+};
 
 use super::{Item, Tree};
-use crate::mem::{Topology, topology::DeviceKind};
+use crate::{
+    mem::{Topology, topology::DeviceKind},
+    transport::verbs::RAILS_MAX,
+};
 
 const DEVICES: &str = "/sys/class/infiniband";
 
@@ -43,7 +49,27 @@ pub(super) fn look(tree: &Tree, topology: &Topology) -> Vec<Item> {
         }
         items.push(near(tree, topology, device).of(device));
     }
+    items.extend(rails(tree, &devices));
     items
+}
+
+/// Ports that are up, of one kind of link and on one NUMA node: a job may use several at once, and uses one unless it is told.
+fn rails(tree: &Tree, devices: &[String]) -> Option<Item> {
+    let mut alike: BTreeMap<(String, String), Vec<String>> = BTreeMap::new();
+    for device in devices {
+        let folder = format!("{DEVICES}/{device}");
+        let node = tree.text(&format!("{folder}/device/numa_node")).unwrap_or_default();
+        for port in tree.names(&format!("{folder}/ports")) {
+            let read = |file: &str| tree.text(&format!("{folder}/ports/{port}/{file}")).unwrap_or_default();
+            if read("state").contains("ACTIVE") {
+                alike.entry((node.clone(), read("link_layer"))).or_default().push(format!("{device}:{port}"));
+            }
+        }
+    }
+    let ports = alike.into_values().max_by_key(Vec::len).filter(|ports| ports.len() > 1)?;
+    let several = &ports[..ports.len().min(RAILS_MAX)];
+    let told = format!("GRADWIRE_RAILS={} or GRADWIRE_HCA={}", several.len(), several.join(","));
+    Some(Item::fine("rails", format!("{} are alike; a job uses one of them, several with {told}", ports.join(", "))))
 }
 
 /// Programs find devices through libibverbs and a provider for each kind of device.

@@ -122,6 +122,17 @@ fn one_port_is_up_and_the_other_down() {
 }
 
 #[test]
+fn ports_that_are_alike_could_be_rails() {
+    let machine = Machine::with_mlx5();
+    assert!(!machine.rdma().iter().any(|item| item.topic == "rails"), "one port is up");
+    machine.set(&format!("{MLX}/ports/2/state"), "4: ACTIVE");
+    let told = "mlx5_0:1, mlx5_0:2 are alike; a job uses one of them, several with GRADWIRE_RAILS=2 or GRADWIRE_HCA=mlx5_0:1,mlx5_0:2";
+    check(find(&machine.rdma(), "rails", ""), Verdict::Fine, told, "");
+    machine.set(&format!("{MLX}/ports/2/link_layer"), "InfiniBand");
+    assert!(!machine.rdma().iter().any(|item| item.topic == "rails"), "they are of two kinds");
+}
+
+#[test]
 fn an_infiniband_port_without_subnet_manager() {
     let machine = Machine::with_mlx5();
     machine.set(&format!("{MLX}/ports/1/state"), "2: INIT").set(&format!("{MLX}/ports/1/link_layer"), "InfiniBand");

@@ -1,4 +1,4 @@
-//! The text by which a peer's queue pair is found: what we offer, read what we are offered, and judge whether the two can meet.
+//! The text by which a peer's queue pair is found: one rail of an [`super::offer::Offer`], and whether two of them can meet.
 //!
 //! Invariant: `Address::parse(address.to_string()) == address`; two ends that judge each other's addresses come to one answer.
 #![forbid(unsafe_code)]
@@ -7,6 +7,8 @@ use std::{
     fmt,
     net::{Ipv4Addr, Ipv6Addr},
 };
+
+use super::options::RING_ENTRIES_MAX;
 
 /// How packets travel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -67,7 +69,7 @@ impl fmt::Display for Gid {
     }
 }
 
-/// One end of a path that is to be: its queue pair, and the note ring that belongs to it.
+/// One end of a rail of a path that is to be: its queue pair, and the note ring that belongs to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Address {
     pub(super) link: Link,
@@ -86,36 +88,27 @@ pub(super) struct Address {
     pub(super) ring_entries: u16,
 }
 
-/// The form of the text: its first field.
-const FORM: &str = "1";
-
 impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Address { link, gid, lid, qpn, psn, mtu, ring_rkey, ring_entries } = self;
         let gid = u128::from_be_bytes(gid.0);
-        write!(f, "{FORM},{},{gid:032x},{lid},{qpn},{psn},{mtu},{ring_rkey},{ring_entries}", link.word())
+        write!(f, "{},{gid:032x},{lid},{qpn},{psn},{mtu},{ring_rkey},{ring_entries}", link.word())
     }
 }
 
 impl Address {
     /// Reads what [`Address`] displays.
     pub(super) fn parse(text: &str) -> Result<Address, String> {
-        let defect = |what: &str| {
-            let shown: String = text.chars().take(200).collect();
-            format!("`{}` is no address of verbs: {what}", shown.escape_debug())
+        let defect = |what: &str| format!("of a rail, {what}");
+        let fields: Vec<&str> = text.split(',').take(9).collect();
+        let [link, gid, lid, qpn, psn, mtu, ring_rkey, ring_entries] = fields[..] else {
+            return Err(defect("there must be eight fields"));
         };
-        let fields: Vec<&str> = text.split(',').take(10).collect();
-        let [form, link, gid, lid, qpn, psn, mtu, ring_rkey, ring_entries] = fields[..] else {
-            return Err(defect("it must have nine fields"));
-        };
-        if form != FORM {
-            return Err(defect("it is of another version"));
-        }
-        let link = Link::ALL.iter().find(|(_, word)| *word == link).ok_or_else(|| defect("its link is unknown"))?.0;
+        let link = Link::ALL.iter().find(|(_, word)| *word == link).ok_or_else(|| defect("the link is unknown"))?.0;
         if gid.len() != 32 || !gid.bytes().all(|byte| byte.is_ascii_hexdigit()) {
-            return Err(defect("its GID is not 32 hexadecimal digits"));
+            return Err(defect("the GID is not 32 hexadecimal digits"));
         }
-        let gid = Gid(u128::from_str_radix(gid, 16).map_err(|_| defect("its GID"))?.to_be_bytes());
+        let gid = Gid(u128::from_str_radix(gid, 16).map_err(|_| defect("the GID"))?.to_be_bytes());
         let number = |field: &str, max: u32, what: &str| match field.parse::<u32>() {
             Ok(value) if value <= max && !field.starts_with('+') => Ok(value),
             _ => Err(defect(what)),
@@ -123,15 +116,15 @@ impl Address {
         let address = Address {
             link,
             gid,
-            lid: number(lid, 0xffff, "its local identifier")? as u16,
-            qpn: number(qpn, 0xff_ffff, "its queue pair number")?,
-            psn: number(psn, 0xff_ffff, "its packet number")?,
-            mtu: number(mtu, 5, "its MTU")? as u8,
-            ring_rkey: number(ring_rkey, u32::MAX, "its ring's key")?,
-            ring_entries: number(ring_entries, 4096, "its ring's entries")? as u16,
+            lid: number(lid, 0xffff, "the local identifier")? as u16,
+            qpn: number(qpn, 0xff_ffff, "the queue pair number")?,
+            psn: number(psn, 0xff_ffff, "the packet number")?,
+            mtu: number(mtu, 5, "the MTU")? as u8,
+            ring_rkey: number(ring_rkey, u32::MAX, "the ring's key")?,
+            ring_entries: number(ring_entries, RING_ENTRIES_MAX.into(), "the ring's entries")? as u16,
         };
         if address.mtu == 0 || address.ring_entries < 4 || !address.ring_entries.is_power_of_two() {
-            return Err(defect("its MTU or ring cannot be"));
+            return Err(defect("the MTU or the ring cannot be"));
         }
         Ok(address)
     }
@@ -191,23 +184,22 @@ mod tests {
             fields.join(",")
         };
         let wrong = [
-            (0, "2"),
-            (1, "wifi"),
-            (2, "12"),
-            (2, "+0000000000000000000000000000001"),
-            (3, "65536"),
-            (4, "16777216"),
-            (5, "-1"),
-            (6, "0"),
-            (6, "6"),
-            (7, ""),
-            (8, "255"),
-            (8, "8192"),
-            (8, "0"),
+            (0, "wifi"),
+            (1, "12"),
+            (1, "+0000000000000000000000000000001"),
+            (2, "65536"),
+            (3, "16777216"),
+            (4, "-1"),
+            (5, "0"),
+            (5, "6"),
+            (6, ""),
+            (7, "255"),
+            (7, "8192"),
+            (7, "0"),
         ];
         for (at, text) in wrong {
             let error = Address::parse(&spoilt(at, text)).expect_err(text);
-            assert!(error.contains("no address of verbs"), "{error}");
+            assert!(error.starts_with("of a rail, the "), "{error}");
         }
         for text in ["", "1", &format!("{good},1"), &",".repeat(100_000)] {
             assert!(Address::parse(text).is_err());

@@ -1,7 +1,8 @@
 //! Requests that go to a device together: built one after the other, handed in as one list, with one doorbell.
 //!
 //! Invariant: a request's range and inline bytes live in the chain's own arrays, at its own index, and the arrays do not move
-//! between `link` and the end of the call that hands the list in; a chain never grows beyond what it was made for.
+//! between `link` and the end of the call that hands the list in; a chain never grows beyond what it was made for, and no write
+//! in it is longer than its port's longest message.
 
 use std::{fmt, ptr};
 
@@ -17,6 +18,8 @@ pub(super) struct Chain {
     headers: Vec<[u8; FrameHeader::SIZE]>,
     /// What all of them are called in completions.
     wr_id: u64,
+    /// Bytes of the longest write.
+    message_bytes: u32,
 }
 
 // SAFETY: the pointers in `requests` are null but for the time of one call, and point into the chain's own arrays then.
@@ -30,13 +33,14 @@ pub(super) struct Target {
 }
 
 impl Chain {
-    /// An empty chain for up to `capacity` requests.
-    pub(super) fn new(capacity: usize) -> Chain {
+    /// An empty chain for up to `capacity` requests to a port whose longest message has `message_bytes`.
+    pub(super) fn new(capacity: usize, message_bytes: u32) -> Chain {
         Chain {
             requests: Vec::with_capacity(capacity),
             ranges: Vec::with_capacity(capacity),
             headers: Vec::with_capacity(capacity),
             wr_id: 0,
+            message_bytes,
         }
     }
 
@@ -54,6 +58,8 @@ impl Chain {
 
     /// A write of registered bytes.
     pub(super) fn write(&mut self, range: IbvSge, target: Target) {
+        // Soft-RDMA takes longer ones, and does something else.
+        assert!(range.length <= self.message_bytes, "a write of {} bytes, above {}", range.length, self.message_bytes);
         self.push(v::WR_RDMA_WRITE, None, Some(range), target, [0; FrameHeader::SIZE]);
     }
 
@@ -140,7 +146,7 @@ mod tests {
 
     #[test]
     fn a_list_leads_through_all_requests_and_to_their_bytes() {
-        let mut chain = Chain::new(3);
+        let mut chain = Chain::new(3, 9);
         let target = Target { rkey: 5, offset: 640 };
         assert!(chain.link().is_null());
         chain.begin(77);
@@ -169,5 +175,13 @@ mod tests {
         }
         let inline = v::SEND_INLINE | v::SEND_SIGNALED;
         assert_eq!(seen, [(0, 0, 1, 9), (1, inline, 1, 64), (1, 0, 0, 0)]);
+    }
+
+    #[test]
+    #[should_panic(expected = "a write of 10 bytes, above 9")]
+    fn a_write_longer_than_the_longest_message_is_our_own_mistake() {
+        let mut chain = Chain::new(3, 9);
+        chain.begin(77);
+        chain.write(IbvSge { addr: 0, length: 10, lkey: 3 }, Target { rkey: 5, offset: 0 });
     }
 }

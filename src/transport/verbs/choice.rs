@@ -1,13 +1,16 @@
-//! Which device, port and address to use: read from /sys/class/infiniband, chosen by wish and by nearness.
+//! Which devices, ports and addresses to use as rails: read from /sys/class/infiniband, chosen by wish and by nearness.
+//!
+//! Named ports are rails in the order of their names. Otherwise the nearest port is, and with it, if several rails are asked for,
+//! the ports that are as near as it is, by device and port.
 //!
 //! Invariant: the choice is a function of what the folder says and of the options; what was asked for is had or refused, never
-//! silently replaced.
+//! silently replaced; no port is two rails.
 #![forbid(unsafe_code)]
 
 use std::{fs, path::Path};
 
 use super::{
-    VerbsOptions,
+    PortName, RAILS_MAX, VerbsOptions,
     address::{Gid, Link},
 };
 
@@ -59,21 +62,94 @@ pub(super) fn candidates(root: &Path) -> Vec<Candidate> {
     found
 }
 
+/// What was chosen.
+#[derive(Debug)]
+pub(super) struct Choice {
+    /// The rails, in their order; at least one.
+    pub(super) rails: Vec<Candidate>,
+    /// Ports that could be rails too, if more were asked for.
+    pub(super) spare: Vec<String>,
+}
+
 /// The best of them, or why there is none.
-pub(super) fn choose(candidates: &[Candidate], options: &VerbsOptions) -> Result<Candidate, String> {
-    let wanted = |candidate: &&Candidate| {
-        options.hca.as_ref().is_none_or(|hca| *hca == candidate.device)
-            && options.port.is_none_or(|port| port == candidate.port)
-            && options.gid_index.is_none_or(|index| index == candidate.gid_index)
+pub(super) fn choose(candidates: &[Candidate], options: &VerbsOptions) -> Result<Choice, String> {
+    if options.hca.is_empty() {
+        return nearest(candidates, options);
+    }
+    if let Some(wish) = options.rails.filter(|wish| usize::from(*wish) != options.hca.len()) {
+        return Err(format!(
+            "{wish} rails are asked for and {} ports are named (GRADWIRE_RAILS, GRADWIRE_HCA)",
+            options.hca.len()
+        ));
+    }
+    let mut rails: Vec<Candidate> = Vec::with_capacity(options.hca.len());
+    for name in &options.hca {
+        let best = ports(candidates, options).into_iter().find(|candidate| name.is_of(candidate));
+        let best = best.ok_or_else(|| refusal(candidates, options, Some(name)))?;
+        if rails.iter().any(|rail| rail.is_same_port(best)) {
+            return Err(format!("{} is named twice; a port is one rail", best.name()));
+        }
+        rails.push(best.clone());
+    }
+    Ok(Choice { rails, spare: Vec::new() })
+}
+
+/// The nearest port, and as many that are as near as are asked for.
+fn nearest(candidates: &[Candidate], options: &VerbsOptions) -> Result<Choice, String> {
+    let ports = ports(candidates, options);
+    let best = *ports.first().ok_or_else(|| refusal(candidates, options, None))?;
+    let is_alike = |port: &&Candidate| {
+        let key = |of: &Candidate| (is_far(of, options), rank(of), of.link, of.numa_node);
+        key(port) == key(best)
     };
-    let best = candidates.iter().filter(wanted).filter(|candidate| candidate.is_active).min_by_key(|candidate| {
-        let is_far = match (options.numa_node, candidate.numa_node) {
-            (Some(wish), Some(node)) => wish != node,
-            _ => false,
-        };
-        (is_far, rank(candidate), candidate.device.clone(), candidate.port, candidate.gid_index)
-    });
-    best.cloned().ok_or_else(|| refusal(candidates, options))
+    let alike: Vec<&Candidate> = ports.into_iter().filter(is_alike).collect();
+    let wish = usize::from(options.rails.unwrap_or(1));
+    if alike.len() < wish {
+        let names: Vec<String> = alike.iter().map(|port| port.name()).collect();
+        return Err(format!(
+            "{wish} rails are asked for (GRADWIRE_RAILS), and only {} up, near and of one kind: name the ports with GRADWIRE_HCA",
+            if names.len() == 1 { format!("{} is", names[0]) } else { format!("{} are", names.join(", ")) }
+        ));
+    }
+    let (rails, spare) = alike.split_at(wish);
+    let spare = spare.iter().map(|port| port.name()).take(RAILS_MAX - rails.len()).collect();
+    Ok(Choice { rails: rails.iter().map(|rail| (*rail).clone()).collect(), spare })
+}
+
+/// Every port that is up, at its best address, the nearest first.
+fn ports<'a>(candidates: &'a [Candidate], options: &VerbsOptions) -> Vec<&'a Candidate> {
+    let is_wanted = |candidate: &&Candidate| options.gid_index.is_none_or(|index| index == candidate.gid_index);
+    let mut found: Vec<&Candidate> =
+        candidates.iter().filter(|candidate| candidate.is_active).filter(is_wanted).collect();
+    found.sort_by_key(|port| (is_far(port, options), rank(port), &port.device, port.port, port.gid_index));
+    let mut ports: Vec<&Candidate> = Vec::new();
+    for candidate in found {
+        if !ports.iter().any(|port| port.is_same_port(candidate)) {
+            ports.push(candidate);
+        }
+    }
+    ports
+}
+
+fn is_far(candidate: &Candidate, options: &VerbsOptions) -> bool {
+    matches!((options.numa_node, candidate.numa_node), (Some(wish), Some(node)) if wish != node)
+}
+
+impl Candidate {
+    /// Device and port.
+    pub(super) fn name(&self) -> String {
+        format!("{}:{}", self.device, self.port)
+    }
+
+    fn is_same_port(&self, other: &Candidate) -> bool {
+        (&self.device, self.port) == (&other.device, other.port)
+    }
+}
+
+impl PortName {
+    fn is_of(&self, candidate: &Candidate) -> bool {
+        self.device == candidate.device && self.port.is_none_or(|port| port == candidate.port)
+    }
 }
 
 /// 0 for what we would rather have: what is routed before what is not, IPv4 before IPv6.
@@ -87,23 +163,14 @@ fn rank(candidate: &Candidate) -> u8 {
     }
 }
 
-fn refusal(candidates: &[Candidate], options: &VerbsOptions) -> String {
-    let mut ports: Vec<String> = candidates
-        .iter()
-        .map(|candidate| {
-            let state = if candidate.is_active { "up" } else { "down" };
-            format!("{}:{} ({state})", candidate.device, candidate.port)
-        })
-        .collect();
+fn refusal(candidates: &[Candidate], options: &VerbsOptions, name: Option<&PortName>) -> String {
+    let state = |candidate: &Candidate| if candidate.is_active { "up" } else { "down" };
+    let mut ports: Vec<String> = candidates.iter().map(|port| format!("{} ({})", port.name(), state(port))).collect();
     ports.dedup();
     if ports.is_empty() {
         return "no port of an RDMA device has an address: is its network interface up?".into();
     }
-    let mut wish = String::new();
-    if let Some(hca) = &options.hca {
-        wish.push_str(&format!(" of {hca}"));
-        options.port.iter().for_each(|port| wish.push_str(&format!(":{port}")));
-    }
+    let mut wish = name.map(|name| format!(" of {name}")).unwrap_or_default();
     options.gid_index.iter().for_each(|index| wish.push_str(&format!(" with an address at place {index}")));
     format!("no port{wish} is up; there are {}", ports.join(", "))
 }
@@ -153,33 +220,54 @@ mod tests {
         fs::write(file, format!("{text}\n")).unwrap();
     }
 
+    fn hca(text: &str) -> VerbsOptions {
+        options().with_environment(|name| (name == "GRADWIRE_HCA").then(|| text.into())).unwrap()
+    }
+
+    const GIDS: [(&str, &str); 5] = [
+        ("fe80:0000:0000:0000:0000:00ff:fe00:0001", "IB/RoCE v1"),
+        ("fe80:0000:0000:0000:0000:00ff:fe00:0001", "RoCE v2"),
+        ("0000:0000:0000:0000:0000:ffff:0a09:0001", "IB/RoCE v1"),
+        ("0000:0000:0000:0000:0000:ffff:0a09:0001", "RoCE v2"),
+        ("0000:0000:0000:0000:0000:0000:0000:0000", ""),
+    ];
+
+    fn add(machine: &Path, device: &str, port: u8, node: &str, state: &str, layer: &str) {
+        let folder = machine.join(device);
+        write(&folder.join("device/numa_node"), node);
+        let folder = folder.join(format!("ports/{port}"));
+        write(&folder.join("state"), state);
+        write(&folder.join("link_layer"), layer);
+        for (at, (gid, kind)) in GIDS.iter().enumerate() {
+            write(&folder.join(format!("gids/{at}")), gid);
+            if !kind.is_empty() {
+                write(&folder.join(format!("gid_attrs/types/{at}")), kind);
+            }
+        }
+    }
+
     /// A machine with a RoCE device on node 0, one on node 1 and an InfiniBand device that is down.
     fn machine() -> tempfile::TempDir {
         let dir = tempfile::tempdir().unwrap();
-        let gids = [
-            ("fe80:0000:0000:0000:0000:00ff:fe00:0001", "IB/RoCE v1"),
-            ("fe80:0000:0000:0000:0000:00ff:fe00:0001", "RoCE v2"),
-            ("0000:0000:0000:0000:0000:ffff:0a09:0001", "IB/RoCE v1"),
-            ("0000:0000:0000:0000:0000:ffff:0a09:0001", "RoCE v2"),
-            ("0000:0000:0000:0000:0000:0000:0000:0000", ""),
-        ];
-        for (device, node, state, layer) in [
-            ("mlx5_0", "0", "4: ACTIVE", "Ethernet"),
-            ("mlx5_1", "1", "4: ACTIVE", "Ethernet"),
-            ("mlx5_2", "-1", "1: DOWN", "InfiniBand"),
-        ] {
-            let folder = dir.path().join(device);
-            write(&folder.join("device/numa_node"), node);
-            write(&folder.join("ports/1/state"), state);
-            write(&folder.join("ports/1/link_layer"), layer);
-            for (at, (gid, kind)) in gids.iter().enumerate() {
-                write(&folder.join(format!("ports/1/gids/{at}")), gid);
-                if !kind.is_empty() {
-                    write(&folder.join(format!("ports/1/gid_attrs/types/{at}")), kind);
-                }
-            }
-        }
+        add(dir.path(), "mlx5_0", 1, "0", "4: ACTIVE", "Ethernet");
+        add(dir.path(), "mlx5_1", 1, "1", "4: ACTIVE", "Ethernet");
+        add(dir.path(), "mlx5_2", 1, "-1", "1: DOWN", "InfiniBand");
         dir
+    }
+
+    /// A machine of four ports on node 0: two of one device, one of another, one on InfiniBand; and one on node 1.
+    fn wide_machine() -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        add(dir.path(), "mlx5_0", 1, "0", "4: ACTIVE", "Ethernet");
+        add(dir.path(), "mlx5_0", 2, "0", "4: ACTIVE", "Ethernet");
+        add(dir.path(), "mlx5_1", 1, "0", "4: ACTIVE", "Ethernet");
+        add(dir.path(), "mlx5_2", 1, "1", "4: ACTIVE", "Ethernet");
+        add(dir.path(), "mlx5_3", 1, "0", "4: ACTIVE", "InfiniBand");
+        dir
+    }
+
+    fn names(choice: &Choice) -> Vec<String> {
+        choice.rails.iter().map(Candidate::name).collect()
     }
 
     #[test]
@@ -187,21 +275,56 @@ mod tests {
         let machine = machine();
         let all = candidates(machine.path());
         assert_eq!(all.len(), 12, "{all:?}");
-        let of = |options: VerbsOptions| choose(&all, &options).map(|c| (c.device, c.gid_index, c.link));
-        assert_eq!(of(options()).unwrap(), ("mlx5_0".into(), 3, Link::RoceV2));
-        let near = VerbsOptions { numa_node: Some(1), ..options() };
-        assert_eq!(of(near).unwrap(), ("mlx5_1".into(), 3, Link::RoceV2));
-        let pinned = VerbsOptions { hca: Some("mlx5_1".into()), gid_index: Some(0), ..options() };
-        assert_eq!(of(pinned).unwrap(), ("mlx5_1".into(), 0, Link::RoceV1));
+        let of = |options: VerbsOptions| {
+            let choice = choose(&all, &options).unwrap();
+            assert_eq!((choice.rails.len(), choice.spare.len()), (1, 0));
+            (choice.rails[0].name(), choice.rails[0].gid_index, choice.rails[0].link)
+        };
+        let near = |node| VerbsOptions { numa_node: Some(node), ..options() };
+        assert_eq!(of(near(0)), ("mlx5_0:1".into(), 3, Link::RoceV2));
+        assert_eq!(of(near(1)), ("mlx5_1:1".into(), 3, Link::RoceV2));
+        // Nobody says what is near: the first, and the other is on another node than it.
+        assert_eq!(of(options()), ("mlx5_0:1".into(), 3, Link::RoceV2));
+        let pinned = VerbsOptions { gid_index: Some(0), ..hca("mlx5_1") };
+        assert_eq!(of(pinned), ("mlx5_1:1".into(), 0, Link::RoceV1));
+    }
+
+    #[test]
+    fn several_rails_are_had_by_name_or_by_number() {
+        let machine = wide_machine();
+        let all = candidates(machine.path());
+        let rails = |rails| VerbsOptions { rails: Some(rails), numa_node: Some(0), ..options() };
+        for (options, chosen, spare) in [
+            (rails(1), &["mlx5_0:1"][..], &["mlx5_0:2", "mlx5_1:1"][..]),
+            (rails(2), &["mlx5_0:1", "mlx5_0:2"], &["mlx5_1:1"]),
+            (rails(3), &["mlx5_0:1", "mlx5_0:2", "mlx5_1:1"], &[]),
+            (hca("mlx5_1, mlx5_0:2"), &["mlx5_1:1", "mlx5_0:2"], &[]),
+            (hca("mlx5_2,mlx5_3"), &["mlx5_2:1", "mlx5_3:1"], &[]),
+        ] {
+            let choice = choose(&all, &options).unwrap();
+            assert_eq!(names(&choice), chosen);
+            assert_eq!(choice.spare, spare);
+        }
+        let of_node_0 = choose(&all, &VerbsOptions { rails: None, ..rails(1) }).unwrap();
+        assert_eq!((names(&of_node_0).len(), of_node_0.spare.len()), (1, 2), "one, as long as nobody asks for more");
+        for (options, what) in [
+            (rails(4), "mlx5_0:1, mlx5_0:2, mlx5_1:1 are up, near"),
+            (hca("mlx5_0,mlx5_0:1"), "mlx5_0:1 is named twice"),
+            (VerbsOptions { rails: Some(3), ..hca("mlx5_0,mlx5_1") }, "3 rails are asked for and 2 ports are named"),
+        ] {
+            let error = choose(&all, &options).unwrap_err();
+            assert!(error.contains(what), "{error}");
+        }
     }
 
     #[test]
     fn what_was_asked_for_and_is_not_there_is_told_with_what_is() {
         let machine = machine();
         let all = candidates(machine.path());
-        for (hca, port) in [("mlx5_9", None), ("mlx5_2", None), ("mlx5_0", Some(2))] {
-            let error = choose(&all, &VerbsOptions { hca: Some(hca.into()), port, ..options() }).unwrap_err();
-            assert!(error.contains(hca) && error.contains("mlx5_2:1 (down)"), "{error}");
+        for name in ["mlx5_9", "mlx5_2", "mlx5_0:2", "mlx5_0,mlx5_9:3"] {
+            let error = choose(&all, &hca(name)).unwrap_err();
+            let missing = name.rsplit(',').next().unwrap();
+            assert!(error.contains(missing) && error.contains("mlx5_2:1 (down)"), "{error}");
         }
         assert!(candidates(Path::new("/nonexistent")).is_empty());
         assert!(choose(&[], &options()).unwrap_err().contains("interface up"));

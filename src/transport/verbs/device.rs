@@ -10,14 +10,15 @@ use std::{
     os::fd::{BorrowedFd, RawFd},
     path::Path,
     ptr::{self, NonNull},
-    sync::Arc,
+    sync::{Arc, Once},
 };
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 use super::{
     VerbsOptions,
-    choice::{self, Candidate},
+    choice::{self, Candidate, Choice},
+    thread_domain::ThreadDomain,
     words,
 };
 use crate::{
@@ -31,6 +32,8 @@ use crate::{
 pub(super) struct Device {
     context: Context,
     pd: NonNull<IbvPd>,
+    /// Where the provider has them.
+    thread: Option<ThreadDomain>,
     channel: NonNull<IbvCompChannel>,
     pub(super) place: Candidate,
     pub(super) limits: Limits,
@@ -56,8 +59,10 @@ pub(super) struct Limits {
 pub(super) enum Event {
     /// A queue pair, by its handle, has failed.
     Pair(usize, String),
-    /// All that goes over the device has failed.
+    /// All that goes over the port has failed.
     All(String),
+    /// So it has, and there will be no more events.
+    Gone(String),
     /// Nothing that concerns us.
     Other,
 }
@@ -73,14 +78,26 @@ unsafe impl Send for Device {}
 unsafe impl Sync for Device {}
 
 impl Device {
-    /// Opens the best device for these options.
+    /// Opens the best device for these options, or one for each rail that they ask for.
     ///
     /// # Errors
     ///
-    /// [`Error::Config`] if there is no RDMA on this machine, or none as wished; [`Error::Os`] if the device cannot be opened.
-    pub(super) fn open(options: &VerbsOptions) -> Result<Arc<Device>> {
+    /// [`Error::Config`] if there is no RDMA on this machine, or none as wished; [`Error::Os`] if a device cannot be opened.
+    pub(super) fn open(options: &VerbsOptions) -> Result<Vec<Arc<Device>>> {
         let table = verbs::table().map_err(|why| Error::Config(why.to_string()))?;
-        let place = choose(table, options)?;
+        let Choice { rails, spare } = choose(table, options)?;
+        if !spare.is_empty() {
+            tracing::info!(
+                "RDMA ports {} are as near as {}: GRADWIRE_RAILS={} uses them too",
+                spare.join(", "),
+                rails.last().map(Candidate::name).unwrap_or_default(),
+                rails.len() + spare.len()
+            );
+        }
+        rails.into_iter().map(|place| Device::open_one(table, place)).collect()
+    }
+
+    fn open_one(table: &'static Table, place: Candidate) -> Result<Arc<Device>> {
         let context = Context::open(table, &place.device)?;
         let limits = context.limits(&place)?;
         let refused = |call| Error::os(call, format!("RDMA device {}", place.device), io::Error::last_os_error());
@@ -95,7 +112,10 @@ impl Device {
             unsafe { (table.dealloc_pd)(pd.as_ptr()) };
             return Err(error);
         };
-        let device = Device { context, pd, channel, place, limits };
+        // SAFETY: both are open until `drop`, which ends the thread domain before them; the function is the table's.
+        let thread = unsafe { ThreadDomain::new(context.raw.as_ptr(), pd, table.dealloc_pd) };
+        let thread = thread.inspect_err(|error| say_without_thread_domain(&place, error)).ok();
+        let device = Device { context, pd, thread, channel, place, limits };
         for fd in [device.channel_fd(), device.async_fd()] {
             // Both are asked whether there is something, never waited for.
             let flags = fcntl(fd, FcntlArg::F_GETFL).map(OFlag::from_bits_retain);
@@ -120,7 +140,7 @@ impl Device {
         };
         let limits = Limits { queue_requests: 1, completions: 1, message_bytes: 1, mtu: 1, lid: 0 };
         let context = Context { table, raw: NonNull::dangling() };
-        Device { context, pd, channel: NonNull::dangling(), place, limits }
+        Device { context, pd, thread: None, channel: NonNull::dangling(), place, limits }
     }
 
     pub(super) fn table(&self) -> &'static Table {
@@ -133,6 +153,11 @@ impl Device {
 
     pub(super) fn pd(&self) -> *mut IbvPd {
         self.pd.as_ptr()
+    }
+
+    /// In what queue pairs are made; memory is registered in [`Device::pd`], which is the same to the device.
+    pub(super) fn pd_of_pairs(&self) -> *mut IbvPd {
+        self.thread.as_ref().map_or(self.pd, ThreadDomain::pd).as_ptr()
     }
 
     pub(super) fn channel(&self) -> *mut IbvCompChannel {
@@ -171,26 +196,31 @@ impl Device {
             let error = io::Error::last_os_error();
             return match error.kind() {
                 ErrorKind::WouldBlock | ErrorKind::Interrupted => None,
-                _ => Some(Event::All(format!("RDMA device {} is gone: {error}", self.place.device))),
+                _ => Some(Event::Gone(format!("the device is gone: {error}"))),
             };
         }
         // SAFETY: the event was read just now and is acknowledged once; the queue pair that it may name is not looked into.
         unsafe { (self.table().ack_async_event)(&mut event) };
-        let Candidate { device, port, .. } = &self.place;
         let about = words::event(event.event_type);
         Some(match event.event_type {
             verbs::EVENT_QP_FATAL | verbs::EVENT_QP_REQ_ERR | verbs::EVENT_QP_ACCESS_ERR => {
                 // SAFETY: of these events the queue pair is the union's member; only its address is taken.
                 Event::Pair(unsafe { event.element.qp } as usize, about)
             }
-            verbs::EVENT_DEVICE_FATAL | verbs::EVENT_CQ_ERR => Event::All(format!("RDMA device {device}: {about}")),
+            verbs::EVENT_DEVICE_FATAL | verbs::EVENT_CQ_ERR => Event::All(about),
             // SAFETY: of these events the port is the union's member.
-            verbs::EVENT_PORT_ERR if unsafe { event.element.port_num } == i32::from(*port) => {
-                Event::All(format!("port {port} of RDMA device {device}: {about}"))
+            verbs::EVENT_PORT_ERR if unsafe { event.element.port_num } == i32::from(self.place.port) => {
+                Event::All(about)
             }
             _ => Event::Other,
         })
     }
+}
+
+/// Once a process: it is the same for each of its threads.
+fn say_without_thread_domain(place: &Candidate, error: &io::Error) {
+    static SAID: Once = Once::new();
+    SAID.call_once(|| tracing::debug!("RDMA device {} has no thread domain for us: {error}", place.device));
 }
 
 impl Context {
@@ -270,8 +300,8 @@ impl List {
     }
 }
 
-/// The place of the best device that both the kernel and libibverbs know.
-fn choose(table: &'static Table, options: &VerbsOptions) -> Result<Candidate> {
+/// The places of the best devices that both the kernel and libibverbs know.
+fn choose(table: &'static Table, options: &VerbsOptions) -> Result<Choice> {
     let list = List::read(table)?;
     let known: Vec<String> = list.devices().map(|device| list.name(device)).collect();
     let mut candidates = choice::candidates(Path::new(choice::SYSFS));
@@ -303,6 +333,7 @@ impl Drop for Context {
 
 impl Drop for Device {
     fn drop(&mut self) {
+        drop(self.thread.take());
         // SAFETY: each is ended once; queues, pairs and registrations, which hold an `Arc` of this, are gone.
         let results = unsafe {
             [(self.table().destroy_comp_channel)(self.channel()), (self.table().dealloc_pd)(self.pd.as_ptr())]

@@ -10,10 +10,11 @@ use std::{
 };
 
 use super::{
-    FABRIC, ROUNDS_MAX, VerbsTransport,
-    address::Address,
+    FABRIC, Path, Port, ROUNDS_MAX, VerbsTransport,
     memory::Registration,
-    path::{Range, Stage},
+    offer::{Keys, Offer},
+    path::Stage,
+    rail::Payload,
 };
 use crate::{
     Error, Result,
@@ -28,21 +29,17 @@ use crate::{
 
 impl Transport for VerbsTransport {
     fn register(&mut self, region: &Region) -> Result<MemoryRegion> {
-        let rkey = match self.regions.get(&region.id()) {
-            Some(known) => known.rkey(),
-            None => {
-                let registration = Registration::new(&self.device, region)?;
-                self.registrations += 1;
-                let rkey = registration.rkey();
-                if rkey == 0 {
-                    return Err(Error::Config(format!("the device gave {} the key 0, which means none", region.id())));
-                }
-                self.table.register_as(region, rkey)?;
-                self.regions.insert(region.id(), registration);
-                rkey
+        if !self.regions.contains_key(&region.id()) {
+            let on = |port: &Port| Registration::new(&port.device, region);
+            let registrations = self.ports.iter().map(on).collect::<Result<Vec<_>>>()?;
+            self.registrations += registrations.len() as u64;
+            if registrations.iter().any(|registration| registration.rkey() == 0) {
+                return Err(Error::Config(format!("a device gave {} the key 0, which means none", region.id())));
             }
-        };
-        Ok(MemoryRegion::new(FABRIC, rkey, region.len() as u64))
+            self.table.register_as(region, registrations[0].rkey())?;
+            self.regions.insert(region.id(), registrations);
+        }
+        Ok(MemoryRegion::new(FABRIC, self.regions[&region.id()][0].rkey(), region.len() as u64))
     }
 
     fn fabric(&self, _peer: PeerId) -> &'static str {
@@ -55,7 +52,7 @@ impl Transport for VerbsTransport {
             None => self.prepare(peer)?,
         };
         match &self.paths[index] {
-            Some(path) if !matches!(path.stage, Stage::Dead) => Ok(Endpoint::new(FABRIC, path.offered.to_string())),
+            Some(path) if path.stage != Stage::Dead => Ok(Endpoint::new(FABRIC, self.offer_of(path).to_string())),
             _ => Err(Error::Config(format!("the path to {peer} is broken; fence it first"))),
         }
     }
@@ -64,16 +61,18 @@ impl Transport for VerbsTransport {
         let Some(address) = remote.on(FABRIC) else {
             return Err(Error::Config(format!("{peer} offers `{}`, this is {FABRIC}", remote.fabrics())));
         };
-        let address = Address::parse(address).map_err(|why| Error::Config(format!("{peer}: {why}")))?;
+        let remote = Offer::parse(address).map_err(|why| Error::Config(format!("{peer}: {why}")))?;
         let index = match self.index_of.get(&peer) {
             Some(index) => *index,
             None => self.prepare(peer)?,
         };
-        let path = self.paths[index].as_mut().expect("a path that has an index is there");
-        path.offered
-            .judge(&address)
-            .map_err(|why| Error::Config(format!("{peer} cannot be reached over verbs: {why}")))?;
-        path.connect(&address, self.options.identity.me > peer, deadline)?;
+        let own =
+            self.paths[index].as_ref().map(|path| self.offer_of(path)).expect("a path that has an index is there");
+        let meeting =
+            own.meet(&remote).map_err(|why| Error::Config(format!("{peer} cannot be reached over verbs: {why}")))?;
+        let calls = self.options.identity.me > peer;
+        let path = self.paths[index].as_mut().expect("looked at above");
+        path.connect(&remote, &meeting, calls, deadline)?;
         self.mark(index);
         self.send();
         Ok(())
@@ -100,8 +99,8 @@ impl Transport for VerbsTransport {
     fn post(&mut self, request: WorkRequest) -> Result<(), QueueFull> {
         let queue_limit = self.options.queue_limit;
         let peer = request.peer;
-        let defect = match self.path(peer).map(|(_, path)| (&path.stage, path.outstanding())) {
-            None | Some((Stage::Prepared(_), _)) => {
+        let defect = match self.path(peer).map(|(_, path)| (path.stage, path.outstanding())) {
+            None | Some((Stage::Prepared, _)) => {
                 Some(Error::Broken { peer, reason: "there is none: connect comes first".into() })
             }
             Some((Stage::Dead, _)) => Some(Error::Broken { peer, reason: "it ended before".into() }),
@@ -139,25 +138,48 @@ impl Transport for VerbsTransport {
 }
 
 impl VerbsTransport {
-    /// Finds the key of a payload's memory.
-    #[allow(clippy::type_complexity, reason = "a payload, with what the device needs or with why it cannot")]
+    /// What the peer of a path is told of us.
+    fn offer_of(&self, path: &Path) -> Offer {
+        // One rail's keys are the names of the regions, which notes carry.
+        let told = self.regions.values().filter(|_| self.ports.len() > 1);
+        let keys = told.map(|registrations| keys_of(registrations, Registration::rkey)).collect();
+        Offer { rails: path.offered.clone(), keys }
+    }
+
+    /// Finds the keys of a payload's memory.
+    #[allow(clippy::type_complexity, reason = "a payload, with what the devices need or with why they cannot")]
     fn locate(
-        &self,
+        &mut self,
         peer: PeerId,
         payload: Option<(SharedLease, RemoteSlot)>,
         length: u32,
-    ) -> Result<Option<(SharedLease, Range)>, (Error, Option<SharedLease>)> {
+    ) -> Result<Option<(SharedLease, Payload)>, (Error, Option<SharedLease>)> {
         let Some((source, slot)) = payload else { return Ok(None) };
         let refuse = |what: &str| Error::Config(format!("the request to {peer} cannot be sent: {what}"));
-        let Some(registration) = self.regions.get(&source.region_id()) else {
+        let Some(registrations) = self.regions.get(&source.region_id()) else {
             return Err((refuse("its payload's region is not registered with this transport"), Some(source)));
         };
-        let range = Range { lkey: registration.lkey(), slot, length };
-        if !range.fits(self.device.limits.message_bytes, self.options.send_depth) {
+        let lkeys = keys_of(registrations, Registration::lkey);
+        let room = self.room;
+        let (_, path) = self.path(peer).expect("the caller has looked it up");
+        let (rkeys, from, target) = (path.keys(slot.rkey), source.offset() as u64, slot.offset);
+        let payload = Payload { lkeys, rkeys, source: from, target, length };
+        if !payload.fits(room) {
             return Err((refuse("its payload is longer than the send queue can hold in messages"), Some(source)));
         }
-        Ok(Some((source, range)))
+        if !path.can_carry(&payload) {
+            let what = "its slot's region was registered after the path was offered, and the first rail is not in use";
+            return Err((refuse(what), Some(source)));
+        }
+        Ok(Some((source, payload)))
     }
+}
+
+/// A region's keys by rail.
+fn keys_of(registrations: &[Registration], key: impl Fn(&Registration) -> u32) -> Keys {
+    let mut keys = Keys::default();
+    keys.iter_mut().zip(registrations).for_each(|(place, registration)| *place = key(registration));
+    keys
 }
 
 impl Wakeup for VerbsTransport {
@@ -167,24 +189,24 @@ impl Wakeup for VerbsTransport {
 
     fn arm_wakeup(&mut self) -> Result<Armed> {
         if self.done.is_empty() {
-            self.device.drain_channel();
+            self.ports.iter().for_each(|port| port.device.drain_channel());
             self.on_events();
             // Asked first, looked at second: see the file above.
-            self.queues.iter().try_for_each(|queue| queue.request_event())?;
+            self.ports.iter().flat_map(|port| &port.queues).try_for_each(|queue| queue.request_event())?;
             self.collect(Instant::now(), ROUNDS_MAX)?;
         }
         Ok(if self.done.is_empty() { Armed::Sleep } else { Armed::Ready })
     }
 
     fn next_deadline(&self) -> Option<Instant> {
-        let joined = self.paths.iter().flatten().filter(|path| path.handle().is_some());
+        let joined = self.paths.iter().flatten().filter(|path| path.is_joined());
         joined.map(|path| path.deadline().map_or(self.next_tick, |deadline| deadline.min(self.next_tick))).min()
     }
 }
 
 impl Driver for VerbsTransport {
     fn judge(&self, own: &str, remote: &str) -> Result<String, String> {
-        Address::parse(own)?.judge(&Address::parse(remote)?)
+        Offer::parse(own)?.meet(&Offer::parse(remote)?).map(|meeting| meeting.reason)
     }
 }
 

@@ -5,11 +5,15 @@
 //! is. What the receiver cannot do is refuse a payload before it lands: a peer holds the keys of our regions until it is fenced,
 //! and one that writes where no slot is armed for it is found out by its note and loses its path.
 //!
-//! The parts: `choice` and `address` are pure, `device`, `completion`, `memory`, `device_memory` and `queue_pair` own libibverbs' objects, one a
-//! file, `chain` builds lists of requests, `path` is one peer's protocol, this file keeps the paths, and `driver` is the trait.
+//! A transport has one to four *rails*, ports of devices that are used together. A path has a queue pair and a note ring on each
+//! rail that both ends have; every write goes whole on one of them, and the layers above see one path, in order.
 //!
-//! Paths begin by a hello each way: the end with the larger name calls until the other answers, for a queue pair whose peer is
-//! not there yet gives up after a second or so. A path on which nothing was acknowledged for half a second is probed with an
+//! The parts: `choice`, `address`, `offer` and `order` are pure, `device`, `thread_domain`, `completion`, `memory`, `device_memory`
+//! and `queue_pair` own libibverbs' objects, one a file, `chain` builds lists of requests, `rail` and `path` are one peer's
+//! protocol, this file keeps the paths, and `driver` is the trait.
+//!
+//! Rails begin by a hello each way: the end with the larger name calls until the other answers, for a queue pair whose peer is
+//! not there yet gives up after a second or so. A rail on which nothing was acknowledged for half a second is probed with an
 //! empty write, so a peer that has died, or has fenced the path, is noticed within the device's retries (7 of 134 ms) after
 //! that; a peer that is stopped is not, since its device goes on acknowledging: heartbeats above notice that.
 //!
@@ -29,9 +33,13 @@ mod driver;
 #[cfg(test)]
 mod fake;
 mod memory;
+mod offer;
 mod options;
+mod order;
 mod path;
 mod queue_pair;
+mod rail;
+mod thread_domain;
 mod words;
 
 use std::{
@@ -47,9 +55,10 @@ use completion::{BATCH, CompletionQueue};
 use device::{Device, Event};
 use memory::{NoteRing, Registration};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
-pub use options::{RETRY_COUNT_MAX, VerbsOptions};
-use path::{Path, Sending, Stage, WORDS_MAX};
+pub use options::{PortName, RETRY_COUNT_MAX, VerbsOptions};
+use path::{Path, Stage};
 use queue_pair::Builder;
+use rail::{Rail, Room, WORDS_MAX};
 
 use super::{Completion, done::Done, region_table::RegionTable};
 use crate::{
@@ -67,62 +76,95 @@ const TICK: Duration = Duration::from_millis(250);
 /// Completions taken from one queue in one poll: two full rings and send queues of the default size.
 const ROUNDS_MAX: usize = 48;
 
+/// The most rails of a transport.
+pub const RAILS_MAX: usize = 4;
+
 /// One-sided writes over RDMA, seen from one thread.
 #[derive(Debug)]
 pub struct VerbsTransport {
     // Dropped in this order: pairs before what they reach.
     paths: Vec<Option<Path>>,
-    queues: Vec<Arc<CompletionQueue>>,
-    regions: HashMap<RegionId, Registration>,
+    regions: HashMap<RegionId, Vec<Registration>>,
+    ports: Vec<Port>,
     table: RegionTable,
     options: VerbsOptions,
+    room: Room,
     epoll: Epoll,
-    device: Arc<Device>,
     index_of: HashMap<PeerId, usize>,
     dirty: Vec<usize>,
     done: Done,
-    chain: Chain,
     /// Counts pairs and restarts: the upper half of `wr_id`.
     lives: u32,
     registrations: u64,
     next_tick: Instant,
 }
 
+/// A rail: a port, and what its paths share.
+#[derive(Debug)]
+struct Port {
+    queues: Vec<Arc<CompletionQueue>>,
+    device: Arc<Device>,
+    chain: Chain,
+    carried: Carried,
+}
+
+/// What a rail has sent since the transport began.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Carried {
+    /// Device and port.
+    pub port: String,
+    /// Notes, with or without payload.
+    pub notes: u64,
+    /// Payload.
+    pub bytes: u64,
+}
+
 impl VerbsTransport {
-    /// A transport without paths, on the device that the options choose.
+    /// A transport without paths, on the ports that the options choose.
     ///
     /// # Errors
     ///
     /// [`Error::Config`] if there is no RDMA on this machine (no libibverbs, no device, no port that is up) or none as wished;
-    /// [`Error::Os`] if the device cannot be opened.
+    /// [`Error::Os`] if a device cannot be opened.
     pub fn new(options: VerbsOptions) -> Result<VerbsTransport> {
         options.validate()?;
-        let device = Device::open(&options)?;
+        let devices = Device::open(&options)?;
         let longest = options.send_depth.max(u32::from(options.ring_entries) + WORDS_MAX);
-        if longest > device.limits.queue_requests {
-            return Err(Error::Config(format!(
-                "verbs: queues of {longest} requests are wanted, and RDMA device {} has {} at most",
-                device.place.device, device.limits.queue_requests
-            )));
-        }
         let refused = |e| Error::os("epoll", "the verbs transport", e);
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(refused)?;
-        for fd in [device.channel_fd(), device.async_fd()] {
-            epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, 0)).map_err(refused)?;
+        for device in &devices {
+            if longest > device.limits.queue_requests {
+                return Err(Error::Config(format!(
+                    "verbs: queues of {longest} requests are wanted, and RDMA device {} has {} at most",
+                    device.place.device, device.limits.queue_requests
+                )));
+            }
+            for fd in [device.channel_fd(), device.async_fd()] {
+                epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, 0)).map_err(refused)?;
+            }
         }
-        let chain = Chain::new(options.send_depth as usize);
+        let room = Room {
+            depth: options.send_depth,
+            message_bytes: devices.iter().map(|device| device.limits.message_bytes).min().expect("there is a device"),
+            signal_every: options.signal_every.unwrap_or(options.send_depth / 4),
+        };
+        let port = |device: Arc<Device>| Port {
+            queues: Vec::new(),
+            chain: Chain::new(options.send_depth as usize, device.limits.message_bytes),
+            carried: Carried { port: device.place.name(), ..Carried::default() },
+            device,
+        };
         Ok(VerbsTransport {
             paths: Vec::new(),
-            queues: Vec::new(),
             regions: HashMap::new(),
+            ports: devices.into_iter().map(port).collect(),
             table: RegionTable::default(),
             options,
+            room,
             epoll,
-            device,
             index_of: HashMap::new(),
             dirty: Vec::new(),
             done: Vec::new(),
-            chain,
             lives: 0,
             registrations: 0,
             next_tick: Instant::now(),
@@ -134,58 +176,65 @@ impl VerbsTransport {
         self.registrations
     }
 
-    /// The device, port and address that carry the paths, for logs.
+    /// The rails in their order, device, port and address, for logs.
     pub fn place(&self) -> String {
-        let place = &self.device.place;
-        let mtu = Address::mtu_bytes(self.device.limits.mtu);
-        format!("{}:{} as {} ({}, MTU {mtu})", place.device, place.port, place.gid, place.link)
+        let place = |Port { device, .. }: &Port| {
+            let (place, mtu) = (&device.place, Address::mtu_bytes(device.limits.mtu));
+            format!("{} as {} ({}, MTU {mtu})", place.name(), place.gid, place.link)
+        };
+        self.ports.iter().map(place).collect::<Vec<_>>().join(", ")
     }
 
-    /// Receives that a path has posted.
+    /// What each rail has sent, in their order.
+    pub fn carried(&self) -> impl Iterator<Item = &Carried> {
+        self.ports.iter().map(|port| &port.carried)
+    }
+
+    /// Receives that a rail of a path has posted.
     fn receives(&self) -> u32 {
         u32::from(self.options.ring_entries) + WORDS_MAX
     }
 
-    /// A path for `peer`, prepared and not connected.
+    /// A path for `peer`, prepared on all rails and not connected.
     fn prepare(&mut self, peer: PeerId) -> Result<usize> {
-        let queue = self.seat()?;
-        let receives = self.receives();
-        let builder = Builder { device: &self.device, queue: &queue, options: &self.options, receives };
-        let prepared = builder.build()?;
-        let ring = NoteRing::new(&self.device, self.options.ring_entries)?;
-        self.registrations += 1;
+        // A pair that was destroyed may have left completions behind, in the room of the one that comes.
+        self.collect(Instant::now(), usize::MAX)?;
         let index = self.paths.iter().position(Option::is_none).unwrap_or(self.paths.len());
-        let wr_id = self.next_wr_id(index);
-        prepared.receive(receives, wr_id)?;
+        let (mut offered, mut rails) = (Vec::new(), Vec::new());
+        for number in 0..self.ports.len() {
+            let (address, rail) = self.prepare_rail(number, index)?;
+            offered.push(address);
+            rails.push(rail);
+        }
         if index == self.paths.len() {
             self.paths.push(None);
         }
-        let (qpn, psn) = prepared.number_and_psn();
-        let offered = Address {
-            link: self.device.place.link,
-            gid: self.device.place.gid,
-            lid: self.device.limits.lid,
-            qpn,
-            psn,
-            mtu: self.device.limits.mtu,
-            ring_rkey: ring.rkey(),
-            ring_entries: ring.entries(),
-        };
-        self.paths[index] = Some(Path::new(peer, offered, wr_id, prepared, ring, Instant::now()));
+        self.paths[index] = Some(Path::new(peer, offered, rails));
         self.index_of.insert(peer, index);
         Ok(index)
     }
 
-    /// A completion queue with room for one more pair.
-    fn seat(&mut self) -> Result<Arc<CompletionQueue>> {
-        // A pair that was destroyed may have left completions behind, in the room of the one that comes.
-        self.collect(Instant::now(), usize::MAX)?;
-        if let Some(queue) = self.queues.iter().find(|queue| queue.has_seat()) {
-            return Ok(queue.clone());
-        }
-        let queue = CompletionQueue::new(&self.device, self.options.send_depth + self.receives())?;
-        self.queues.push(queue.clone());
-        Ok(queue)
+    /// A queue pair and a note ring on one rail.
+    fn prepare_rail(&mut self, number: usize, index: usize) -> Result<(Address, Rail)> {
+        let (receives, wr_id) = (self.receives(), self.next_wr_id(index));
+        let queue = self.ports[number].seat(self.options.send_depth + receives)?;
+        let device = &self.ports[number].device;
+        let prepared = Builder { device, queue: &queue, options: &self.options, receives }.build()?;
+        let ring = NoteRing::new(device, self.options.ring_entries)?;
+        self.registrations += 1;
+        prepared.receive(receives, wr_id)?;
+        let (qpn, psn) = prepared.number_and_psn();
+        let address = Address {
+            link: device.place.link,
+            gid: device.place.gid,
+            lid: device.limits.lid,
+            qpn,
+            psn,
+            mtu: device.limits.mtu,
+            ring_rkey: ring.rkey(),
+            ring_entries: ring.entries(),
+        };
+        Ok((address, Rail::new(number, device.place.name(), wr_id, prepared, ring, Instant::now())))
     }
 
     fn next_wr_id(&mut self, index: usize) -> u64 {
@@ -209,12 +258,14 @@ impl VerbsTransport {
     /// Takes completions out of all queues, up to `rounds` batches of each, and acts on them; then sends what that made possible.
     fn collect(&mut self, now: Instant, rounds: usize) -> Result<()> {
         let mut batch = [IbvWc::default(); BATCH];
-        for at in 0..self.queues.len() {
-            for _ in 0..rounds {
-                let count = self.queues[at].poll(&mut batch)?;
-                batch[..count].iter().for_each(|completion| self.on_completion(completion, now));
-                if count < BATCH {
-                    break;
+        for port in 0..self.ports.len() {
+            for at in 0..self.ports[port].queues.len() {
+                for _ in 0..rounds {
+                    let count = self.ports[port].queues[at].poll(&mut batch)?;
+                    batch[..count].iter().for_each(|completion| self.on_completion(completion, now));
+                    if count < BATCH {
+                        break;
+                    }
                 }
             }
         }
@@ -225,17 +276,15 @@ impl VerbsTransport {
     fn on_completion(&mut self, completion: &IbvWc, now: Instant) {
         let index = completion.wr_id as u32 as usize;
         let Some(path) = self.paths.get_mut(index).and_then(Option::as_mut) else { return };
-        // Of a pair that is no more.
-        if path.wr_id != completion.wr_id || matches!(path.stage, Stage::Dead) {
-            return;
-        }
+        // Else of a pair that is no more.
+        let Some(rail) = path.rail_of(completion.wr_id) else { return };
         if completion.status != 0 {
-            return self.on_failure(index, completion, now);
+            return self.on_failure(index, rail, completion, now);
         }
         let result = if completion.opcode == v::WC_RECV_RDMA_WITH_IMM {
-            path.heard(u32::from_be(completion.imm_data()), now, &mut self.table, &mut self.done)
+            path.heard(rail, u32::from_be(completion.imm_data()), now, &mut self.table, &mut self.done)
         } else {
-            path.retire(now, &mut self.done);
+            path.retire(rail, now, &mut self.done);
             Ok(())
         };
         self.mark(index);
@@ -244,43 +293,44 @@ impl VerbsTransport {
         }
     }
 
-    fn on_failure(&mut self, index: usize, completion: &IbvWc, now: Instant) {
+    fn on_failure(&mut self, index: usize, rail: usize, completion: &IbvWc, now: Instant) {
         let Some(path) = &self.paths[index] else { return };
-        let is_unheard = matches!(&path.stage, Stage::Calling { deadline, .. } if now < *deadline);
-        if is_unheard && completion.status == v::WC_RETRY_EXC_ERR {
+        if path.may_call_again(rail, now) && completion.status == v::WC_RETRY_EXC_ERR {
             // The peer is not there yet.
             let (wr_id, receives) = (self.next_wr_id(index), self.receives());
             let path = self.paths[index].as_mut().expect("looked at above");
-            let result = path.call_again(wr_id, receives);
+            let result = path.call_again(rail, wr_id, receives);
             self.mark(index);
             return result.unwrap_or_else(|reason| self.break_path(index, &reason));
         }
+        let tries = u32::from(self.options.retry_count) + 1;
+        let patience = Duration::from_nanos(4096 << self.options.ack_timeout) * tries;
+        let reason = path.blame(rail, words::status(completion.status, completion.vendor_err, patience));
         if completion.status == v::WC_WR_FLUSH_ERR {
             // A consequence; the device may have told the cause.
             self.on_events();
         }
-        let tries = u32::from(self.options.retry_count) + 1;
-        let patience = Duration::from_nanos(4096 << self.options.ack_timeout) * tries;
-        self.break_path(index, &words::status(completion.status, completion.vendor_err, patience));
+        self.break_path(index, &reason);
     }
 
-    /// What the device tells by itself.
+    /// What the devices tell by themselves.
     fn on_events(&mut self) {
-        while let Some(event) = self.device.event() {
-            match event {
-                Event::Other => {}
-                Event::Pair(handle, reason) => {
-                    let named = |path: &Option<Path>| path.as_ref().and_then(Path::handle) == Some(handle);
-                    if let Some(index) = self.paths.iter().position(named) {
+        for port in 0..self.ports.len() {
+            let mut is_gone = false;
+            while !is_gone && let Some(event) = self.ports[port].device.event() {
+                is_gone = matches!(event, Event::Gone(_));
+                let (of_pair, reason) = match event {
+                    Event::Other => continue,
+                    Event::Pair(handle, reason) => (Some(handle), reason),
+                    Event::All(reason) | Event::Gone(reason) => (None, reason),
+                };
+                for index in 0..self.paths.len() {
+                    let Some(path) = self.paths[index].as_ref().filter(|path| path.is_joined()) else { continue };
+                    let rail = of_pair.map_or_else(|| path.rail_on(port), |handle| path.rail_of_pair(handle));
+                    if let Some(rail) = rail {
+                        let reason = path.blame(rail, &reason);
                         self.break_path(index, &reason);
                     }
-                }
-                Event::All(reason) => {
-                    (0..self.paths.len()).for_each(|index| {
-                        if self.paths[index].as_ref().is_some_and(|path| path.handle().is_some()) {
-                            self.break_path(index, &reason);
-                        }
-                    });
                 }
             }
         }
@@ -288,7 +338,7 @@ impl VerbsTransport {
 
     fn break_path(&mut self, index: usize, reason: &str) {
         let Some(path) = &mut self.paths[index] else { return };
-        if matches!(path.stage, Stage::Dead) {
+        if path.stage == Stage::Dead {
             return;
         }
         path.end();
@@ -303,12 +353,7 @@ impl VerbsTransport {
         for index in dirty.drain(..) {
             let Some(path) = &mut self.paths[index] else { continue };
             path.is_dirty = false;
-            let mut sending = Sending {
-                chain: &mut self.chain,
-                depth: self.options.send_depth,
-                message_bytes: self.device.limits.message_bytes,
-            };
-            if let Err(reason) = path.send(&mut sending) {
+            if let Err(reason) = path.send(&mut self.ports, self.room) {
                 self.break_path(index, &reason);
             }
         }
@@ -318,10 +363,10 @@ impl VerbsTransport {
 
     /// What time alone brings about.
     fn tick(&mut self, now: Instant) {
-        let is_due = |path: &Path| path.deadline().is_some_and(|deadline| now >= deadline);
+        let is_due = |path: &&Path| path.deadline().is_some_and(|deadline| now >= deadline);
         for index in 0..self.paths.len() {
-            if self.paths[index].as_ref().is_some_and(is_due) {
-                self.break_path(index, "it did not answer our hello, or say its own, before the deadline");
+            if let Some(reason) = self.paths[index].as_ref().filter(is_due).map(Path::silence) {
+                self.break_path(index, &reason);
             }
         }
         if now < self.next_tick {
@@ -335,5 +380,17 @@ impl VerbsTransport {
             }
         }
         self.send();
+    }
+}
+
+impl Port {
+    /// A completion queue with room for one more pair, which may have `work` completions outstanding.
+    fn seat(&mut self, work: u32) -> Result<Arc<CompletionQueue>> {
+        if let Some(queue) = self.queues.iter().find(|queue| queue.has_seat()) {
+            return Ok(queue.clone());
+        }
+        let queue = CompletionQueue::new(&self.device, work)?;
+        self.queues.push(queue.clone());
+        Ok(queue)
     }
 }

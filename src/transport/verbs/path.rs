@@ -1,89 +1,60 @@
-//! One peer's path: its queue pair, its note ring, what waits for room and what the device is at.
+//! One peer's path: its rails, what waits for room on them, and the order of what comes and goes.
 //!
-//! A write is its payload's RDMA WRITEs, then the header of docs/wire.md, inline, into the peer's note ring. The 32 bits that
-//! come with the ring's entry are its index (low half) and how many of the peer's notes we have read (high half, modulo 2^16): so
-//! credits ride on notes, and go alone, as `CREDIT`, when half a ring was read without one. Only the last request of a list, and
-//! one every quarter of the queue, completes; it stands for all before it.
+//! Every request goes whole on one rail: of those that have room, the one with the fewest bytes under way. Their order is kept by
+//! `order`. A rail that fails ends the path.
 //!
-//! Invariant: never more notes are on their way than the peer's ring has entries, nor more requests than the send queue holds; a
-//! source comes back only when the device has said that it is done with it, or after the pair was destroyed.
+//! Invariant: a source comes back only when the device has said that it is done with it, or after the pairs were destroyed;
+//! nothing arrives before `Connected`, which comes when every rail has heard its hello.
 
 use std::{
-    collections::VecDeque,
-    time::{Duration, Instant},
+    collections::{HashMap, VecDeque},
+    time::Instant,
 };
 
 use super::{
+    Port,
     address::Address,
-    chain::{Chain, Target},
-    memory::NoteRing,
-    queue_pair::{Prepared, QueuePair},
+    offer::{Keys, Meeting, Offer},
+    order::{self, Arrivals, Departures},
+    rail::{Payload, Rail, Room, Share, Word},
 };
 use crate::{
     Error, Result,
     mem::{Lease, SharedLease},
-    sys::verbs::IbvSge,
-    transport::{Completion, RemoteSlot, done::Done, region_table::RegionTable},
+    transport::{Completion, done::Done, region_table::RegionTable},
     types::PeerId,
     wire::FrameHeader,
 };
-
-/// In the place of a ring's index: no entry, only the count of notes read.
-const CREDIT: u16 = 0xffff;
-/// In the place of a ring's index: "I hear you"; the first word of each end.
-const HELLO: u16 = 0xfffe;
-
-/// Places in the send queue that are kept for words and probes.
-const RESERVE: u32 = 4;
-
-/// Receives beyond the ring's entries, for words: a hello, and two credits a ring.
-pub(super) const WORDS_MAX: u32 = 8;
-
-/// A path on which nothing was acknowledged for so long is asked whether it still is one.
-const PROBE_AFTER: Duration = Duration::from_millis(500);
 
 #[derive(Debug)]
 pub(super) struct Path {
     pub(super) peer: PeerId,
     /// What the peer is told of our end.
-    pub(super) offered: Address,
-    /// Under what the pair's completions come: another with every pair and every restart.
-    pub(super) wr_id: u64,
+    pub(super) offered: Vec<Address>,
     pub(super) stage: Stage,
-    /// Gone with the pair.
-    ring: Option<NoteRing>,
+    /// Before the path is connected, all of ours; then those that are used; none when it is dead.
+    rails: Vec<Rail>,
+    /// The peer's regions by their names, where a path has more than the first rail.
+    keys: HashMap<u32, Keys>,
     queue: VecDeque<Queued>,
     /// Requests that have not ended.
     outstanding: usize,
-    in_flight: VecDeque<InFlight>,
-    /// Places taken in the send queue.
-    used: u32,
-    /// Notes sent, and how many of them the peer has told us that it has read; modulo 2^16.
-    sent: u16,
-    read_there: u16,
-    /// Notes of the peer read, and how many of them it was told of; modulo 2^16.
-    read: u16,
-    told: u16,
-    /// Receives that have completed and are to be posted again.
-    receives_owed: u32,
-    owes_hello: bool,
-    owes_probe: bool,
-    /// When the peer's device last acknowledged anything.
-    heard: Instant,
+    departures: Departures<(u64, Option<SharedLease>)>,
+    arrivals: Arrivals,
+    /// The number of the next note.
+    number: u16,
     /// Whether the path is in the list of those to send for.
     pub(super) is_dirty: bool,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stage {
     /// Offered: not connected.
-    Prepared(Prepared),
-    /// We say hello until the peer answers.
-    Calling { pair: QueuePair, deadline: Instant },
-    /// The peer will say hello.
-    Awaiting { pair: QueuePair, deadline: Instant },
-    /// Both have heard the other.
-    Open(QueuePair),
+    Prepared,
+    /// Not all rails have heard the peer.
+    Joining { deadline: Instant },
+    /// All have.
+    Open,
     /// Broken and reported; armed slots wait for the fence.
     Dead,
 }
@@ -92,76 +63,36 @@ pub(super) enum Stage {
 struct Queued {
     id: u64,
     header: [u8; FrameHeader::SIZE],
-    payload: Option<(SharedLease, Range)>,
-}
-
-/// A payload as the device sees it.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Range {
-    pub(super) lkey: u32,
-    pub(super) slot: RemoteSlot,
-    pub(super) length: u32,
-}
-
-/// One or more requests at work in the device, up to one that may complete.
-#[derive(Debug)]
-struct InFlight {
-    /// `None` for words and probes.
-    request: Option<(u64, Option<SharedLease>)>,
-    places: u32,
-    is_signaled: bool,
-}
-
-/// What a path needs of its transport to send.
-pub(super) struct Sending<'a> {
-    pub(super) chain: &'a mut Chain,
-    /// Places of the send queue.
-    pub(super) depth: u32,
-    /// Bytes of one RDMA WRITE.
-    pub(super) message_bytes: u32,
+    payload: Option<(SharedLease, Payload)>,
 }
 
 impl Path {
-    /// A path that was offered.
-    pub(super) fn new(
-        peer: PeerId,
-        offered: Address,
-        wr_id: u64,
-        prepared: Prepared,
-        ring: NoteRing,
-        now: Instant,
-    ) -> Path {
+    /// A path that was offered, on `rails`.
+    pub(super) fn new(peer: PeerId, offered: Vec<Address>, rails: Vec<Rail>) -> Path {
         Path {
             peer,
             offered,
-            wr_id,
-            stage: Stage::Prepared(prepared),
-            ring: Some(ring),
+            stage: Stage::Prepared,
+            rails,
+            keys: HashMap::new(),
             queue: VecDeque::new(),
             outstanding: 0,
-            in_flight: VecDeque::new(),
-            used: 0,
-            sent: 0,
-            read_there: 0,
-            read: 0,
-            told: 0,
-            receives_owed: 0,
-            owes_hello: false,
-            owes_probe: false,
-            heard: now,
+            departures: Departures::new(),
+            arrivals: Arrivals::new([]),
+            number: 0,
             is_dirty: false,
         }
     }
 
-    /// The handle of its queue pair, by which events name it.
-    pub(super) fn handle(&self) -> Option<usize> {
-        self.pair().map(QueuePair::handle)
+    /// Whether there are pairs that are connected, which can fail.
+    pub(super) fn is_joined(&self) -> bool {
+        matches!(self.stage, Stage::Joining { .. } | Stage::Open)
     }
 
     /// When it ends if it is not open by then.
     pub(super) fn deadline(&self) -> Option<Instant> {
-        match &self.stage {
-            Stage::Calling { deadline, .. } | Stage::Awaiting { deadline, .. } => Some(*deadline),
+        match self.stage {
+            Stage::Joining { deadline } => Some(deadline),
             _ => None,
         }
     }
@@ -171,151 +102,153 @@ impl Path {
         self.outstanding
     }
 
-    /// Joins the pair to the peer's. The end that calls says hello first; the other waits for it.
-    pub(super) fn connect(&mut self, remote: &Address, calls: bool, deadline: Instant) -> Result<()> {
-        let Stage::Prepared(prepared) = std::mem::replace(&mut self.stage, Stage::Dead) else {
+    /// The rail whose completions come under `wr_id`.
+    pub(super) fn rail_of(&self, wr_id: u64) -> Option<usize> {
+        self.rails.iter().position(|rail| rail.wr_id == wr_id)
+    }
+
+    /// The rail of that queue pair.
+    pub(super) fn rail_of_pair(&self, handle: usize) -> Option<usize> {
+        self.rails.iter().position(|rail| rail.handle() == Some(handle))
+    }
+
+    /// The rail on that one of our ports.
+    pub(super) fn rail_on(&self, port: usize) -> Option<usize> {
+        self.rails.iter().position(|rail| rail.number == port)
+    }
+
+    /// What went wrong, and on which rail.
+    pub(super) fn blame(&self, rail: usize, what: impl std::fmt::Display) -> String {
+        self.rails[rail].blame(what)
+    }
+
+    /// Why it ends if its deadline has passed.
+    pub(super) fn silence(&self) -> String {
+        let what = "it did not answer our hello, or say its own, before the deadline";
+        self.rails.iter().find(|rail| !rail.is_open()).map_or(what.into(), |rail| rail.blame(what))
+    }
+
+    /// Joins each of the rails to the peer's; the others are given up.
+    pub(super) fn connect(&mut self, remote: &Offer, meeting: &Meeting, calls: bool, deadline: Instant) -> Result<()> {
+        if self.stage != Stage::Prepared {
             return Err(Error::Config(format!("there is a path to {} already; fence it first", self.peer)));
-        };
-        let pair = prepared.connect(remote)?;
-        self.owes_hello = calls;
-        self.stage = if calls { Stage::Calling { pair, deadline } } else { Stage::Awaiting { pair, deadline } };
+        }
+        self.stage = Stage::Dead;
+        self.rails.retain(|rail| meeting.rails.contains(&rail.number));
+        for rail in &mut self.rails {
+            rail.connect(&remote.rails[rail.number], calls)?;
+        }
+        if meeting.rails != [0] {
+            self.keys = remote.keys.iter().map(|keys| (keys[0], *keys)).collect();
+        }
+        self.arrivals = Arrivals::new(self.rails.iter().map(Rail::ring_entries));
+        self.stage = Stage::Joining { deadline };
         Ok(())
     }
 
-    /// The hello was not heard: says it again, under another `wr_id`. The peer's pair is not connected yet, so nothing of ours
-    /// has been received; or only its acknowledgement was lost, and then the same packet numbers make it a repetition.
-    pub(super) fn call_again(&mut self, wr_id: u64, receives: u32) -> Result<(), String> {
-        let Stage::Calling { pair, .. } = &self.stage else { return Ok(()) };
-        pair.restart().and_then(|()| pair.receive(receives, wr_id)).map_err(|error| error.to_string())?;
-        self.wr_id = wr_id;
-        self.in_flight.clear();
-        (self.used, self.receives_owed, self.owes_hello) = (0, 0, true);
-        Ok(())
+    /// The keys of a region of the peer, by the key that names it. One that was registered after the peer's offer has that key
+    /// alone, on the first rail.
+    pub(super) fn keys(&self, rkey: u32) -> Keys {
+        self.keys.get(&rkey).copied().unwrap_or([rkey, 0, 0, 0])
     }
 
-    pub(super) fn push(&mut self, id: u64, header: &FrameHeader, payload: Option<(SharedLease, Range)>) {
+    /// Whether a payload can go on any of the rails.
+    pub(super) fn can_carry(&self, payload: &Payload) -> bool {
+        self.rails.iter().any(|rail| payload.has_key(rail.number))
+    }
+
+    /// Whether a rail's hello was not heard and may be said again.
+    pub(super) fn may_call_again(&self, rail: usize, now: Instant) -> bool {
+        self.rails[rail].is_calling() && self.deadline().is_some_and(|deadline| now < deadline)
+    }
+
+    pub(super) fn call_again(&mut self, rail: usize, wr_id: u64, receives: u32) -> Result<(), String> {
+        let rail = &mut self.rails[rail];
+        rail.call_again(wr_id, receives).map_err(|why| rail.blame(why))
+    }
+
+    pub(super) fn push(&mut self, id: u64, header: &FrameHeader, payload: Option<(SharedLease, Payload)>) {
         self.outstanding += 1;
         self.queue.push_back(Queued { id, header: header.encode(), payload });
     }
 
-    /// Asks the peer's device for a sign of life if there was none for a while and none is due.
+    /// Asks the peer's devices for a sign of life where there was none for a while; whether any is to be asked.
     pub(super) fn probe(&mut self, now: Instant) -> bool {
-        let is_quiet = now.saturating_duration_since(self.heard) >= PROBE_AFTER;
-        self.owes_probe |= is_quiet && self.in_flight.is_empty() && matches!(self.stage, Stage::Open(_));
-        self.owes_probe
+        self.rails.iter_mut().fold(false, |any, rail| rail.probe(now) | any)
     }
 
-    /// Posts the receives that are owed, then sends what is owed and what is queued, as far as there is room.
-    pub(super) fn send(&mut self, sending: &mut Sending<'_>) -> Result<(), String> {
-        let (pair, is_open) = match &self.stage {
-            Stage::Open(pair) => (pair, true),
-            Stage::Calling { pair, .. } => (pair, false),
-            Stage::Prepared(_) | Stage::Awaiting { .. } | Stage::Dead => return Ok(()),
-        };
-        let remote = *pair.remote();
-        // Before the credit for them goes out.
-        pair.receive(std::mem::take(&mut self.receives_owed), self.wr_id).map_err(|error| error.to_string())?;
-        let ring = Target { rkey: remote.ring_rkey, offset: 0 };
-        let chain = &mut *sending.chain;
-        chain.begin(self.wr_id);
-        let first = self.in_flight.len();
-        if std::mem::take(&mut self.owes_hello) {
-            chain.word(immediate(HELLO, self.read), ring);
-            self.in_flight.push_back(InFlight { request: None, places: 1, is_signaled: false });
+    /// Sends what is owed and what is queued, as far as there is room on the rails.
+    pub(super) fn send(&mut self, ports: &mut [Port], room: Room) -> Result<(), String> {
+        let mut shares: [Option<Share>; super::RAILS_MAX] = Default::default();
+        for (rail, share) in self.rails.iter_mut().zip(&mut shares) {
+            *share = rail.begin(&mut ports[rail.number].chain).map_err(|why| rail.blame(why))?;
         }
-        let mut unsignaled = 0;
-        while is_open && let Some(next) = self.queue.front() {
-            let places = next.places(sending.message_bytes);
-            let has_credit = self.sent.wrapping_sub(self.read_there) < remote.ring_entries;
-            if !has_credit || self.used + chain.len() as u32 + places + RESERVE > sending.depth {
-                break;
-            }
+        while self.stage == Stage::Open
+            && let Some(next) = self.queue.front()
+        {
+            let payload = next.payload.as_ref().map(|(_, payload)| payload);
+            let able = self.rails.iter().enumerate();
+            let able = able.filter(|(_, rail)| rail.takes(&ports[rail.number].chain, payload, room));
+            let Some((at, _)) = able.min_by_key(|(_, rail)| rail.bytes()) else { break };
             let Queued { id, header, payload } = self.queue.pop_front().expect("looked at above");
-            if let Some((source, range)) = &payload {
-                range.add_writes(chain, source.offset() as u64, sending.message_bytes);
-            }
-            let index = self.sent % remote.ring_entries;
-            let offset = u64::from(index) * FrameHeader::SIZE as u64;
-            chain.note(header, immediate(index, self.read), Target { offset, ..ring });
-            self.sent = self.sent.wrapping_add(1);
-            self.told = self.read;
-            unsignaled += places;
-            let is_signaled = unsignaled >= sending.depth / 4;
-            if is_signaled {
-                chain.signal();
-                unsignaled = 0;
-            }
-            let source = payload.map(|(source, _)| source);
-            self.in_flight.push_back(InFlight { request: Some((id, source)), places, is_signaled });
+            let (source, payload) = payload.unzip();
+            let rail = &mut self.rails[at];
+            let port = &mut ports[rail.number];
+            let share = shares[at].as_mut().expect("a rail that takes something was begun");
+            let numbers = (self.number, self.departures.push((id, source)));
+            rail.add((&mut port.chain, share), header, payload.as_ref(), numbers, room);
+            self.number = order::next(self.number);
+            port.carried.notes += 1;
+            port.carried.bytes += payload.map_or(0, |payload| payload.length.into());
         }
-        let own_entries = self.ring.as_ref().map_or(0, NoteRing::entries);
-        if is_open && self.read.wrapping_sub(self.told) >= own_entries / 2 {
-            chain.word(immediate(CREDIT, self.read), ring);
-            self.told = self.read;
-            self.in_flight.push_back(InFlight { request: None, places: 1, is_signaled: false });
+        for (rail, share) in self.rails.iter_mut().zip(shares) {
+            let Some(share) = share else { continue };
+            // SAFETY: the sources are in `departures`, which keeps them until the rail has told that they have completed
+            // (`retire`) or the pairs are destroyed (`end`); a source is read-only as long as anybody holds it.
+            unsafe { rail.finish(&mut ports[rail.number].chain, share) }.map_err(|why| rail.blame(why))?;
         }
-        if std::mem::take(&mut self.owes_probe) && chain.len() == 0 {
-            chain.probe(ring);
-            self.in_flight.push_back(InFlight { request: None, places: 1, is_signaled: false });
-        }
-        if chain.len() == 0 {
-            return Ok(());
-        }
-        // So that every source comes back without anything else having to happen.
-        chain.signal();
-        self.in_flight.back_mut().expect("the chain is not empty").is_signaled = true;
-        self.used += self.in_flight.range(first..).map(|work| work.places).sum::<u32>();
-        // SAFETY: the sources are in `in_flight`, which keeps them until they have completed (`retire`) or the pair is destroyed
-        // (`end`); a source is read-only as long as anybody holds it.
-        unsafe { pair.send(chain) }.map_err(|error| error.to_string())
+        Ok(())
     }
 
-    /// A request that was to complete did: it and all before it are done.
-    pub(super) fn retire(&mut self, now: Instant, done: &mut Done) {
-        self.heard = now;
-        while let Some(InFlight { request, places, is_signaled }) = self.in_flight.pop_front() {
-            self.used -= places;
-            if let Some((id, source)) = request {
-                self.outstanding -= 1;
-                done.push((self.peer, Completion::Sent { id, source }));
-            }
-            if is_signaled {
-                break;
-            }
+    /// A request of a rail that was to complete did.
+    pub(super) fn retire(&mut self, rail: usize, now: Instant, done: &mut Done) {
+        let departures = &mut self.departures;
+        self.rails[rail].retire(now, |number| departures.done(number));
+        while let Some((id, source)) = self.departures.pop() {
+            self.outstanding -= 1;
+            done.push((self.peer, Completion::Sent { id, source }));
         }
     }
 
-    /// 32 bits of the peer have come, perhaps with a note. An error is the reason why the path ends.
+    /// 32 bits of the peer have come on a rail, perhaps with a note. An error is the reason why the path ends.
     pub(super) fn heard(
         &mut self,
-        word: u32,
+        at: usize,
+        immediate: u32,
         now: Instant,
         table: &mut RegionTable,
         done: &mut Done,
     ) -> Result<(), String> {
-        self.receives_owed += 1;
-        self.heard = now;
-        let (index, read_there) = (word as u16, (word >> 16) as u16);
-        if read_there.wrapping_sub(self.read_there) > self.sent.wrapping_sub(self.read_there) {
-            return Err(format!("it says that it has read {read_there} notes, more than we sent"));
+        match self.rails[at].heard(immediate, now).map_err(|why| self.blame(at, why))? {
+            Word::Credit => return Ok(()),
+            Word::Note(number) => self.arrivals.arrived(at, number).map_err(|why| self.blame(at, why))?,
+            Word::Hello if self.rails.iter().all(Rail::is_open) => {
+                self.stage = Stage::Open;
+                done.push((self.peer, Completion::Connected { peer: self.peer }));
+            }
+            Word::Hello => return Ok(()),
         }
-        self.read_there = read_there;
-        if index == HELLO {
-            return self.greeted(done);
+        // One rail may hear of notes while another waits for its hello.
+        while self.stage == Stage::Open
+            && let Some(at) = self.arrivals.take()?
+        {
+            self.deliver(at, table, done).map_err(|why| self.blame(at, why))?;
         }
-        if !matches!(self.stage, Stage::Open(_)) {
-            return Err("it sent something before its hello".into());
-        }
-        if index == CREDIT {
-            return Ok(());
-        }
-        let ring = self.ring.as_ref().ok_or("its ring is gone")?;
-        if index != self.read % ring.entries() {
-            return Err(format!("it wrote to entry {index} of its note ring out of turn"));
-        }
-        let header = FrameHeader::decode(&ring.read(self.read))
-            .map_err(|error| format!("it sent a note that cannot be read: {error}"))?;
-        self.read = self.read.wrapping_add(1);
+        Ok(())
+    }
+
+    fn deliver(&mut self, at: usize, table: &mut RegionTable, done: &mut Done) -> Result<(), String> {
+        let header = self.rails[at].read()?;
         let lease: Option<Lease> = match header.target {
             None => None,
             Some(target) => Some(
@@ -328,75 +261,21 @@ impl Path {
         Ok(())
     }
 
-    fn greeted(&mut self, done: &mut Done) -> Result<(), String> {
-        match std::mem::replace(&mut self.stage, Stage::Dead) {
-            Stage::Calling { pair, .. } => self.stage = Stage::Open(pair),
-            Stage::Awaiting { pair, .. } => {
-                self.stage = Stage::Open(pair);
-                self.owes_hello = true;
-            }
-            Stage::Prepared(_) | Stage::Open(_) | Stage::Dead => return Err("it said hello twice".into()),
-        }
-        done.push((self.peer, Completion::Connected { peer: self.peer }));
-        Ok(())
-    }
-
-    /// Ends the path without a word to anybody: the pair is destroyed, then the ring.
+    /// Ends the path without a word to anybody: each pair is destroyed, then its ring.
     pub(super) fn end(&mut self) {
         self.stage = Stage::Dead;
-        self.ring = None;
+        self.rails.clear();
     }
 
     /// Reports everything that has not ended as failed. Only after `end`.
     pub(super) fn fail(&mut self, reason: &str, done: &mut Done) {
-        assert!(matches!(self.stage, Stage::Dead), "sources are given back while a device may read them");
+        assert!(self.stage == Stage::Dead && self.rails.is_empty(), "a device may still read the sources");
         self.outstanding = 0;
         let peer = self.peer;
-        let at_work = self.in_flight.drain(..).filter_map(|work| work.request);
         let waiting = self.queue.drain(..).map(|queued| (queued.id, queued.payload.map(|(source, _)| source)));
-        for (id, source) in at_work.chain(waiting) {
+        for (id, source) in self.departures.drain().chain(waiting) {
             let error = Error::Broken { peer, reason: reason.to_string() };
             done.push((peer, Completion::Failed { id, source, error }));
         }
     }
-
-    fn pair(&self) -> Option<&QueuePair> {
-        match &self.stage {
-            Stage::Calling { pair, .. } | Stage::Awaiting { pair, .. } | Stage::Open(pair) => Some(pair),
-            Stage::Prepared(_) | Stage::Dead => None,
-        }
-    }
 }
-
-impl Queued {
-    fn places(&self, message_bytes: u32) -> u32 {
-        1 + self.payload.as_ref().map_or(0, |(_, range)| range.messages(message_bytes))
-    }
-}
-
-impl Range {
-    fn messages(self, message_bytes: u32) -> u32 {
-        self.length.div_ceil(message_bytes)
-    }
-
-    /// Whether a send queue of that depth can take it at all.
-    pub(super) fn fits(self, message_bytes: u32, depth: u32) -> bool {
-        self.messages(message_bytes) + 1 + RESERVE <= depth
-    }
-
-    fn add_writes(self, chain: &mut Chain, source_offset: u64, message_bytes: u32) {
-        let mut done = 0;
-        while done < self.length {
-            let length = (self.length - done).min(message_bytes);
-            let range = IbvSge { addr: source_offset + u64::from(done), length, lkey: self.lkey };
-            chain.write(range, Target { rkey: self.slot.rkey, offset: self.slot.offset + u64::from(done) });
-            done += length;
-        }
-    }
-}
-
-fn immediate(index: u16, read: u16) -> u32 {
-    u32::from(read) << 16 | u32::from(index)
-}
-
-const _: () = assert!(RESERVE >= 3, "a hello, a credit and a probe");

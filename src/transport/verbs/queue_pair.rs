@@ -91,7 +91,7 @@ impl Builder<'_> {
         };
         // SAFETY: domain and queue are valid and stay so as long as the pair holds them; the structure is ours, of the header's
         // size; the result is checked.
-        let pair = unsafe { (device.table().create_qp)(device.pd(), &mut wanted) };
+        let pair = unsafe { (device.table().create_qp)(device.pd_of_pairs(), &mut wanted) };
         let pair = NonNull::new(pair).ok_or_else(|| {
             let subject = format!(
                 "a queue pair of {} sends and {receives} receives on RDMA device {} (it has queues of up to {})",

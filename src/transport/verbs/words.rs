@@ -37,15 +37,15 @@ pub(super) fn status(status: u32, vendor_error: u32, patience: Duration) -> Stri
     format!("{what} (completion status {status}, maker's code {vendor_error:#x})")
 }
 
-/// What a device's event says.
+/// What a device's event says of a rail.
 pub(super) fn event(kind: u32) -> String {
     let what = match kind {
         v::EVENT_CQ_ERR => "a completion queue overflowed",
         v::EVENT_QP_FATAL => "the queue pair failed",
         v::EVENT_QP_REQ_ERR => "the peer's device sent a request that makes no sense",
         v::EVENT_QP_ACCESS_ERR => "the peer wrote with a key or to a range that it may not use",
-        v::EVENT_DEVICE_FATAL => "it failed or was taken away",
-        v::EVENT_PORT_ERR => "it went down",
+        v::EVENT_DEVICE_FATAL => "the device failed or was taken away",
+        v::EVENT_PORT_ERR => "its port went down",
         _ => "something changed",
     };
     format!("{what} (event {kind})")
