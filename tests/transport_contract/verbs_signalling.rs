@@ -18,10 +18,10 @@ use crate::{
 };
 
 /// Pairs of runs.
-const RUNS: usize = 11;
+const RUNS: usize = 15;
 /// Requests of a round, all of them under way at once.
 const ROUND: usize = 64;
-const ROUNDS: u64 = 20;
+const ROUNDS: u64 = 200;
 
 const SELDOM: fn(&mut VerbsOptions) = |_| {};
 const ALWAYS: fn(&mut VerbsOptions) = |options| options.signal_every = Some(1);
