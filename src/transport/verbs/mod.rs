@@ -295,8 +295,9 @@ impl VerbsTransport {
 
     fn on_failure(&mut self, index: usize, rail: usize, completion: &IbvWc, now: Instant) {
         let Some(path) = &self.paths[index] else { return };
-        if path.may_call_again(rail, now) && completion.status == v::WC_RETRY_EXC_ERR {
-            // The peer is not there yet.
+        // The peer is not there yet.
+        let is_unheard = completion.status == v::WC_RETRY_EXC_ERR && path.is_calling(rail);
+        if is_unheard && path.deadline().is_some_and(|deadline| now < deadline) {
             let (wr_id, receives) = (self.next_wr_id(index), self.receives());
             let path = self.paths[index].as_mut().expect("looked at above");
             let result = path.call_again(rail, wr_id, receives);
@@ -305,7 +306,10 @@ impl VerbsTransport {
         }
         let tries = u32::from(self.options.retry_count) + 1;
         let patience = Duration::from_nanos(4096 << self.options.ack_timeout) * tries;
-        let reason = path.blame(rail, words::status(completion.status, completion.vendor_err, patience));
+        let reason = match is_unheard {
+            true => path.silence(),
+            false => path.blame(rail, words::status(completion.status, completion.vendor_err, patience)),
+        };
         if completion.status == v::WC_WR_FLUSH_ERR {
             // A consequence; the device may have told the cause.
             self.on_events();

@@ -157,9 +157,9 @@ impl Path {
         self.rails.iter().any(|rail| payload.has_key(rail.number))
     }
 
-    /// Whether a rail's hello was not heard and may be said again.
-    pub(super) fn may_call_again(&self, rail: usize, now: Instant) -> bool {
-        self.rails[rail].is_calling() && self.deadline().is_some_and(|deadline| now < deadline)
+    /// Whether the peer has not answered a rail's hello yet.
+    pub(super) fn is_calling(&self, rail: usize) -> bool {
+        self.rails[rail].is_calling()
     }
 
     pub(super) fn call_again(&mut self, rail: usize, wr_id: u64, receives: u32) -> Result<(), String> {
