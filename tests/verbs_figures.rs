@@ -53,7 +53,7 @@ struct End {
 impl End {
     fn open(me: PeerId, peer: PeerId, device: &str, sleeps: bool) -> End {
         let identity = Identity { job: job_id("figures", ""), token: JobToken::random().unwrap(), me, epoch: 0 };
-        let options = VerbsOptions { hca: Some(device.into()), ..VerbsOptions::new(identity) };
+        let options = VerbsOptions { hca: vec![device.parse().unwrap()], ..VerbsOptions::new(identity) };
         let transport = VerbsTransport::new(options).unwrap();
         let waiter = sleeps.then(|| Waiter::new().unwrap());
         End { transport, peer, waiter, heard: VecDeque::new(), batch: Vec::new() }
