@@ -46,6 +46,16 @@ pub enum Error {
         /// How far the soft limit can be raised without root.
         hard_limit_bytes: u64,
     },
+    /// A call of a GPU's driver failed.
+    #[error("{call} failed on {device}: {cause}")]
+    Gpu {
+        /// The C name of the call.
+        call: &'static str,
+        /// The device, in words.
+        device: String,
+        /// What the driver said, and what to do about it.
+        cause: String,
+    },
     /// A path to a peer ended; what was in flight on it is lost.
     #[error("the path to {peer} broke: {reason}")]
     Broken {

@@ -16,6 +16,9 @@ pub mod rc;
 mod sys;
 pub mod wire;
 
+#[doc(hidden)]
+pub mod cuda;
+
 pub mod mem;
 
 pub mod optim;

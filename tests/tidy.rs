@@ -35,7 +35,7 @@ const UNSAFE_ALLOWED: &[&str] = &[
     "ffi",
     "launch::spawn",
     "mem",
-    "optim::gpu",
+    "optim::gpu::pipeline",
     "optim::simd",
     "sys",
     "transport::region_table",

@@ -68,6 +68,9 @@ pub(super) struct RunArguments {
     /// Parameters on the wire: f32 or bf16.
     #[arg(long, value_name = "DTYPE")]
     parameter_dtype: Option<String>,
+    /// Where servers compute: cpu, gpu (all of each server's machine, a shard each in turn), gpu:0,1 or auto.
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<String>,
     /// Seed of everything random.
     #[arg(long)]
     seed: Option<String>,
@@ -140,6 +143,7 @@ impl RunArguments {
             ("reduction", &self.reduction),
             ("gradient_dtype", &self.gradient_dtype),
             ("parameter_dtype", &self.parameter_dtype),
+            ("device", &self.device),
             ("seed", &self.seed),
             ("checkpoint.dir", &self.checkpoint_dir),
             ("checkpoint.every", &self.checkpoint_every),

@@ -69,7 +69,7 @@
 //! induction: `whole` makes the first block, once a mapping (its one caller is `Region::allocate`); `split_at` and `join` consume
 //! what they cut or glue; nothing else makes a block, and a block is shared only after `freeze` has consumed its lease.
 
-use std::{ptr::NonNull, sync::Arc};
+use std::{ops::Not, ptr::NonNull, sync::Arc};
 
 use super::region::{Mapping, RegionId};
 
@@ -120,18 +120,41 @@ impl Lease {
     }
 
     /// The bytes.
+    ///
+    /// # Panics
+    ///
+    /// If they lie on a device ([`Lease::device_address`]): the processor cannot reach them.
     pub fn bytes(&self) -> &[u8] {
         // SAFETY: the range lies within its mapping, which the block keeps mapped and whose bytes the kernel zeroed at birth. No
         // other lease overlaps it (invariant of this file), a `Lease` is the only owner of its block, and `&self` rules out
         // `bytes_mut` meanwhile; devices and peers write only to leases that a transport holds, which then nobody borrows.
-        unsafe { std::slice::from_raw_parts(self.block.pointer().as_ptr(), self.block.len) }
+        unsafe { std::slice::from_raw_parts(self.block.host_pointer().as_ptr(), self.block.len) }
     }
 
     /// The bytes, to be written.
+    ///
+    /// # Panics
+    ///
+    /// As [`Lease::bytes`].
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: as in `bytes`; and `&mut self` on the block's only owner (`freeze` and `thaw` see to that) rules out every
         // other reference into the range.
-        unsafe { std::slice::from_raw_parts_mut(self.block.pointer().as_ptr(), self.block.len) }
+        unsafe { std::slice::from_raw_parts_mut(self.block.host_pointer().as_ptr(), self.block.len) }
+    }
+
+    /// Where a device has the first byte, if the range lies on one.
+    pub fn device_address(&self) -> Option<u64> {
+        let Block { mapping, start, .. } = &*self.block;
+        mapping.is_host().not().then(|| (mapping.start().addr().get() + start) as u64)
+    }
+
+    /// Where the processor has the first byte, for a device that copies while this lease is in its hands. No reference comes of it.
+    ///
+    /// # Panics
+    ///
+    /// As [`Lease::bytes`].
+    pub(crate) fn host_start(&self) -> NonNull<u8> {
+        self.block.host_pointer()
     }
 
     /// Cuts the range in two: `[0, at)` and `[at, len)`. Allocates; for use at start, not on the data path.
@@ -203,10 +226,14 @@ impl SharedLease {
     }
 
     /// The bytes.
+    ///
+    /// # Panics
+    ///
+    /// As [`Lease::bytes`].
     pub fn bytes(&self) -> &[u8] {
         // SAFETY: the range is valid as in `Lease::bytes`. While this `SharedLease` is borrowed the block has no `Lease`: the one
         // it had was consumed by `freeze`, and `thaw` makes one only from the last `SharedLease`, by value.
-        unsafe { std::slice::from_raw_parts(self.block.pointer().as_ptr(), self.block.len) }
+        unsafe { std::slice::from_raw_parts(self.block.host_pointer().as_ptr(), self.block.len) }
     }
 
     /// The exclusive lease again, if this was the last holder; itself otherwise.
@@ -221,7 +248,13 @@ impl SharedLease {
 }
 
 impl Block {
-    fn pointer(&self) -> NonNull<u8> {
+    /// The first byte, which the processor can reach.
+    fn host_pointer(&self) -> NonNull<u8> {
+        assert!(
+            self.mapping.is_host(),
+            "{} lies on a device: its bytes are reached by copies alone",
+            self.mapping.id()
+        );
         debug_assert!(self.start + self.len <= self.mapping.len());
         // SAFETY: `whole` starts with the mapping's own bounds and `split_at` and `join` keep within those of what they consume,
         // so `start` lies within the mapping or at its end; a mapping is at most isize::MAX bytes (`Region::allocate`).

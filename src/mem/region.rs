@@ -1,7 +1,7 @@
-//! A region: one memfd, mapped once, handed out as leases.
+//! A region: one memfd, mapped once, handed out as leases; or a buffer on a device, handed out the same way.
 //!
 //! Invariant: a mapping lives as long as any lease of it, and its file can neither shrink nor grow (sealed), so a lease's
-//! pointer is always valid.
+//! pointer is always valid. That of a device's region is an address of the device, and nothing here reads or writes there.
 
 use std::{
     ffi::CString,
@@ -24,7 +24,7 @@ use nix::{
 };
 
 use super::{Lease, pages};
-use crate::{Error, Result};
+use crate::{Error, Result, cuda::DeviceBuffer};
 
 /// Whether to ask for 2 MiB pages: a NIC's translation cache and the TLB then hold 512 times as much of the region.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -99,17 +99,26 @@ pub struct Region {
 #[derive(Debug)]
 pub(super) struct Mapping {
     id: RegionId,
-    fd: OwnedFd,
+    backing: Backing,
     start: NonNull<u8>,
     len: usize,
     report: RegionReport,
+}
+
+/// What a mapping's addresses stand for.
+#[derive(Debug)]
+pub(super) enum Backing {
+    /// Host memory: a memfd, mapped at `start`.
+    File(OwnedFd),
+    /// Device memory, which frees itself.
+    Device(DeviceBuffer),
 }
 
 // SAFETY: `start` is the only field that is not Send by itself, and it is an address of a process-wide mapping that any thread
 // may use or unmap; exclusive access to ranges of it is what `Lease` upholds.
 unsafe impl Send for Mapping {}
 // SAFETY: all fields are written once, before the mapping is shared, and `&Mapping` gives out the address but no access to the
-// bytes; those are reached through `Lease` alone, whose blocks never overlap.
+// bytes; those are reached through `Lease` alone, whose blocks never overlap. A device buffer gives out numbers and descriptors.
 unsafe impl Sync for Mapping {}
 
 impl Region {
@@ -157,9 +166,18 @@ impl Region {
         self.mapping.report
     }
 
-    /// Where the region is mapped, for a device that is to reach it. The bytes there are touched through leases only.
+    /// Where the region is mapped, or where its device has it, for a device that is to reach it. The bytes there are touched
+    /// through leases only.
     pub(crate) fn start(&self) -> NonNull<u8> {
         self.mapping.start
+    }
+
+    pub(super) fn of(mapping: Arc<Mapping>) -> Region {
+        Region { mapping }
+    }
+
+    pub(super) fn mapping(&self) -> &Mapping {
+        &self.mapping
     }
 
     /// Whether `other` is this very region, not one like it.
@@ -174,8 +192,14 @@ impl Region {
 }
 
 impl AsFd for Region {
+    /// # Panics
+    ///
+    /// For device memory, which has no memfd; [`Region::host_only`] comes first.
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.mapping.fd.as_fd()
+        match &self.mapping.backing {
+            Backing::File(fd) => fd.as_fd(),
+            Backing::Device(_) => panic!("{} is device memory and has no memfd", self.id()),
+        }
     }
 }
 
@@ -210,6 +234,28 @@ impl Mapping {
 
     pub(super) fn len(&self) -> usize {
         self.len
+    }
+
+    /// What the addresses stand for.
+    pub(super) fn backing(&self) -> &Backing {
+        &self.backing
+    }
+
+    /// A number for a new mapping.
+    fn next_id() -> RegionId {
+        static NEXT_ID: AtomicU64 = AtomicU64::new(1);
+        RegionId(NEXT_ID.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// Device memory. It is locked and there by nature, on the node that the device is attached to.
+    pub(super) fn on_device(buffer: DeviceBuffer) -> Result<Mapping> {
+        let (address, len) = (buffer.address() as usize, buffer.len());
+        let info = buffer.context().info();
+        let start = NonNull::new(std::ptr::without_provenance_mut(address));
+        let start = start.ok_or_else(|| Error::Config(format!("{info} gave memory at address 0")))?;
+        let page_bytes = pages::ordinary_bytes();
+        let report = RegionReport { bytes: len, page_bytes, locked: true, prefaulted: true, node: info.numa_node };
+        Ok(Mapping { id: Mapping::next_id(), backing: Backing::Device(buffer), start, len, report })
     }
 
     /// A mapping of ordinary pages.
@@ -250,7 +296,6 @@ impl Mapping {
 
     /// Creates the memfd, seals its size and maps it. `Err` is the call that failed, and how.
     fn map(len: usize, page_bytes: usize, options: &RegionOptions) -> Result<Mapping, (&'static str, nix::Error)> {
-        static NEXT_ID: AtomicU64 = AtomicU64::new(1);
         let mut flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
         if page_bytes == pages::HUGE_BYTES {
             flags |= MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB;
@@ -265,9 +310,9 @@ impl Mapping {
         let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: no address is asked for, so the kernel picks free space and no existing memory changes.
         let start = unsafe { mmap(None, size, access, MapFlags::MAP_SHARED, &fd, 0) }.map_err(|e| ("mmap", e))?;
-        let id = RegionId(NEXT_ID.fetch_add(1, Ordering::Relaxed));
+        let id = Mapping::next_id();
         let report = RegionReport { bytes: len, page_bytes, locked: false, prefaulted: false, node: None };
-        Ok(Mapping { id, fd, start: start.cast(), len, report })
+        Ok(Mapping { id, backing: Backing::File(fd), start: start.cast(), len, report })
     }
 
     /// Says where the pages are to lie and that they are to stay, before any of them exists.
@@ -316,6 +361,7 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
+        let Backing::File(_) = &self.backing else { return };
         // SAFETY: start and len are those of our mmap, and no lease is left to use them (each holds this mapping alive).
         if let Err(error) = unsafe { munmap(self.start.cast(), self.len) } {
             tracing::error!(%error, "munmap failed");

@@ -2,6 +2,7 @@
 //! can poll in between.
 //!
 //! Invariant: tiles and spans never change a bit; a chunk stepped in tiles of any size equals the chunk stepped at once.
+#![forbid(unsafe_code)]
 
 use super::{Gradients, Kernels, LearningRates, OptimizerConfig, Reduction, SpanStep, SquaredNorm, StateMut, Wire};
 use crate::{layout::Span, types::Clock};

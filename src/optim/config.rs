@@ -2,6 +2,7 @@
 //!
 //! Invariant: in a configuration that passed [`OptimizerConfig::validate`] every number is finite and in its range, as f32
 //! too.
+#![forbid(unsafe_code)]
 
 use serde::{Deserialize, Serialize};
 

@@ -3,6 +3,7 @@
 //!
 //! Invariant: bit for bit what the `half` crate's portable conversions give, NaN payloads included (tested over all 16-bit
 //! patterns, and over all 32-bit patterns in the long tests). Little-endian bytes on every machine.
+#![forbid(unsafe_code)]
 
 /// The quiet bit of an f32 NaN; a signalling NaN becomes quiet in any conversion (IEEE 754-2019, 6.2).
 const QUIET: u32 = 0x0040_0000;

@@ -1,6 +1,7 @@
 //! The flat table in which an [`OptimizerConfig`] is written and read (TOML, JSON, checkpoints).
 //!
 //! Invariant: every constant in the table belongs to the kind in the table; one that does not is an error, never ignored.
+#![forbid(unsafe_code)]
 
 use serde::{Deserialize, Serialize};
 

@@ -2,6 +2,7 @@
 //!
 //! Invariant: an [`Isa`] value other than the baseline exists only on a machine that has it. No instruction set changes a bit of
 //! any result: Rust never contracts a multiply and an add, whatever the target.
+#![forbid(unsafe_code)]
 
 use std::sync::LazyLock;
 

@@ -3,6 +3,7 @@
 //!
 //! Invariant: equal to [`super::oracle`] bit for bit on every instruction set; [`Kernels::fused`] is [`Kernels::reduce`] followed
 //! by [`Kernels::apply`]; nothing is allocated.
+#![forbid(unsafe_code)]
 
 use super::{
     Isa, SpanStep, StepScalars,

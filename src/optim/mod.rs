@@ -4,7 +4,6 @@
 //! Invariant: what a step does to an element depends on that element's gradients (in rank order), its state and the step's
 //! scalars alone; never on vector width, tile, chunk or thread. NaN is one value here: that an element is NaN is defined, the
 //! payload and sign of the NaN are not (Rust and LLVM leave them open).
-#![forbid(unsafe_code)]
 
 mod chunk;
 mod config;

@@ -2,6 +2,7 @@
 //!
 //! Invariant: element i is always added to lane i mod 16 and the lanes are folded in one order, so the result depends on the
 //! elements alone, never on vector width or on where the tiles are cut.
+#![forbid(unsafe_code)]
 
 const LANES: usize = 16;
 

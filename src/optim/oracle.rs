@@ -6,6 +6,7 @@
 //!
 //! Invariant: every operation rounds to f32, multiply and add are never contracted, nothing is flushed to zero, infinities and NaN
 //! go where IEEE 754 sends them. Shares no arithmetic with the kernels: the conversions are those of the `half` crate.
+#![forbid(unsafe_code)]
 
 use half::{bf16, f16};
 

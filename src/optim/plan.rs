@@ -2,6 +2,7 @@
 //!
 //! Invariant: these numbers are functions of configuration, group, step and learning rate alone, made with correctly rounded
 //! operations and `libm`; two machines with the same inputs hold the same bits.
+#![forbid(unsafe_code)]
 
 use serde::{Deserialize, Serialize};
 

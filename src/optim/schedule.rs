@@ -2,6 +2,7 @@
 //!
 //! Invariant: the rate of a group at a clock is a pure function of what is stored here, so every shard that was told the same
 //! changes computes the same rate, before and after a resume.
+#![forbid(unsafe_code)]
 
 use serde::{Deserialize, Serialize};
 

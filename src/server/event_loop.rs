@@ -1,22 +1,19 @@
-//! The event loop around a shard: completions in, effects out, computing in tiles in between. It never sleeps and reads no
-//! clock: whoever drives it (the shard's thread, or the simulator) says what time it is and decides when to wait.
+//! The event loop around a shard: completions in, effects out, computing in between, in tiles or on a GPU. It never sleeps and
+//! reads no clock: whoever drives it (the shard's thread, or the simulator) says what time it is and decides when to wait.
 //!
 //! Invariant: every effect of the shard is carried out in order, and computing never keeps the transport waiting for longer than
-//! a tile.
+//! a tile, or than it takes to hand jobs to a GPU.
 
 use std::{collections::VecDeque, sync::Arc, time::Instant};
 
-use super::{
-    ChunkImage, Effect, Memory, Shard, ShardConfig, Work,
-    memory::{Running, elements_max},
-};
+use super::{ChunkImage, Effect, Memory, Shard, ShardConfig, Work, memory::elements_max};
 use crate::{
     Error, Result,
     layout::Layout,
     mem::{Lease, Region, RegionOptions},
     optim::LearningRates,
     session::Paths,
-    transport::{Completion, Endpoint, Transport},
+    transport::{Completion, Endpoint, Transport, Wakeup},
     types::{Clock, PeerId, Version},
     wire::Attachment,
 };
@@ -52,8 +49,9 @@ pub struct EventLoop<T> {
     landing: Vec<Vec<Lease>>,
     slots: u32,
     queue: VecDeque<Work>,
-    running: Option<Running>,
     completions: Vec<Completion>,
+    /// The clock whose state is being copied, and the rates that it goes with.
+    copying: Option<(Clock, LearningRates)>,
     snapshots: VecDeque<Snapshot>,
     me: PeerId,
 }
@@ -63,7 +61,7 @@ impl<T: Transport> EventLoop<T> {
     pub fn new(
         config: ShardConfig,
         layout: Arc<Layout>,
-        memory: Memory,
+        mut memory: Memory,
         mut paths: Paths<T>,
         region: &RegionOptions,
         versions: Option<&[Version]>,
@@ -76,12 +74,14 @@ impl<T: Transport> EventLoop<T> {
         let named = |name: &str| RegionOptions { name: format!("{}-{name}", region.name), ..region.clone() };
         let (landing, lease) = Region::allocate(workers * slots * landing_bytes, &named("landing"))?;
         paths.register(&landing)?;
+        memory.adopt(&landing)?;
         let mut pieces = lease.chunks(landing_bytes.max(1)).into_iter();
         let landing = (0..workers).map(|_| pieces.by_ref().take(slots).collect()).collect();
         // Two a chunk: one being read by slow workers while the next is being written.
         let copies = (2 * order.len()).max(1);
         let (replies, lease) = Region::allocate(copies * reply_bytes, &named("replies"))?;
         paths.register(&replies)?;
+        memory.adopt(&replies)?;
         let mut pool = lease.chunks(reply_bytes.max(1));
         pool.truncate(copies);
         Ok(EventLoop {
@@ -92,8 +92,8 @@ impl<T: Transport> EventLoop<T> {
             memory,
             landing,
             queue: VecDeque::new(),
-            running: None,
             completions: Vec::new(),
+            copying: None,
             snapshots: VecDeque::new(),
         })
     }
@@ -101,6 +101,14 @@ impl<T: Transport> EventLoop<T> {
     /// The transport and what belongs to it.
     pub fn paths(&mut self) -> &mut Paths<T> {
         &mut self.paths
+    }
+
+    /// What wakes whoever sleeps while there is nothing to do: the transport, and a GPU's completions.
+    pub fn wakeups(&mut self) -> (&mut dyn Wakeup, Option<&mut dyn Wakeup>)
+    where
+        T: Wakeup,
+    {
+        (self.paths.transport(), self.memory.wakeup())
     }
 
     /// The protocol's state, to be looked at.
@@ -117,7 +125,8 @@ impl<T: Transport> EventLoop<T> {
     ///
     /// # Errors
     ///
-    /// [`Error::Broken`] or [`Error::Protocol`] with what was awaited, when a worker is lost before it has finished.
+    /// [`Error::Broken`] or [`Error::Protocol`] with what was awaited, when a worker is lost before it has finished;
+    /// [`Error::Gpu`] when the shard's device fails.
     pub fn turn(&mut self, now: Instant) -> Result<Progress> {
         let mut completions = std::mem::take(&mut self.completions);
         self.paths.poll(now, &mut completions)?;
@@ -129,10 +138,11 @@ impl<T: Transport> EventLoop<T> {
         self.completions = completions;
         self.shard.handle_timeout(now);
         self.carry_out()?;
-        self.compute();
+        moved |= self.compute()?;
         self.carry_out()?;
         self.paths.flush()?;
-        Ok(match self.running.is_some() || !self.queue.is_empty() {
+        let can_start = !self.queue.is_empty() && self.memory.has_room();
+        Ok(match can_start || self.memory.is_busy() {
             true => Progress::Busy,
             false if moved => Progress::Moved,
             false => Progress::Idle,
@@ -146,7 +156,7 @@ impl<T: Transport> EventLoop<T> {
 
     /// Whether every worker has finished and everything has been applied.
     pub fn is_done(&self) -> bool {
-        self.shard.is_done() && self.queue.is_empty() && self.running.is_none()
+        self.shard.is_done() && self.queue.is_empty() && self.memory.is_idle()
     }
 
     /// See [`Shard::request_checkpoint`].
@@ -159,10 +169,14 @@ impl<T: Transport> EventLoop<T> {
         self.snapshots.pop_front()
     }
 
-    /// The state as it is now; exact once the loop is done.
-    pub fn snapshot(&self, clock: Clock) -> Snapshot {
-        let chunks = self.memory.images(self.shard.versions());
-        Snapshot { clock, chunks, rates: self.memory.rates().clone() }
+    /// The state as it is now, copied while the caller waits; for a loop that is done.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Gpu`] when the shard's device fails.
+    pub fn snapshot(&mut self, clock: Clock) -> Result<Snapshot> {
+        let chunks = self.memory.images(self.shard.versions())?;
+        Ok(Snapshot { clock, chunks, rates: self.memory.rates().clone() })
     }
 
     fn handle(&mut self, now: Instant, completion: Completion) -> Result<()> {
@@ -232,9 +246,9 @@ impl<T: Transport> EventLoop<T> {
                 Effect::Post(request) => self.paths.post(request),
                 Effect::Compute(work) => self.queue.push_back(work),
                 Effect::Snapshot { clock } => {
-                    let snapshot = self.snapshot(clock);
-                    self.snapshots.push_back(snapshot);
-                    self.shard.handle_snapshotted(clock);
+                    self.memory.begin_images(self.shard.versions())?;
+                    self.copying = Some((clock, self.memory.rates().clone()));
+                    self.finish_snapshot();
                 }
                 Effect::SetLearningRate { rate, clock } => {
                     self.memory.set_learning_rate(rate, clock, self.shard.clock_done())?;
@@ -244,19 +258,29 @@ impl<T: Transport> EventLoop<T> {
         Ok(())
     }
 
-    /// One tile.
-    fn compute(&mut self) {
-        let mut running = match self.running.take() {
-            Some(running) => running,
-            None => match self.queue.pop_front() {
-                Some(work) => self.memory.begin(work),
-                None => return,
-            },
-        };
-        if self.memory.advance(&mut running) {
-            self.shard.handle_computed(running.into_work());
-        } else {
-            self.running = Some(running);
+    /// Starts what there is room for and takes back what has ended; on the processor one tile. Whether anything has ended.
+    fn compute(&mut self) -> Result<bool> {
+        while self.memory.has_room() {
+            let Some(work) = self.queue.pop_front() else { break };
+            self.memory.start(work)?;
         }
+        let mut ended = false;
+        while let Some(work) = self.memory.advance()? {
+            self.shard.handle_computed(work);
+            ended = true;
+        }
+        Ok(self.finish_snapshot() || ended)
+    }
+
+    /// Hands out the snapshot that was begun, if all of it is there.
+    fn finish_snapshot(&mut self) -> bool {
+        if self.copying.is_none() {
+            return false;
+        }
+        let Some(chunks) = self.memory.take_images() else { return false };
+        let (clock, rates) = self.copying.take().expect("looked at above");
+        self.snapshots.push_back(Snapshot { clock, chunks, rates });
+        self.shard.handle_snapshotted(clock);
+        true
     }
 }

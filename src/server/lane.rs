@@ -124,7 +124,10 @@ impl Lane {
                 idle.busy(now);
             } else if !idle.may_spin(now) {
                 let until = self.next_deadline();
-                waiter.wait(&mut [self.event_loop.paths().transport(), &mut self.commands], until)?;
+                match self.event_loop.wakeups() {
+                    (transport, None) => waiter.wait(&mut [transport, &mut self.commands], until)?,
+                    (transport, Some(device)) => waiter.wait(&mut [transport, &mut self.commands, device], until)?,
+                };
             }
         }
     }
@@ -181,7 +184,7 @@ impl Lane {
             && let Some(writer) = &self.writer
             && self.event_loop.shard().versions().next().is_some()
         {
-            writer.write(self.event_loop.snapshot(clock));
+            writer.write(self.event_loop.snapshot(clock)?);
         }
         match self.writer.take() {
             Some(writer) => writer.join(),

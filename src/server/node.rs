@@ -17,15 +17,17 @@ use nix::{
 };
 
 use super::{
-    ChunkImage, EventLoop, InitialValues, Memory, MemoryOptions, Seeded, ShardConfig, lane::Lane, memory::elements_max,
+    ChunkImage, EventLoop, InitialValues, Memory, MemoryOptions, OnDevice, Seeded, ShardConfig, lane::Lane,
+    memory::elements_max,
 };
 use crate::{
     Error, Result,
     checkpoint::{Checkpoint, InitialParameters},
+    cuda::{Context, DeviceInfo, driver_version},
     layout::{Layout, TensorSpec},
     mem::{RegionOptions, Topology},
     optim::LearningRates,
-    session::{JobConfig, Member, Offer, Paths, Report, cores_from_environment, fabrics},
+    session::{JobConfig, Member, Offer, Paths, Report, cores_from_environment, device_of, fabrics},
     transport::Fabrics,
     types::{Clock, PeerId, ShardId},
 };
@@ -37,6 +39,8 @@ pub(super) struct Plan {
     pub checkpoint_dir: Option<PathBuf>,
     pub start_clock: Clock,
     pub connect_time: Duration,
+    /// The GPUs to compute on; none for the processor.
+    devices: Vec<DeviceInfo>,
     config: JobConfig,
 }
 
@@ -63,6 +67,8 @@ impl InitialValues for FromFile {
 /// The first error of any lane; [`Error::Preempted`] if the job was told to stop and its checkpoint is complete.
 pub fn run(mut member: Member) -> Result<()> {
     let config = member.config().clone();
+    // A GPU that is not there is said before anybody waits for this rank.
+    let devices = config.device.devices(member.rank())?;
     let view = member.view()?;
     let layout = Arc::new(config.layout(&view.declarations)?);
     let plan = Arc::new(Plan {
@@ -71,6 +77,7 @@ pub fn run(mut member: Member) -> Result<()> {
         checkpoint_dir: config.checkpoint.dir.clone(),
         start_clock: config.start_clock,
         connect_time: config.deadline().max(Duration::from_secs(30)),
+        devices,
         config,
     });
     let cores = cores_from_environment()?;
@@ -155,13 +162,24 @@ impl LaneThread {
         let _ = setup.send(Step::Ended(outcome));
     }
 
+    fn open(&self, info: &DeviceInfo) -> Result<OnDevice> {
+        let config = &self.plan.config;
+        let context = Context::open(info.ordinal)?;
+        tracing::info!("shard {} computes on {info}, CUDA {}", self.shard().0, driver_version()?);
+        Ok(OnDevice { context, workers: config.workers, patience: Duration::from_millis(config.gpu_ms) })
+    }
+
     /// Pins the thread, then allocates: memory lies beside whoever touches it.
     fn build(self) -> Result<Lane> {
-        let node = self.core.and_then(|core| {
-            let node = Topology::discover().cores.iter().find(|known| known.os_index == core)?.node;
+        let (plan, shard) = (self.plan.clone(), self.shard());
+        let device = device_of(&plan.devices, shard);
+        let topology = Topology::discover();
+        let core = beside(&topology, self.core, device.and_then(|device| device.numa_node), self.me.lane);
+        let node = core.and_then(|core| {
+            let node = topology.cores.iter().find(|known| known.os_index == core)?.node;
             pin(core).then_some(node).flatten()
         });
-        let (plan, shard) = (self.plan.clone(), self.shard());
+        let device = device.map(|info| self.open(info)).transpose()?;
         let config = &plan.config;
         let region = RegionOptions { name: format!("shard-{}", shard.0), numa_node: node, ..RegionOptions::default() };
         let memory = MemoryOptions {
@@ -172,7 +190,7 @@ impl LaneThread {
             two_step: config.two_step,
             region: RegionOptions { prefault: true, ..region.clone() },
         };
-        let mut memory = Memory::new(memory, plan.layout.clone(), shard, &*initial_values(config)?)?;
+        let mut memory = Memory::new(memory, plan.layout.clone(), shard, &*initial_values(config)?, device)?;
         let versions = restore(&plan, shard, &mut memory)?;
         let paths = Paths::new(self.transport, 0, config.heartbeat(), config.deadline());
         let shard_config = ShardConfig {
@@ -191,6 +209,17 @@ impl LaneThread {
         let event_loop =
             EventLoop::new(shard_config, plan.layout.clone(), memory, paths, &region, versions.as_deref())?;
         Ok(Lane::new(plan, shard, event_loop, self.reporter, self.commands))
+    }
+}
+
+/// The core for a lane: the one that was dealt to it, unless that is not on its GPU's node and another one is.
+fn beside(topology: &Topology, dealt: Option<usize>, node: Option<u32>, lane: u16) -> Option<usize> {
+    let near: Vec<usize> =
+        topology.cores.iter().filter(|core| node.is_some() && core.node == node).map(|core| core.os_index).collect();
+    match dealt {
+        Some(core) if near.is_empty() || near.contains(&core) => Some(core),
+        None if near.is_empty() => None,
+        _ => Some(near[usize::from(lane) % near.len()]),
     }
 }
 
@@ -241,7 +270,7 @@ fn restore(plan: &Plan, shard: ShardId, memory: &mut Memory) -> Result<Option<Ve
                  the optimizer that wrote it"
             )));
         }
-        memory.restore(&image);
+        memory.restore(&image)?;
         versions.push(data.version);
     }
     let rates = checkpoint.manifest().state.learning_rate.clone();

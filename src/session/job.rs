@@ -7,6 +7,7 @@ use std::{path::PathBuf, str::FromStr, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
+use super::DeviceChoice;
 use crate::{
     Error, Result,
     consistency::Consistency,
@@ -133,6 +134,10 @@ pub struct JobConfig {
     pub seed: u64,
     /// Whether reduce and apply are two passes even where one would do.
     pub two_step: bool,
+    /// Where servers keep their shards' state and compute.
+    pub device: DeviceChoice,
+    /// How long a step may take on a GPU before the device counts as hung, in milliseconds.
+    pub gpu_ms: u64,
     /// When and where checkpoints are written.
     pub checkpoint: CheckpointConfig,
     /// A checkpoint to continue from, or a directory whose newest complete one is taken.
@@ -180,6 +185,8 @@ impl Default for JobConfig {
             landing_bytes: 1 << 30,
             seed: 0,
             two_step: false,
+            device: DeviceChoice::Cpu,
+            gpu_ms: 30_000,
             checkpoint: CheckpointConfig::default(),
             resume: None,
             start_clock: 0,
@@ -251,9 +258,12 @@ impl JobConfig {
     }
 
     fn validate_times(&self) -> Result<()> {
-        for (key, value) in
-            [("heartbeat_ms", self.heartbeat_ms), ("join_ms", self.join_ms), ("setup_ms", self.setup_ms)]
-        {
+        for (key, value) in [
+            ("heartbeat_ms", self.heartbeat_ms),
+            ("join_ms", self.join_ms),
+            ("setup_ms", self.setup_ms),
+            ("gpu_ms", self.gpu_ms),
+        ] {
             if value == 0 {
                 return Err(Error::Config(format!("`{key}` is 0; it must be at least 1")));
             }

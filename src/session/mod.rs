@@ -4,6 +4,7 @@
 //! Invariant: every rank holds the same settings and the same view before the first gradient moves.
 #![forbid(unsafe_code)]
 
+mod device;
 pub(crate) mod fabrics;
 mod job;
 mod liveness;
@@ -13,6 +14,7 @@ mod rendezvous;
 mod setting;
 mod settings;
 
+pub use device::{DeviceChoice, device_of};
 pub use job::{CheckpointConfig, Fabric, JobConfig, PortRange, RANKS_MAX, check_name};
 pub use liveness::{Liveness, LivenessEvent};
 pub use paths::Paths;

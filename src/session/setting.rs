@@ -41,6 +41,8 @@ const SETTINGS: &[(&str, Kind)] = &[
     ("landing_bytes", Kind::Bytes),
     ("seed", Kind::Whole),
     ("two_step", Kind::Flag),
+    ("device", Kind::Text),
+    ("gpu_ms", Kind::Whole),
     ("resume", Kind::Text),
     ("init_from", Kind::Text),
     ("heartbeat_ms", Kind::Whole),

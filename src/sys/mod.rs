@@ -2,6 +2,7 @@
 //!
 //! Invariant: declarations and their lookup only; what is done with them is the business of the layers above.
 
+pub mod cuda;
 #[cfg(test)]
 mod header;
 pub mod hwloc;

@@ -161,7 +161,8 @@ struct World<'a> {
 pub fn run(options: &WorldOptions, program: &mut dyn Program) -> Result<Outcome, String> {
     let mut world = World::new(options).map_err(|error| error.to_string())?;
     let failure = world.run(program)?;
-    let finals = world.servers.iter().map(|server| server.snapshot(options.clocks)).collect();
+    let finals: Result<_> = world.servers.iter_mut().map(|server| server.snapshot(options.clocks)).collect();
+    let finals = finals.map_err(|error| error.to_string())?;
     Ok(Outcome {
         failure,
         victims: world.victims,
@@ -410,7 +411,7 @@ fn build_server(
         two_step: options.two_step,
         region: region.clone(),
     };
-    let memory = Memory::new(memory, layout.clone(), ShardId(server), &Seeded(options.seed))?;
+    let memory = Memory::new(memory, layout.clone(), ShardId(server), &Seeded(options.seed), None)?;
     let paths = Paths::new(network.transport(me), 0, HEARTBEAT, DEADLINE);
     EventLoop::new(config, layout.clone(), memory, paths, &region, None)
 }

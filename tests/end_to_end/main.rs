@@ -8,6 +8,7 @@
 mod bits;
 mod fabrics;
 mod failures;
+mod gpu;
 mod idle;
 mod io_uring;
 mod jobs;

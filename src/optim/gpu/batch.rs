@@ -2,6 +2,7 @@
 //!
 //! Invariant: every address that goes into a batch is a multiple of its element's size, which is all that the kernels ask for;
 //! runs keep the order in which they were added; nothing is allocated after [`Batch::new`].
+#![forbid(unsafe_code)]
 
 use bytemuck::bytes_of;
 

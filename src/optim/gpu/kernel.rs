@@ -1,6 +1,7 @@
 //! The kernels of the PTX by name.
 //!
 //! Invariant: each value of [`GpuKernel`] has exactly one entry in the PTX and the other way round (tested).
+#![forbid(unsafe_code)]
 
 use super::super::{OptimizerKind, StepScalars};
 use crate::types::Dtype;

@@ -1,6 +1,7 @@
 //! A segment: one run of elements in the table that a launch reads.
 //!
 //! Invariant: field for field `Segment` of kernels/table.h, 128 bytes, little-endian as every card is.
+#![forbid(unsafe_code)]
 
 use bytemuck::{Pod, Zeroable};
 

@@ -2,6 +2,7 @@
 //!
 //! Invariant: the expected values come from the oracle, from f64 arithmetic written out anew, or from paper; never from the
 //! code under test.
+#![forbid(unsafe_code)]
 
 mod chunk;
 mod config;

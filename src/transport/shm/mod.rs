@@ -301,6 +301,7 @@ impl ShmTransport {
 
 impl Transport for ShmTransport {
     fn register(&mut self, region: &Region) -> Result<MemoryRegion> {
+        region.host_only(FABRIC)?;
         let rkey = self.table.register(region)?;
         if self.regions.iter().all(|(known, _)| *known != rkey) {
             self.regions.push((rkey, region.clone()));

@@ -123,6 +123,7 @@ pub struct SimTransport {
 
 impl Transport for SimTransport {
     fn register(&mut self, region: &Region) -> Result<MemoryRegion> {
+        region.host_only(FABRIC)?;
         let rkey = self.network.borrow_mut().register(self.me, region)?;
         Ok(MemoryRegion::new(FABRIC, rkey, region.len() as u64))
     }

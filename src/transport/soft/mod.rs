@@ -215,6 +215,7 @@ impl SoftTransport {
 
 impl Transport for SoftTransport {
     fn register(&mut self, region: &Region) -> Result<MemoryRegion> {
+        region.host_only(FABRIC)?;
         Ok(MemoryRegion::new(FABRIC, self.table.register(region)?, region.len() as u64))
     }
 

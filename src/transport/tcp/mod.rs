@@ -312,6 +312,7 @@ impl TcpTransport {
 
 impl Transport for TcpTransport {
     fn register(&mut self, region: &Region) -> Result<MemoryRegion> {
+        region.host_only(FABRIC)?;
         Ok(MemoryRegion::new(FABRIC, self.table.register(region)?, region.len() as u64))
     }
 

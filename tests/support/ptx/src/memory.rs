@@ -44,11 +44,30 @@ impl Memory {
         if bytes > self.limit - self.used {
             return None;
         }
-        let address = self.next;
-        self.used += bytes;
-        self.next = (address + bytes as u64 + GAP).next_multiple_of(ALIGNMENT);
-        self.allocations.insert(address, Allocation { bytes: vec![0; bytes], written: vec![false; bytes] });
+        let address = self.reserve(bytes, ALIGNMENT);
+        self.insert(address, bytes);
         Some(address)
+    }
+
+    /// Addresses for so many bytes, without memory: a multiple of `alignment`, a power of two.
+    pub fn reserve(&mut self, bytes: usize, alignment: u64) -> u64 {
+        let address = self.next.next_multiple_of(alignment);
+        self.next = (address + bytes as u64 + GAP).next_multiple_of(ALIGNMENT);
+        address
+    }
+
+    /// Puts new memory at an address that was reserved; false if the device has not so much left.
+    pub fn put_at(&mut self, address: u64, bytes: usize) -> bool {
+        let fits = bytes <= self.limit - self.used;
+        if fits {
+            self.insert(address, bytes);
+        }
+        fits
+    }
+
+    fn insert(&mut self, address: u64, bytes: usize) {
+        self.used += bytes;
+        self.allocations.insert(address, Allocation { bytes: vec![0; bytes], written: vec![false; bytes] });
     }
 
     /// Gives memory back; false if no allocation begins there.

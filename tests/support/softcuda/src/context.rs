@@ -86,16 +86,47 @@ pub unsafe extern "C" fn cuDeviceGetName(name: *mut c_char, len: c_int, device: 
 pub unsafe extern "C" fn cuDeviceGetAttribute(value: *mut c_int, attribute: c_uint, device: c_int) -> Status {
     call("cuDeviceGetAttribute", |state| {
         usize::try_from(device).ok().filter(|index| *index < state.devices.len()).ok_or(INVALID_DEVICE)?;
-        // By the driver's numbers: warp size, multiprocessors, compute capability; what is not listed is not there.
+        // By the driver's numbers: warp size, multiprocessors, compute capability, memory that a NIC may be given, and that what
+        // a NIC wrote must be flushed by a call; what is not listed is not there.
         let answer = match attribute {
             10 => 32,
             16 => 2,
             75 => 7,
             76 => 0,
+            110 | 117 => 1,
             _ => 0,
         };
         // SAFETY: the caller's word.
         unsafe { give(value, answer) }
+    })
+}
+
+/// # Safety
+///
+/// `id` is valid for writing `len` bytes.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDeviceGetPCIBusId(id: *mut c_char, len: c_int, device: c_int) -> Status {
+    call("cuDeviceGetPCIBusId", |state| {
+        usize::try_from(device).ok().filter(|index| *index < state.devices.len()).ok_or(INVALID_DEVICE)?;
+        // A domain that no machine has: what looks in /sys finds nothing.
+        let text = format!("FFFF:{device:02X}:00.0\0");
+        if id.is_null() || (len as usize) < text.len() {
+            return Err(INVALID_VALUE);
+        }
+        // SAFETY: `len` bytes may be written, and the text is not longer.
+        unsafe { id.cast::<u8>().copy_from_nonoverlapping(text.as_ptr(), text.len()) };
+        Ok(())
+    })
+}
+
+/// # Safety
+///
+/// None is needed: the call takes two numbers. Nothing here is written by a NIC, so there is nothing to wait for.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuFlushGPUDirectRDMAWrites(target: c_uint, scope: c_uint) -> Status {
+    call("cuFlushGPUDirectRDMAWrites", |state| {
+        state.current()?;
+        if target == 0 && [100, 200].contains(&scope) { Ok(()) } else { Err(INVALID_VALUE) }
     })
 }
 

@@ -6,7 +6,8 @@
 //! |---|---|
 //! | `SOFTCUDA_DEVICES` | cards that there are; 1 if not given; with 0 `cuInit` finds none |
 //! | `SOFTCUDA_MEMORY` | bytes of a card; 1 GiB if not given |
-//! | `SOFTCUDA_FAIL` | `call:n=code`, separated by commas: the n-th call (from 1) of that name returns that code and does nothing |
+//! | `SOFTCUDA_FAIL` | `call:n=code`, separated by commas: the n-th call (from 1) of that name returns that code and does nothing; with a `!` behind the code the context is lost, and every later call on it returns the code |
+//! | `SOFTCUDA_LOG` | a file to which every process adds a line for each launch (`launch NAME`) and for each copy from or to host memory that is not page-locked (`pageable BYTES`) |
 //! | `SOFTCUDA_LATE` | so many milliseconds pass before each piece of work on a stream, unless somebody synchronises |
 //!
 //! Invariant: work on a stream is done in its order, and after the events that the stream was told to wait for; a kernel that
@@ -17,3 +18,4 @@ mod kernels;
 mod memory;
 mod state;
 mod streams;
+mod virtual_memory;

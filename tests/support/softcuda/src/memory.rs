@@ -5,7 +5,7 @@
 use std::ffi::{c_uchar, c_uint, c_void};
 
 use crate::{
-    state::{INVALID_VALUE, OUT_OF_MEMORY, Status, call, give},
+    state::{INVALID_VALUE, OUT_OF_MEMORY, State, Status, call, give, log},
     streams::{Work, finish_all, put},
 };
 
@@ -84,13 +84,49 @@ pub unsafe extern "C" fn cuMemFreeHost(address: *mut c_void) -> Status {
 
 /// # Safety
 ///
+/// The memory stays mapped until it is unregistered.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemHostRegister_v2(address: *mut c_void, bytes: usize, _flags: c_uint) -> Status {
+    call("cuMemHostRegister_v2", |state| {
+        state.current()?;
+        if address.is_null() || bytes == 0 || state.registered.contains_key(&(address as usize)) {
+            return Err(INVALID_VALUE);
+        }
+        state.registered.insert(address as usize, bytes);
+        Ok(())
+    })
+}
+
+/// # Safety
+///
+/// None is needed: an address is a number here.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemHostUnregister(address: *mut c_void) -> Status {
+    call("cuMemHostUnregister", |state| {
+        finish_all(state)?;
+        state.registered.remove(&(address as usize)).map(|_| ()).ok_or(INVALID_VALUE)
+    })
+}
+
+/// A card copies pageable memory while its caller waits, which is not to happen on a data path.
+fn note_pageable(state: &State, start: usize, bytes: usize) {
+    if !state.is_pinned(start, bytes) {
+        log(&format!("pageable {bytes}"));
+    }
+}
+
+/// # Safety
+///
 /// `from` is readable for `bytes` bytes until the stream has done the copy.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemcpyHtoDAsync_v2(to: u64, from: *const c_void, bytes: usize, stream: usize) -> Status {
     call("cuMemcpyHtoDAsync_v2", |state| match (from.is_null(), bytes) {
         (_, 0) => Ok(()),
         (true, _) => Err(INVALID_VALUE),
-        _ => put(state, stream, Work::HostToDevice { to, from: from as usize, bytes }),
+        _ => {
+            note_pageable(state, from as usize, bytes);
+            put(state, stream, Work::HostToDevice { to, from: from as usize, bytes })
+        }
     })
 }
 
@@ -102,7 +138,10 @@ pub unsafe extern "C" fn cuMemcpyDtoHAsync_v2(to: *mut c_void, from: u64, bytes:
     call("cuMemcpyDtoHAsync_v2", |state| match (to.is_null(), bytes) {
         (_, 0) => Ok(()),
         (true, _) => Err(INVALID_VALUE),
-        _ => put(state, stream, Work::DeviceToHost { to: to as usize, from, bytes }),
+        _ => {
+            note_pageable(state, to as usize, bytes);
+            put(state, stream, Work::DeviceToHost { to: to as usize, from, bytes })
+        }
     })
 }
 

@@ -5,6 +5,7 @@
 use std::{
     cell::Cell,
     collections::HashMap,
+    io::Write,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, LazyLock, Mutex, PoisonError},
 };
@@ -17,7 +18,7 @@ use crate::streams::Stream;
 pub(crate) type Status = u32;
 
 /// The results that this library gives by itself, with their names and words as the driver has them.
-pub(crate) const STATUS: [(Status, &std::ffi::CStr, &std::ffi::CStr); 13] = [
+pub(crate) const STATUS: [(Status, &std::ffi::CStr, &std::ffi::CStr); 14] = [
     (0, c"CUDA_SUCCESS", c"no error"),
     (1, c"CUDA_ERROR_INVALID_VALUE", c"invalid argument"),
     (2, c"CUDA_ERROR_OUT_OF_MEMORY", c"out of memory"),
@@ -31,6 +32,7 @@ pub(crate) const STATUS: [(Status, &std::ffi::CStr, &std::ffi::CStr); 13] = [
     (600, c"CUDA_ERROR_NOT_READY", c"device not ready"),
     (700, c"CUDA_ERROR_ILLEGAL_ADDRESS", c"an illegal memory access was encountered"),
     (719, c"CUDA_ERROR_LAUNCH_FAILED", c"unspecified launch failure"),
+    (801, c"CUDA_ERROR_NOT_SUPPORTED", c"operation not supported"),
 ];
 
 pub(crate) const INVALID_VALUE: Status = 1;
@@ -44,6 +46,7 @@ pub(crate) const INVALID_HANDLE: Status = 400;
 pub(crate) const NOT_FOUND: Status = 500;
 pub(crate) const NOT_READY: Status = 600;
 pub(crate) const ILLEGAL_ADDRESS: Status = 700;
+pub(crate) const NOT_SUPPORTED: Status = 801;
 pub(crate) const LAUNCH_FAILED: Status = 719;
 
 /// One card: its memory, its only context, what was put on it.
@@ -66,8 +69,14 @@ pub(crate) struct State {
     pub(crate) streams: HashMap<usize, Stream>,
     /// The stream and the position on it after which an event has happened; `None` before it is recorded.
     pub(crate) events: HashMap<usize, Option<(usize, u64)>>,
-    /// Page-locked host memory, by address.
+    /// Page-locked host memory that the card gave, by address.
     pub(crate) pinned: HashMap<usize, Box<[u128]>>,
+    /// Page-locked host memory of the caller: bytes by address.
+    pub(crate) registered: HashMap<usize, usize>,
+    /// Physical memory of the card, by handle: bytes.
+    pub(crate) physical: HashMap<u64, usize>,
+    /// Mapped addresses: their handle.
+    pub(crate) mapped: HashMap<u64, u64>,
     pub(crate) launches: u64,
     next_handle: usize,
     calls: HashMap<&'static str, u64>,
@@ -79,13 +88,27 @@ impl State {
         0x50F7_0000 + self.next_handle
     }
 
-    /// Whether the environment wants this call of this name to fail.
+    /// Whether the environment wants this call of this name to fail; one with a `!` takes the context with it.
     fn injected(&mut self, name: &'static str) -> Option<Status> {
         let count = self.calls.entry(name).or_default();
         *count += 1;
         let wanted = format!("{name}:{count}=");
         let failures = std::env::var("SOFTCUDA_FAIL").ok()?;
-        failures.split(',').find_map(|failure| failure.trim().strip_prefix(&wanted)?.parse().ok())
+        let code = failures.split(',').find_map(|failure| failure.trim().strip_prefix(&wanted))?;
+        let status = code.trim_end_matches('!').parse().ok()?;
+        if code.ends_with('!')
+            && let Some(device) = CURRENT.get().and_then(|device| self.devices.get_mut(device))
+        {
+            device.poison = status;
+        }
+        Some(status)
+    }
+
+    /// Whether these bytes of the host are page-locked.
+    pub(crate) fn is_pinned(&self, start: usize, bytes: usize) -> bool {
+        let holds = |at: usize, len: usize| at <= start && start + bytes <= at + len;
+        self.registered.iter().any(|(at, len)| holds(*at, *len))
+            || self.pinned.iter().any(|(at, memory)| holds(*at, memory.len() * 16))
     }
 
     /// The card whose context is current on this thread.
@@ -105,6 +128,15 @@ static STATE: LazyLock<Mutex<State>> = LazyLock::new(Mutex::default);
 thread_local! {
     /// The device of the context that is current on this thread.
     pub(crate) static CURRENT: Cell<Option<usize>> = const { Cell::new(None) };
+}
+
+/// Adds a line to the log, if there is one: in one write, so that processes do not cut each other's lines.
+pub(crate) fn log(line: &str) {
+    let Ok(path) = std::env::var("SOFTCUDA_LOG") else { return };
+    let file = std::fs::OpenOptions::new().create(true).append(true).open(path);
+    if let Err(error) = file.and_then(|mut file| file.write_all(format!("{line}\n").as_bytes())) {
+        eprintln!("soft CUDA: SOFTCUDA_LOG: {error}");
+    }
 }
 
 /// A number from the environment.

@@ -13,7 +13,7 @@ use std::{
 use gradwire_ptx::{Cause, Fault, Function, Launch};
 
 use crate::state::{
-    ILLEGAL_ADDRESS, INVALID_HANDLE, INVALID_VALUE, LAUNCH_FAILED, NOT_READY, State, Status, call, give, setting,
+    ILLEGAL_ADDRESS, INVALID_HANDLE, INVALID_VALUE, LAUNCH_FAILED, NOT_READY, State, Status, call, give, log, setting,
 };
 
 /// Instructions of one launch, at most: an interpreter does some 20 million a second.
@@ -163,6 +163,7 @@ fn run(state: &mut State, device: usize, work: Work) -> Result<(), Fault> {
         Work::Fill { to, value, bytes } => memory.fill(to, value, bytes),
         Work::Launch { function, launch, arguments } => {
             state.launches += 1;
+            log(&format!("launch {}", function.name()));
             return function.launch(memory, launch, &arguments).map(|_| ());
         }
         Work::Call { function, data } => {
@@ -342,6 +343,21 @@ pub unsafe extern "C" fn cuEventSynchronize(event: usize) -> Status {
             None => Ok(()),
             Some((stream, position)) => advance(state, stream, position),
         }
+    })
+}
+
+/// # Safety
+///
+/// `milliseconds` is valid for a write. Work takes no time that anybody would measure here: the answer is always a thousandth.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuEventElapsedTime(milliseconds: *mut f32, from: usize, to: usize) -> Status {
+    call("cuEventElapsedTime", |state| {
+        let recorded = |event: usize| state.events.get(&event).ok_or(INVALID_HANDLE).map(Option::is_some);
+        if !recorded(from)? || !recorded(to)? {
+            return Err(INVALID_HANDLE);
+        }
+        // SAFETY: the caller's word.
+        unsafe { give(milliseconds, 0.001) }
     })
 }
 

@@ -1,0 +1,93 @@
+//! Regions on a device, and host regions that a device copies from and to.
+//!
+//! Invariant: the bytes of a region on a device are never read or written by the processor; a pinned region is unpinned before it
+//! is unmapped.
+
+use std::{os::fd::BorrowedFd, sync::Arc};
+
+use super::{
+    Lease, Region,
+    region::{Backing, Mapping},
+};
+use crate::{
+    Error, Result,
+    cuda::{Context, DeviceBuffer, HostPin},
+};
+
+/// A region on a device, for a NIC that is to reach it.
+#[derive(Clone, Copy, Debug)]
+pub struct DeviceRange<'a> {
+    /// The dma-buf of the allocation that holds the region, and where in it the region begins; none where the device exports none.
+    pub dma_buf: Option<(BorrowedFd<'a>, u64)>,
+    /// The device's address of the first byte.
+    pub address: u64,
+    /// Bytes.
+    pub len: usize,
+}
+
+/// A host region that is page-locked for a device, so that copies go on without the processor.
+#[derive(Debug)]
+pub struct PinnedRegion {
+    /// Dropped before the region.
+    _pin: HostPin,
+    _region: Region,
+}
+
+impl Mapping {
+    /// Whether the processor can reach the bytes.
+    pub(super) fn is_host(&self) -> bool {
+        matches!(self.backing(), Backing::File(_))
+    }
+}
+
+impl Region {
+    /// A region over device memory, and the one lease that covers all of it. What it holds at birth is not defined; its leases have
+    /// no bytes for the processor ([`Lease::bytes`] panics), and are otherwise like all leases.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Config`] if the buffer has no address.
+    pub fn on_device(buffer: DeviceBuffer) -> Result<(Region, Lease)> {
+        let mapping = Arc::new(Mapping::on_device(buffer)?);
+        Ok((Region::of(mapping.clone()), Lease::whole(mapping)))
+    }
+
+    /// Where a device has the region; `None` for host memory.
+    pub fn device_range(&self) -> Option<DeviceRange<'_>> {
+        match self.mapping().backing() {
+            Backing::File(_) => None,
+            Backing::Device(buffer) => {
+                Some(DeviceRange { dma_buf: buffer.dma_buf(), address: buffer.address(), len: buffer.len() })
+            }
+        }
+    }
+
+    /// Refuses device memory on behalf of a fabric that reaches host memory alone.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Config`] naming region and fabric.
+    pub fn host_only(&self, fabric: &str) -> Result<()> {
+        if self.mapping().is_host() {
+            return Ok(());
+        }
+        Err(Error::Config(format!(
+            "{} is device memory, which the fabric {fabric} cannot reach: send from a host region that it is copied to",
+            self.id()
+        )))
+    }
+
+    /// Page-locks the region for a device.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Config`] for device memory; [`Error::Gpu`] if the driver refuses.
+    pub fn pin(&self, context: &Context) -> Result<PinnedRegion> {
+        if !self.mapping().is_host() {
+            return Err(Error::Config(format!("{} is device memory, and need not be pinned", self.id())));
+        }
+        // SAFETY: the mapping lives as long as the region beside the pin, which is dropped after it.
+        let pin = unsafe { HostPin::new(context, self.start(), self.len()) }?;
+        Ok(PinnedRegion { _pin: pin, _region: self.clone() })
+    }
+}

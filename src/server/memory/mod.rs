@@ -1,0 +1,318 @@
+//! A shard's memory: master parameters and optimizer state of its chunks, and the computations over them, on the processor or on
+//! a GPU.
+//!
+//! Invariant: only the shard's own thread holds it; nothing here waits for a device; where it computes does not change a bit.
+
+mod device;
+mod host;
+
+use std::sync::Arc;
+
+use crate::{
+    Result,
+    cuda::Context,
+    layout::{Layout, Piece, Span, TensorSpec},
+    mem::{Region, RegionOptions},
+    optim::{LearningRates, OptimizerConfig, Pass, Reduction, StepArguments},
+    transport::{Waiter, Wakeup},
+    types::{ChunkId, Clock, Dtype, ShardId, Version},
+};
+
+use super::{Contribution, Task, Work};
+use device::DeviceMemory;
+use host::HostMemory;
+
+/// The settings that a shard's memory needs.
+#[derive(Clone, Debug)]
+pub struct MemoryOptions {
+    /// The optimizer that the server runs.
+    pub optimizer: OptimizerConfig,
+    /// Sum or mean.
+    pub reduction: Reduction,
+    /// Number format of landed gradients.
+    pub gradient_dtype: Dtype,
+    /// Number format of the wire copy.
+    pub parameter_dtype: Dtype,
+    /// Whether reduce and apply are separate.
+    pub two_step: bool,
+    /// How the state is allocated.
+    pub region: RegionOptions,
+}
+
+/// The bytes of one chunk's state, as a checkpoint stores them.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ChunkImage {
+    /// Which chunk.
+    pub chunk: ChunkId,
+    /// Its version.
+    pub version: Version,
+    /// Optimizer steps taken.
+    pub steps: u64,
+    /// Parameters.
+    pub master: Vec<f32>,
+    /// First state slot; empty if the optimizer has none.
+    pub first: Vec<f32>,
+    /// Second state slot; empty if the optimizer has none.
+    pub second: Vec<f32>,
+}
+
+/// Where a shard's first values come from.
+pub trait InitialValues {
+    /// Fills `out` with elements `[start, start + out.len())` of `tensor`.
+    fn fill(&self, tensor: &TensorSpec, start: u64, out: &mut [f32]) -> Result<()>;
+}
+
+/// The tensors' own rules, under a seed.
+#[derive(Clone, Copy, Debug)]
+pub struct Seeded(pub u64);
+
+impl InitialValues for Seeded {
+    fn fill(&self, tensor: &TensorSpec, start: u64, out: &mut [f32]) -> Result<()> {
+        let shape: Vec<usize> = tensor.shape.iter().map(|dimension| *dimension as usize).collect();
+        tensor.init.fill(self.0, &tensor.name, &shape, start as usize, out);
+        Ok(())
+    }
+}
+
+/// The GPU of a shard.
+#[derive(Clone, Debug)]
+pub struct OnDevice {
+    /// The device.
+    pub context: Context,
+    /// How many workers may contribute to a step.
+    pub workers: u16,
+    /// How long a step may take before the device counts as hung.
+    pub patience: std::time::Duration,
+}
+
+/// Parameters and optimizer state of one shard.
+pub struct Memory {
+    plan: Plan,
+    place: Place,
+}
+
+/// Where the state is.
+enum Place {
+    Host(HostMemory),
+    Device(Box<DeviceMemory>),
+}
+
+/// What computations go by, wherever they run.
+struct Plan {
+    options: MemoryOptions,
+    rates: LearningRates,
+    layout: Arc<Layout>,
+    chunks: Vec<ChunkPlan>,
+}
+
+struct ChunkPlan {
+    id: ChunkId,
+    spans: Vec<Span>,
+    /// Optimizer steps taken.
+    steps: u64,
+}
+
+impl Memory {
+    /// Allocates the state of a shard, on the processor or on a GPU, and fills it with its first values.
+    ///
+    /// # Errors
+    ///
+    /// [`crate::Error::Gpu`] if the device cannot hold the state; what [`Region::allocate`] and `values` fail with.
+    pub fn new(
+        options: MemoryOptions,
+        layout: Arc<Layout>,
+        shard: ShardId,
+        values: &dyn InitialValues,
+        device: Option<OnDevice>,
+    ) -> Result<Memory> {
+        let order = &layout.shards[usize::from(shard.0)];
+        let chunk = |id: &ChunkId| ChunkPlan { id: *id, spans: layout.chunk(*id).spans.clone(), steps: 0 };
+        let chunks = order.iter().map(chunk).collect();
+        let rates = options.optimizer.learning_rates();
+        let plan = Plan { options, rates, chunks, layout };
+        let place = match device {
+            None => Place::Host(HostMemory::new(&plan, values)?),
+            Some(device) => Place::Device(Box::new(DeviceMemory::new(&plan, values, &device)?)),
+        };
+        Ok(Memory { plan, place })
+    }
+
+    /// A region out of which contributions and wire copies will come: a GPU has it page-locked.
+    pub fn adopt(&mut self, region: &Region) -> Result<()> {
+        match &mut self.place {
+            Place::Host(_) => Ok(()),
+            Place::Device(device) => device.adopt(region),
+        }
+    }
+
+    /// Puts a chunk back to what a checkpoint holds.
+    ///
+    /// # Panics
+    ///
+    /// If the image is of another shape; whoever reads checkpoints has compared the layouts.
+    pub fn restore(&mut self, image: &ChunkImage) -> Result<()> {
+        let index = self.plan.index(image.chunk);
+        self.plan.chunks[index].steps = image.steps;
+        match &mut self.place {
+            Place::Host(host) => host.restore(index, image),
+            Place::Device(device) => return device.restore(index, image),
+        }
+        Ok(())
+    }
+
+    /// Begins to copy all chunks, in shard order; `versions` come from the shard. Nothing may be started before they have been taken.
+    pub fn begin_images(&mut self, versions: impl Iterator<Item = (ChunkId, Version)>) -> Result<()> {
+        let chunks = self.plan.chunks.iter().zip(versions);
+        let empty = chunks.map(|(chunk, (id, version))| {
+            assert_eq!(id, chunk.id, "shard and memory keep one order");
+            let (master, first, second) = Default::default();
+            ChunkImage { chunk: id, version, steps: chunk.steps, master, first, second }
+        });
+        let empty = empty.collect();
+        match &mut self.place {
+            Place::Host(host) => host.copy(empty),
+            Place::Device(device) => return device.begin_images(empty),
+        }
+        Ok(())
+    }
+
+    /// The copies that were begun, once all of them are there.
+    pub fn take_images(&mut self) -> Option<Vec<ChunkImage>> {
+        match &mut self.place {
+            Place::Host(host) => host.take_images(),
+            Place::Device(device) => device.take_images(),
+        }
+    }
+
+    /// Copies all chunks and waits for them; for the end of a job.
+    pub fn images(&mut self, versions: impl Iterator<Item = (ChunkId, Version)>) -> Result<Vec<ChunkImage>> {
+        self.begin_images(versions)?;
+        let waiter = Waiter::new()?;
+        loop {
+            let finished = self.advance()?;
+            assert!(finished.is_none(), "nothing is computed while the state is copied");
+            if let Some(images) = self.take_images() {
+                return Ok(images);
+            }
+            if let Some(device) = self.wakeup() {
+                waiter.wait(&mut [device], None)?;
+            }
+        }
+    }
+
+    /// The learning rates, with the live changes.
+    pub fn rates(&self) -> &LearningRates {
+        &self.plan.rates
+    }
+
+    /// Puts the learning rates back to what a checkpoint holds.
+    pub fn restore_rates(&mut self, rates: LearningRates) {
+        self.plan.rates = rates;
+    }
+
+    /// The default group's learning rate changes from a clock on. No clock before `done` will be stepped any more: rates that
+    /// only those would see are forgotten, lest a job that sets the rate at every clock run out of room.
+    pub fn set_learning_rate(&mut self, rate: f64, clock: Clock, done: Clock) -> Result<()> {
+        if self.plan.chunks.is_empty() {
+            return Ok(()); // a shard without chunks steps nothing, and would have nothing to forget by
+        }
+        self.plan.rates.forget_before(done);
+        self.plan.rates.set(rate, clock)
+    }
+
+    /// Whether a computation may be started.
+    pub fn has_room(&self) -> bool {
+        match &self.place {
+            Place::Host(host) => host.is_idle(),
+            Place::Device(device) => device.has_room(),
+        }
+    }
+
+    /// Whether nothing is being computed or copied.
+    pub fn is_idle(&self) -> bool {
+        match &self.place {
+            Place::Host(host) => host.is_idle(),
+            Place::Device(device) => device.is_idle(),
+        }
+    }
+
+    /// Whether [`Memory::advance`] has something to compute by itself now.
+    pub fn is_busy(&self) -> bool {
+        matches!(&self.place, Place::Host(host) if !host.is_idle())
+    }
+
+    /// Starts a computation.
+    ///
+    /// # Panics
+    ///
+    /// If there is no room.
+    pub fn start(&mut self, work: Work) -> Result<()> {
+        match &mut self.place {
+            Place::Host(host) => host.start(&self.plan, work),
+            Place::Device(device) => return device.start(&self.plan, work),
+        }
+        Ok(())
+    }
+
+    /// A computation that has ended. On the processor this does a tile of the one that was started.
+    pub fn advance(&mut self) -> Result<Option<Work>> {
+        let finished = match &mut self.place {
+            Place::Host(host) => host.advance(&self.plan),
+            Place::Device(device) => device.advance(&self.plan)?,
+        };
+        if let Some(work) = &finished {
+            let index = self.plan.index(work.chunk);
+            self.plan.chunks[index].steps += u64::from(matches!(work.task, Task::Step | Task::Apply));
+        }
+        Ok(finished)
+    }
+
+    /// What wakes a sleeping thread when a computation has ended elsewhere.
+    pub fn wakeup(&mut self) -> Option<&mut dyn Wakeup> {
+        match &mut self.place {
+            Place::Host(_) => None,
+            Place::Device(device) => Some(&mut **device),
+        }
+    }
+}
+
+impl Plan {
+    fn index(&self, id: ChunkId) -> usize {
+        self.layout.chunk(id).position as usize
+    }
+
+    /// The numbers of a computation; a wire copy by itself has none.
+    fn arguments(&self, work: &Work) -> Option<StepArguments> {
+        let pass = match work.task {
+            Task::Step => Pass::Fused,
+            Task::Reduce => Pass::Reduce,
+            Task::Apply => Pass::Apply,
+            Task::Encode => return None,
+        };
+        Some(StepArguments {
+            pass,
+            step: self.chunks[self.index(work.chunk)].steps + 1,
+            clock: work.clock,
+            total_weight: work.weight,
+            reduction: self.options.reduction,
+            scale: 1.0,
+        })
+    }
+
+    /// First values of a chunk's parameters.
+    fn initialise(&self, index: usize, values: &dyn InitialValues, master: &mut [f32]) -> Result<()> {
+        let id = self.chunks[index].id;
+        for tensor in self.layout.tensors_of(id) {
+            let of_chunk = |piece: &Piece| piece.chunk == id;
+            let piece = self.layout.pieces(tensor).find(of_chunk).expect("tensors_of and pieces agree");
+            let range = piece.chunk_start as usize..(piece.chunk_start + piece.len) as usize;
+            values.fill(&tensor.spec, piece.tensor_start, &mut master[range])?;
+        }
+        Ok(())
+    }
+}
+
+/// Elements of a shard's largest chunk.
+pub(super) fn elements_max(layout: &Layout, shard: ShardId) -> usize {
+    layout.shards[usize::from(shard.0)].iter().map(|id| layout.chunk(*id).len as usize).max().unwrap_or(0)
+}
