@@ -53,9 +53,17 @@ fn this_machine_is_examined_and_the_exit_status_says_the_verdict() {
     }
     assert!(wrong.len() as u64 <= found["wrong"].as_u64().unwrap());
     assert_eq!(output.status.code(), Some(i32::from(found["wrong"] != 0)), "{found}");
-    for topic in
-        ["rdma devices", "gpu", "memlock", "capabilities", "huge pages", "namespaces", "io_uring", "shared memory"]
-    {
+    for topic in [
+        "rdma devices",
+        "gpu",
+        "cuda",
+        "memlock",
+        "capabilities",
+        "huge pages",
+        "namespaces",
+        "io_uring",
+        "shared memory",
+    ] {
         assert!(items.iter().any(|item| item["topic"] == topic), "no {topic} in {found}");
     }
     assert!(found["fabrics"].as_array().unwrap().iter().any(|tried| tried["fabric"] == "tcp"), "{found}");

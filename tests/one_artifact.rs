@@ -61,9 +61,29 @@ fn the_binary_needs_nothing_but_the_c_library() {
     assert_eq!(beyond_the_c_library(&libraries), Vec::<&String>::new(), "of {libraries:?}");
 }
 
+/// What `gradwire info` says of GPUs with this driver library.
+fn gpus(library: &Path) -> serde_json::Value {
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_gradwire"));
+    let output = command.args(["info", "--json"]).env("GRADWIRE_CUDA_LIBRARY", library).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let info: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    info["gpus"].clone()
+}
+
+#[test]
+fn the_binary_starts_without_a_cuda_driver_and_finds_one_that_is_named() {
+    let why = gpus(Path::new("/nowhere/libcuda.so.1"));
+    assert!(why["why"].as_str().unwrap().contains("/nowhere/libcuda.so.1 cannot be loaded"), "{why}");
+    let soft = std::env::current_exe().unwrap().with_file_name("libgradwire_softcuda.so");
+    let found = gpus(&soft);
+    let device = &found["devices"][0];
+    assert_eq!((&found["cuda"], &device["name"]), (&"12.9".into(), &"gradwire soft CUDA".into()), "{found}");
+    assert_eq!((&device["memory_bytes"], &device["capability"]), (&(1u64 << 30).into(), &"7.0".into()));
+}
+
 #[test]
 fn a_library_too_many_is_noticed() {
-    let libraries =
-        ["libc.so.6", "libhwloc.so.15", "libudev.so.1", "ld-linux-x86-64.so.2", "libcrypto.so.3"].map(String::from);
-    assert_eq!(beyond_the_c_library(&libraries), ["libhwloc.so.15", "libudev.so.1", "libcrypto.so.3"]);
+    let libraries = ["libc.so.6", "libhwloc.so.15", "libudev.so.1", "ld-linux-x86-64.so.2", "libcuda.so.1"];
+    let libraries = libraries.map(String::from);
+    assert_eq!(beyond_the_c_library(&libraries), ["libhwloc.so.15", "libudev.so.1", "libcuda.so.1"]);
 }

@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 
 use crate::{
     Error, Result,
+    cuda::{self, DeviceInfo},
     mem::{HugePages, Region, RegionOptions, Topology, topology::DeviceKind},
     optim::Isa,
 };
@@ -134,22 +135,27 @@ fn processor() -> Vec<String> {
     wanted.iter().filter(|isa| found.contains(isa)).map(|isa| isa.to_string()).collect()
 }
 
-/// GPUs by the driver's own list, else those that hwloc sees.
+/// The GPUs that servers can compute on, or why there are none; and those that the PCI bus shows all the same.
 fn gpus(topology: &Topology) -> Value {
-    let driver = std::fs::read_dir("/proc/driver/nvidia/gpus").into_iter().flatten().flatten();
-    let mut names: Vec<String> = driver
-        .filter_map(|entry| {
-            let text = std::fs::read_to_string(entry.path().join("information")).ok()?;
-            let model = text.lines().find_map(|line| line.strip_prefix("Model:"))?.trim().to_string();
-            Some(format!("{model} at {}", entry.file_name().to_string_lossy()))
-        })
-        .collect();
-    if names.is_empty() {
-        names = topology.devices.iter().filter(|d| d.kind == DeviceKind::Gpu).map(|d| d.name.clone()).collect();
-    }
-    match names.is_empty() {
-        true => json!("none: no NVIDIA driver is loaded (/proc/driver/nvidia) and no display device is on the PCI bus"),
-        false => json!(names),
+    match cuda::devices() {
+        Ok(devices) => {
+            let version = cuda::driver_version().unwrap_or_else(|error| error.to_string());
+            let device = |info: &DeviceInfo| {
+                json!({
+                    "gpu": info.ordinal,
+                    "name": info.name,
+                    "memory_bytes": info.memory_bytes,
+                    "capability": format!("{}.{}", info.capability.0, info.capability.1),
+                    "pci": info.pci,
+                    "numa": info.numa_node,
+                })
+            };
+            json!({ "cuda": version, "devices": devices.iter().map(device).collect::<Vec<_>>() })
+        }
+        Err(error) => {
+            let seen = topology.devices.iter().filter(|device| device.kind == DeviceKind::Gpu);
+            json!({ "why": error.to_string(), "on_pci": seen.map(|device| device.name.clone()).collect::<Vec<_>>() })
+        }
     }
 }
 
@@ -186,7 +192,21 @@ fn table(machine: &Value) -> String {
     lines.push(("isa", format!("{} of {}", text(&isa["chosen"]), text(&isa["kernels"]))));
     lines.push(("", format!("the processor says: {}", text(&isa["processor"]))));
     lines.push(("nics", text(&machine["nics"])));
-    lines.push(("gpus", text(&machine["gpus"])));
+    let gpus = &machine["gpus"];
+    for gpu in elements(&gpus["devices"]) {
+        let (memory, node) = (bytes(&gpu["memory_bytes"]), &gpu["numa"]);
+        let node = node.as_u64().map_or(String::new(), |node| format!(", NUMA node {node}"));
+        let (index, name, capability) = (text(&gpu["gpu"]), text(&gpu["name"]), text(&gpu["capability"]));
+        let driver = text(&gpus["cuda"]);
+        let line =
+            format!("{index}: {name}, {memory}, compute capability {capability}{node}, driver for CUDA {driver}");
+        lines.push(("gpus", line));
+    }
+    if let Some(why) = gpus["why"].as_str() {
+        let seen = elements(&gpus["on_pci"]);
+        let seen = if seen.is_empty() { String::new() } else { format!("; the PCI bus has {}", text(&gpus["on_pci"])) };
+        lines.push(("gpus", format!("none: {why}{seen}")));
+    }
     let mut before = "";
     let mut table = String::new();
     for (name, what) in lines {

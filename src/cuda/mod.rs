@@ -13,8 +13,6 @@ mod driver;
 mod memory;
 mod module;
 mod stream;
-#[cfg(test)]
-mod tests;
 
 pub use context::Context;
 pub use device::{DeviceInfo, devices};

@@ -1,9 +1,12 @@
-//! GPUs, and whether an RDMA device can reach their memory.
+//! GPUs, whether servers can compute on them, and whether an RDMA device can reach their memory.
 //!
-//! Invariant: read from /proc and /sys alone; no driver is asked.
+//! Invariant: `look` reads /proc and /sys alone; `ask` asks the driver, and makes no context.
 
 use super::{Item, Tree, rdma};
-use crate::mem::{Topology, topology::DeviceKind};
+use crate::{
+    cuda,
+    mem::{Topology, topology::DeviceKind},
+};
 
 const VERSION: &str = "/proc/driver/nvidia/version";
 
@@ -22,6 +25,24 @@ pub(super) fn look(tree: &Tree, topology: &Topology) -> Vec<Item> {
         false => nodes.join(", "),
     };
     vec![Item::fine("gpu", found), direct(tree)]
+}
+
+/// What the driver says. A kernel module without its library is a common half of an installation, in containers above all.
+pub(super) fn ask(tree: &Tree) -> Item {
+    match (cuda::devices(), cuda::driver_version()) {
+        (Ok(devices), Ok(version)) => {
+            let gib = |bytes: u64| bytes as f64 / f64::from(1u32 << 30);
+            let one = |info: &cuda::DeviceInfo| format!("{info}, {:.1} GiB", gib(info.memory_bytes));
+            let names: Vec<String> = devices.iter().map(one).collect();
+            Item::fine("cuda", format!("{}; driver for CUDA {version}", names.join(", ")))
+        }
+        (Err(why), _) | (_, Err(why)) if tree.exists(VERSION) => Item::wrong(
+            "cuda",
+            format!("the kernel module is loaded, but {why}"),
+            "install libcuda.so.1 of the module's version (Debian: libcuda1), or start the container with its GPUs (--gpus all)",
+        ),
+        (Err(why), _) | (_, Err(why)) => Item::not_here("cuda", why.to_string()),
+    }
 }
 
 /// dma-buf is the way of the open kernel modules, nvidia-peermem that of the others.

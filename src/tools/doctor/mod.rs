@@ -98,6 +98,7 @@ impl Item {
 pub fn examine(tree: &Tree, topology: &Topology) -> Vec<Item> {
     let mut items = rdma::look(tree, topology);
     items.extend(gpu::look(tree, topology));
+    items.push(gpu::ask(tree));
     items.extend(limits::look(tree));
     items.push(probe::io_uring(tree));
     items.push(probe::shared_memory());

@@ -271,6 +271,19 @@ fn what_shared_memory_lacks_is_named() {
     assert!(!item.found.contains("memfd"), "{item:?}");
 }
 
+/// Where a driver answers (a machine with a GPU), there is nothing to be said against it.
+#[test]
+fn a_gpus_module_without_its_library_is_wrong() {
+    let machine = Machine::with_mlx5();
+    let is_there = crate::cuda::devices().is_ok();
+    let item = gpu::ask(&machine.tree());
+    assert_eq!(item.verdict, if is_there { Verdict::Fine } else { Verdict::NotHere }, "{item:?}");
+    machine.set("proc/driver/nvidia/version", "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15");
+    if !is_there {
+        check(&gpu::ask(&machine.tree()), Verdict::Wrong, "libcuda.so.1", "--gpus all");
+    }
+}
+
 #[test]
 fn gpu_memory_needs_a_way_to_it() {
     let machine = Machine::with_mlx5();
