@@ -35,6 +35,7 @@ const UNSAFE_ALLOWED: &[&str] = &[
     "ffi",
     "launch::spawn",
     "mem",
+    "optim::gpu::meter",
     "optim::gpu::pipeline",
     "optim::simd",
     "sys",

@@ -7,6 +7,7 @@
 mod bench;
 mod checkpoint;
 mod doctor;
+mod gpu;
 mod info;
 mod node;
 mod run;
@@ -58,6 +59,8 @@ enum Command {
     Checkpoint(checkpoint::CheckpointArguments),
     /// Measure, beside what the machine itself reaches in the same run.
     Bench(bench::BenchArguments),
+    /// Hold a GPU to the oracle's bits, and to what it can copy.
+    Gpu(gpu::GpuArguments),
     /// Clear up after a launcher that was killed; started by `gradwire run` for itself.
     #[command(hide = true)]
     Keep(KeepArguments),
@@ -83,6 +86,7 @@ pub fn main() -> ExitCode {
         Command::Status(arguments) => status::status(&arguments),
         Command::Checkpoint(arguments) => checkpoint::run(&arguments),
         Command::Bench(arguments) => bench::run(arguments),
+        Command::Gpu(arguments) => gpu::run(&arguments),
         Command::Keep(arguments) => {
             crate::launch::keep(&arguments.job, &arguments.directory);
             Ok(ExitCode::SUCCESS)

@@ -1,17 +1,19 @@
 //! The optimizer on a GPU. As plain data: the PTX, which kernel does what, the table that a launch reads, and its grid. And
-//! [`Pipeline`], which runs it on a device.
+//! [`Pipeline`], which runs it on a device, and [`Meter`], which times it there.
 //!
-//! Invariant: nothing but the pipeline touches a device; a batch says the same whatever card runs it, and its kernels give the bits of
+//! Invariant: nothing but those two touches a device; a batch says the same whatever card runs it, and its kernels give the bits of
 //! [`super::oracle`] and [`super::norm`] on every card.
 
 mod batch;
 mod kernel;
+mod meter;
 mod pipeline;
 mod slot;
 mod table;
 
 pub use batch::{Batch, ChunkAddresses, Launch, ShortTable};
 pub use kernel::{GpuKernel, Rule};
+pub use meter::{Load, Meter};
 pub use pipeline::{ChunkPlan, Done, Gradient, Pipeline, PipelineOptions};
 
 /// The kernels, for any card of compute capability 7.0 or later: the driver compiles them for the one that is there.
