@@ -64,7 +64,7 @@ impl From<Error> for Fault {
     fn from(error: Error) -> Fault {
         let status = match error {
             Error::Config(_) | Error::LayoutConflict { .. } => Status::GwInvalid,
-            Error::Os { .. } | Error::File { .. } | Error::Memlock { .. } => Status::GwSystem,
+            Error::Os { .. } | Error::File { .. } | Error::Memlock { .. } | Error::Gpu { .. } => Status::GwSystem,
             Error::Deadline { .. } => Status::GwTimeout,
             Error::Refused { .. } => Status::GwRefused,
             Error::Preempted { .. } => Status::GwPreempted,

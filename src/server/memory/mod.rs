@@ -93,7 +93,7 @@ pub struct Memory {
 
 /// Where the state is.
 enum Place {
-    Host(HostMemory),
+    Host(Box<HostMemory>),
     Device(Box<DeviceMemory>),
 }
 
@@ -131,7 +131,7 @@ impl Memory {
         let rates = options.optimizer.learning_rates();
         let plan = Plan { options, rates, chunks, layout };
         let place = match device {
-            None => Place::Host(HostMemory::new(&plan, values)?),
+            None => Place::Host(Box::new(HostMemory::new(&plan, values)?)),
             Some(device) => Place::Device(Box::new(DeviceMemory::new(&plan, values, &device)?)),
         };
         Ok(Memory { plan, place })
