@@ -13,7 +13,7 @@ use super::{JobConfig, setting};
 use crate::{Error, Result};
 
 /// Variables of this program that are no settings of a job.
-const OTHER_VARIABLES: [&str; 23] = [
+const OTHER_VARIABLES: [&str; 24] = [
     "GRADWIRE_CONFIG",
     "GRADWIRE_LOG",
     "GRADWIRE_HOME",
