@@ -5,6 +5,7 @@
 //! [`super::oracle`] and [`super::norm`] on every card.
 
 mod batch;
+mod job;
 mod kernel;
 mod meter;
 mod pipeline;
@@ -12,9 +13,10 @@ mod slot;
 mod table;
 
 pub use batch::{Batch, ChunkAddresses, Launch, ShortTable};
+pub use job::{ChunkPlan, Done, Gradient, PipelineOptions};
 pub use kernel::{GpuKernel, Rule};
 pub use meter::{Load, Meter};
-pub use pipeline::{ChunkPlan, Done, Gradient, Pipeline, PipelineOptions};
+pub use pipeline::Pipeline;
 
 /// The kernels, for any card of compute capability 7.0 or later: the driver compiles them for the one that is there.
 pub const PTX: &str = include_str!("../../../kernels/gradwire.ptx");
