@@ -10,8 +10,8 @@ use std::{collections::HashMap, time::Duration};
 
 use gradwire::{
     consistency::Consistency,
-    layout::{Init, Layout, LayoutOptions, TensorSpec},
-    optim::{OptimizerConfig, OptimizerKind, Reduction, StepScalars, oracle},
+    layout::{Chunk, Init, Layout, LayoutOptions, TensorSpec},
+    optim::{OptimizerConfig, OptimizerKind, Reduction, SpanStep, StepScalars, oracle, squared_norm},
     transport::sim::SimRandom,
     types::{ChunkId, Clock, Dtype},
     world::{At, Chaos, Outcome, Program, WorldOptions, run},
@@ -145,6 +145,7 @@ fn options(seed: u64) -> WorldOptions {
         reduction: Reduction::Sum,
         optimizer: OptimizerConfig::new(OptimizerKind::SGD, 1.0),
         two_step: random.once_in(3),
+        skip_nonfinite: false,
         clocks: 1 + random.below(8),
         uneven: false,
         hasty: false,
@@ -267,10 +268,20 @@ fn a_checkpoint_is_a_state_between_two_clocks() {
 /// In this version a broken path, a death and a stopped process end the job, and the report names the one that is gone.
 #[test]
 fn what_breaks_is_reported_by_name() {
+    check_reports(600, |seed| options(seed + 20_000));
+}
+
+/// The same where servers have paths to each other, which break too.
+#[test]
+fn what_breaks_between_servers_is_reported_by_name() {
+    check_reports(300, |seed| deciding(seed + 70_000));
+}
+
+fn check_reports(count: u64, job: impl Fn(u64) -> WorldOptions) {
     let mut reported = 0;
-    for seed in seeds(600) {
+    for seed in seeds(count) {
         let chaos = [Chaos::BrokenPath, Chaos::Death, Chaos::Stop][seed as usize % 3];
-        let options = WorldOptions { chaos, clocks: 6, ..options(seed + 20_000) };
+        let options = WorldOptions { chaos, clocks: 6, ..job(seed) };
         let (outcome, ledger) = ledger(&options);
         let Some((one, other)) = outcome.victims else {
             assert!(outcome.failure.is_none(), "seed {seed}: nothing was broken, yet {:?}", outcome.failure);
@@ -291,17 +302,41 @@ fn what_breaks_is_reported_by_name() {
         assert!(named, "seed {seed}: {one} / {other} was lost, {who} says: {text}");
         assert!(outcome.elapsed < Duration::from_secs(60), "seed {seed}: noticed after {:?}", outcome.elapsed);
     }
-    assert!(reported > 0 || seeds(600).len() < 50, "no injection hit anything");
+    assert!(reported > 0 || seeds(count).len() < 50, "no injection hit anything");
+}
+
+/// A job whose shards agree on every step.
+fn deciding(seed: u64) -> WorldOptions {
+    WorldOptions { consistency: Consistency::Bsp, skip_nonfinite: true, ..options(seed) }
+}
+
+/// Every shard waits for the decision about a step, which waits for every shard: also for those whose workers have all left.
+#[test]
+fn steps_are_decided_upon() {
+    for seed in seeds(600) {
+        let uneven = seed.is_multiple_of(3);
+        let hasty = seed.is_multiple_of(4);
+        check_undisturbed(&WorldOptions { uneven, hasty, requests: uneven, ..deciding(seed + 50_000) });
+    }
+    for seed in seeds(200) {
+        let chaos = Chaos::Partitions(Duration::from_secs(4));
+        check_undisturbed(&WorldOptions { chaos, ..deciding(seed + 60_000) });
+    }
 }
 
 /// Gradients that look random, and what the scalar oracle makes of them.
 struct Bits {
     seed: u64,
+    /// One gradient in so many has an element that is not a number; 0: none.
+    spoilt: u64,
 }
 
 impl Bits {
     fn value(&self, worker: u16, chunk: u32, clock: Clock, element: usize) -> f32 {
         let bits = mix(&[self.seed, worker.into(), chunk.into(), clock, element as u64]);
+        if element == 1 && self.spoilt > 0 && bits.is_multiple_of(self.spoilt) {
+            return [f32::NAN, f32::INFINITY][bits as usize % 2];
+        }
         (bits % 2_000_001) as f32 / 1_000_000.0 - 1.0
     }
 
@@ -341,19 +376,57 @@ fn bsp_equals_the_oracle_bit_for_bit() {
         for declaration in &mut options.declarations {
             declaration.iter_mut().for_each(|spec| spec.init = Init::Normal(0.02));
         }
-        let bits = Bits { seed };
-        for two_step in [false, true] {
-            options.two_step = two_step;
-            let outcome = run(&options, &mut Bits { seed }).unwrap_or_else(|wrong| panic!("seed {seed}: {wrong}"));
+        // Fused, in two steps, clipped, and clipped with steps that are skipped.
+        for (two_step, global_norm, spoilt) in
+            [(false, None, 0), (true, None, 0), (false, Some(0.5), 0), (false, Some(2.0), 20)]
+        {
+            (options.two_step, options.optimizer.clip.global_norm) = (two_step, global_norm);
+            options.skip_nonfinite = spoilt > 0;
+            let mut bits = Bits { seed, spoilt };
+            let outcome = run(&options, &mut bits).unwrap_or_else(|wrong| panic!("seed {seed}: {wrong}"));
             assert!(outcome.failure.is_none(), "seed {seed}: {:?}", outcome.failure);
             compare_with_oracle(&options, &outcome, &bits);
         }
     }
 }
 
+/// What the oracle decides about every clock: the factor on the gradient, or nothing for a step that is skipped.
+fn decisions(options: &WorldOptions, layout: &Layout, bits: &Bits) -> Vec<Option<f32>> {
+    let decide = |clock| {
+        let mut total = 0.0;
+        for (id, chunk) in layout.chunks.iter().enumerate() {
+            let elements = 0..chunk.len as usize;
+            let sums: Vec<f32> = elements.map(|element| sum(bits, (id as u32, chunk), clock, element)).collect();
+            let mean = f64::from(Reduction::Mean.factor(chunk.contributors.len() as u32));
+            total += squared_norm(&sums) * (mean * mean);
+        }
+        let norm = f64::sqrt(total);
+        if options.skip_nonfinite && !norm.is_finite() {
+            return None;
+        }
+        let limit = options.optimizer.clip.global_norm.map(f64::from);
+        // torch.nn.utils.clip_grad_norm_: max_norm / (total_norm + 1e-6), at most 1.
+        Some(limit.map_or(1.0, |limit| f64::min(1.0, limit / (norm + 1e-6)) as f32))
+    };
+    (0..options.clocks).map(decide).collect()
+}
+
+/// The sum of what the workers give for an element, in rank order.
+fn sum(bits: &Bits, chunk: (u32, &Chunk), clock: Clock, element: usize) -> f32 {
+    let values = given(bits, chunk, clock, element);
+    let slices: Vec<&[u8]> = values.iter().map(|value| value.as_slice()).collect();
+    if slices.is_empty() { 0.0 } else { oracle::reduce(Dtype::F32, &slices, 0) }
+}
+
+fn given(bits: &Bits, (id, chunk): (u32, &Chunk), clock: Clock, element: usize) -> Vec<[u8; 4]> {
+    let givers = chunk.contributors.iter().filter(|worker| bits.gives(**worker, id, clock));
+    givers.map(|worker| bits.value(*worker, id, clock, element).to_le_bytes()).collect()
+}
+
 fn compare_with_oracle(options: &WorldOptions, outcome: &Outcome, bits: &Bits) {
     let layout_options = LayoutOptions { chunk_elements: options.chunk_elements, shards: options.servers };
     let layout = Layout::build(&options.declarations, layout_options).unwrap();
+    let decisions = decisions(options, &layout, bits);
     for image in outcome.finals.iter().flat_map(|snapshot| &snapshot.chunks) {
         let chunk = layout.chunk(image.chunk);
         let mut start = vec![0.0; chunk.len as usize];
@@ -366,20 +439,15 @@ fn compare_with_oracle(options: &WorldOptions, outcome: &Outcome, bits: &Bits) {
         for (element, mut master) in start.into_iter().enumerate() {
             let (mut first, mut second, mut steps) = (0.0, 0.0, 0);
             for clock in 0..options.clocks {
-                let values: Vec<[u8; 4]> = chunk
-                    .contributors
-                    .iter()
-                    .filter(|worker| bits.gives(**worker, image.chunk.0, clock))
-                    .map(|worker| bits.value(*worker, image.chunk.0, clock, element).to_le_bytes())
-                    .collect();
-                if values.is_empty() {
+                let Some(scale) = decisions[clock as usize] else { continue };
+                if given(bits, (image.chunk.0, chunk), clock, element).is_empty() {
                     continue; // a clock without gradients is no step
                 }
                 steps += 1;
-                let slices: Vec<&[u8]> = values.iter().map(|value| value.as_slice()).collect();
-                let sum = oracle::reduce(Dtype::F32, &slices, 0);
+                let sum = sum(bits, (image.chunk.0, chunk), clock, element);
                 let mean = Reduction::Mean.factor(chunk.contributors.len() as u32);
                 let plan = options.optimizer.span_step(0, steps, options.optimizer.learning_rate, mean);
+                let plan = SpanStep { scale, ..plan };
                 let gradient = oracle::gradient(&plan, sum);
                 let scalars: &StepScalars = &plan.scalars;
                 oracle::update(scalars, gradient, &mut master, &mut first, &mut second);

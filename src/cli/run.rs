@@ -59,6 +59,12 @@ pub(super) struct RunArguments {
     /// Learning rate before the schedule.
     #[arg(long, visible_alias = "lr", value_name = "RATE")]
     learning_rate: Option<String>,
+    /// Scale each step's whole gradient, of all tensors, down to this Euclidean norm if it is longer.
+    #[arg(long, value_name = "NORM")]
+    clip_norm: Option<String>,
+    /// Skip a step, on all servers, for which any gradient is not finite.
+    #[arg(long)]
+    skip_nonfinite: bool,
     /// How gradients become one: mean or sum.
     #[arg(long)]
     reduction: Option<String>,
@@ -132,7 +138,10 @@ pub(super) struct RunArguments {
 
 impl RunArguments {
     fn settings(&self) -> Result<Vec<(String, String)>> {
+        let skips = self.skip_nonfinite.then(|| "true".to_string());
         let flags = [
+            ("optimizer.clip.global_norm", &self.clip_norm),
+            ("skip_nonfinite", &skips),
             ("servers", &self.servers),
             ("workers", &self.workers),
             ("name", &self.name),
@@ -178,7 +187,7 @@ pub(super) fn run(arguments: RunArguments) -> Result<ExitCode> {
     let made_up = format!("job-{:06x}", u32::from_le_bytes(crate::wire::random_bytes()?) & 0xff_ffff);
     let environment = std::iter::once(("GRADWIRE_NAME".to_string(), made_up)).chain(own_environment());
     let config = gather(environment, arguments.config.as_deref(), &arguments.settings()?)?;
-    let name = config.name.clone();
+    let (name, skips) = (config.name.clone(), config.skip_nonfinite);
     let by_hand = arguments.by_hand.iter().map(|text| rank(text)).collect::<Result<BTreeSet<Rank>>>()?;
     if let Some(stranger) = by_hand.iter().find(|rank| rank.index >= config.ranks_of(rank.role)) {
         return Err(Error::Config(format!("--by-hand names {stranger}, but the job has no such rank")));
@@ -202,6 +211,11 @@ pub(super) fn run(arguments: RunArguments) -> Result<ExitCode> {
     let outcome = job.wait();
     if let Some(reason) = &outcome.reason {
         eprintln!("gradwire: job {name}: {reason}");
+    }
+    if let (count @ 1.., _) = outcome.not_finite {
+        let what =
+            if skips { "steps were skipped: a gradient was" } else { "steps were taken with a gradient that was" };
+        eprintln!("gradwire: job {name}: {count} {what} not finite");
     }
     if !outcome.paths.is_empty() {
         let paths: Vec<String> = outcome.paths.iter().map(|(fabric, count)| format!("{count} over {fabric}")).collect();

@@ -68,6 +68,9 @@ fn table(status: &Status) -> String {
         let pid = if rank.pid == 0 { "-".into() } else { rank.pid.to_string() };
         text += &format!("{:<12} {:<11} {clock:>9} {pid:>9}  {}\n", rank.rank.to_string(), rank.state, rank.host);
     }
+    if status.not_finite > 0 {
+        text += &format!("gradients that were not finite at {} clocks\n", status.not_finite);
+    }
     for rank in &status.ranks {
         for path in &rank.paths {
             text += &format!("{} reaches {} over {}: {}\n", rank.rank, path.peer, path.fabric, path.reason);

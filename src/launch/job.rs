@@ -105,6 +105,8 @@ pub struct Outcome {
     pub checkpoint: Option<u64>,
     /// How many paths each fabric carried.
     pub paths: BTreeMap<String, usize>,
+    /// Clocks at which a gradient was not finite, and what was said of the last; looked at where norms are measured.
+    pub not_finite: (u64, Option<String>),
     /// What ranks said when they had finished.
     pub summaries: BTreeMap<Rank, serde_json::Value>,
 }

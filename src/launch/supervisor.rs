@@ -26,7 +26,7 @@ use crate::{
     Result,
     session::{Notice, Order, Rendezvous},
     transport::PathChoice,
-    types::{Rank, Role},
+    types::{Clock, Rank, Role},
 };
 
 /// How long after the first sign of a failure others are gathered, so that the cause can be told from its consequences.
@@ -85,6 +85,7 @@ pub(super) struct Supervisor {
     paths: BTreeMap<Rank, Vec<PathChoice>>,
     told_fallback: bool,
     summaries: BTreeMap<Rank, serde_json::Value>,
+    not_finite: (u64, Option<String>),
     checkpoint: Option<u64>,
     stopped_with_checkpoint: bool,
 }
@@ -113,6 +114,7 @@ impl Supervisor {
             paths: BTreeMap::new(),
             told_fallback: false,
             summaries: BTreeMap::new(),
+            not_finite: (0, None),
             checkpoint: None,
             stopped_with_checkpoint: false,
         }
@@ -204,6 +206,7 @@ impl Supervisor {
                 self.tell_fallback(rank, &paths);
                 self.paths.insert(rank, paths);
             }
+            Notice::NotFinite { clock, worker, tensor, count } => self.not_finite(clock, worker, &tensor, count),
             Notice::Failed { rank, text, elsewhere } => self.see(Sight::Reported { rank, text, elsewhere }),
             // Of a rank that we started, its exit tells more, and when the job is ending it was told to leave.
             Notice::Lost(rank) => {
@@ -233,6 +236,18 @@ impl Supervisor {
                 _ => warn!("a checkpoint failed: {text}"),
             },
         }
+    }
+
+    fn not_finite(&mut self, clock: Clock, worker: Option<u16>, tensor: &str, count: u64) {
+        let whose = worker
+            .map_or("the sum of the gradients".into(), |worker| format!("the gradient of {}", Rank::worker(worker)));
+        let outcome = match self.options.config.skip_nonfinite {
+            true => format!("the step was skipped on all servers ({count} so far)"),
+            false => "the step was taken all the same: set skip_nonfinite to skip such steps".into(),
+        };
+        let text = format!("clock {clock}: {whose} for tensor `{tensor}` was not finite; {outcome}");
+        warn!("{text}");
+        self.not_finite = (count, Some(text));
     }
 
     fn exited(&mut self, rank: Rank, exit: Exit) {
@@ -408,7 +423,14 @@ impl Supervisor {
         for choice in self.paths.into_values().flatten() {
             *paths.entry(choice.fabric).or_default() += 1;
         }
-        Outcome { code, reason, checkpoint: self.checkpoint, paths, summaries: self.summaries }
+        Outcome {
+            code,
+            reason,
+            checkpoint: self.checkpoint,
+            paths,
+            not_finite: self.not_finite,
+            summaries: self.summaries,
+        }
     }
 }
 

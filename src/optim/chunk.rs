@@ -36,6 +36,8 @@ pub struct StepArguments {
     pub reduction: Reduction,
     /// A factor on the reduced gradient: 1 / loss scale, or a global clip; 1 for none.
     pub scale: f32,
+    /// Whether [`Pass::Reduce`] measures what it reduces: see [`ChunkStep::squared_norm`].
+    pub measures: bool,
 }
 
 /// The memory and the settings on which a [`ChunkStep`] works. All slices cover the whole chunk, and all but `accumulator` must
@@ -57,6 +59,13 @@ pub struct ChunkParts<'a> {
     pub wire: Option<Wire<'a>>,
 }
 
+/// The factor that brings a gradient of this norm to `limit` at most, as `torch.nn.utils.clip_grad_norm_` computes it, in f64.
+/// A norm that is NaN gives NaN, as there.
+pub fn clip_coefficient(limit: f32, norm: f64) -> f64 {
+    let coefficient = f64::from(limit) / (norm + NORM_EPSILON);
+    if coefficient >= 1.0 { 1.0 } else { coefficient }
+}
+
 /// What the gradient is multiplied by after the mean, if a chunk whose sum of contributions has this squared norm may have no
 /// norm above `limit`. A norm that is NaN gives NaN, as in PyTorch.
 ///
@@ -64,11 +73,7 @@ pub struct ChunkParts<'a> {
 ///
 /// If the total weight is 0.
 pub fn clipped_scale(limit: f32, arguments: &StepArguments, squared_norm: f64) -> f32 {
-    let coefficient = f64::from(limit) / (scaled_norm(arguments, squared_norm) + NORM_EPSILON);
-    if coefficient >= 1.0 {
-        return arguments.scale;
-    }
-    (f64::from(arguments.scale) * coefficient) as f32
+    (f64::from(arguments.scale) * clip_coefficient(limit, scaled_norm(arguments, squared_norm))) as f32
 }
 
 /// The norm of the gradient from the squared norm of the sum.
@@ -152,6 +157,13 @@ impl ChunkStep {
             .then(|| scaled_norm(&self.arguments, self.norm.total()))
     }
 
+    /// The squared norm of the sum, if it was to be measured and is complete. Not finite if and only if an element is not: f64
+    /// has room for the squares of more f32 values than there are.
+    pub fn squared_norm(&self) -> Option<f64> {
+        let is_measured = self.arguments.measures && self.arguments.pass == Pass::Reduce && self.stage == Stage::Done;
+        is_measured.then(|| self.norm.total())
+    }
+
     fn mean(&self) -> f32 {
         self.arguments.reduction.factor(self.arguments.total_weight)
     }
@@ -167,7 +179,8 @@ impl ChunkStep {
         let gradients = Gradients { start: parts.gradients.start + start, ..parts.gradients };
         let sums = &mut parts.accumulator[start..start + len];
         self.kernels.reduce(gradients, sums);
-        if self.norm_limit.is_some() && self.arguments.pass == Pass::Fused {
+        let clips = self.norm_limit.is_some() && self.arguments.pass == Pass::Fused;
+        if clips || self.arguments.measures {
             self.norm.add(sums);
         }
     }

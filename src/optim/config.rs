@@ -78,6 +78,10 @@ pub struct Clip {
     /// Each chunk whose Euclidean norm n exceeds c is scaled by c / (n + 1e-6) (`torch.nn.utils.clip_grad_norm_`, per chunk).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub per_chunk_norm: Option<f32>,
+    /// A whole gradient, of all tensors on all shards, whose Euclidean norm n exceeds c is scaled by c / (n + 1e-6)
+    /// (`torch.nn.utils.clip_grad_norm_`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub global_norm: Option<f32>,
 }
 
 impl Clip {
@@ -205,8 +209,9 @@ impl OptimizerConfig {
             }
         }
         self.schedule.validate()?;
+        let Clip { per_value, per_chunk_norm, global_norm } = self.clip;
         for (name, limit) in
-            [("clip.per_value", self.clip.per_value), ("clip.per_chunk_norm", self.clip.per_chunk_norm)]
+            [("clip.per_value", per_value), ("clip.per_chunk_norm", per_chunk_norm), ("clip.global_norm", global_norm)]
         {
             if let Some(limit) = limit {
                 check(name, f64::from(limit), limit > 0.0 && limit.is_finite(), "a finite number above 0")?;

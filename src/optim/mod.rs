@@ -17,7 +17,7 @@ pub mod oracle;
 mod plan;
 mod schedule;
 
-pub use chunk::{ChunkParts, ChunkStep, Pass, StepArguments, clipped_scale};
+pub use chunk::{ChunkParts, ChunkStep, Pass, StepArguments, clip_coefficient, clipped_scale};
 pub use config::{Clip, GroupConfig, OptimizerConfig, OptimizerKind};
 pub use isa::{Isa, isa};
 pub use kernel::{Contributions, Gradients, Kernels, StateMut, Wire};

@@ -6,7 +6,7 @@
 
 use std::{collections::VecDeque, sync::Arc, time::Instant};
 
-use super::{ChunkImage, Effect, Memory, Shard, ShardConfig, Work, memory::elements_max};
+use super::{ChunkImage, Effect, Memory, NotFinite, Shard, ShardConfig, Work, memory::elements_max};
 use crate::{
     Error, Result,
     layout::Layout,
@@ -14,7 +14,7 @@ use crate::{
     optim::LearningRates,
     session::Paths,
     transport::{Completion, Endpoint, Transport, Wakeup},
-    types::{Clock, PeerId, Version},
+    types::{Clock, PeerId, Role, Version},
     wire::Attachment,
 };
 
@@ -116,9 +116,9 @@ impl<T: Transport> EventLoop<T> {
         &self.shard
     }
 
-    /// Begins the path to a worker.
-    pub fn connect(&mut self, worker: PeerId, remote: &Endpoint, deadline: Instant) -> Result<()> {
-        self.paths.connect(worker, remote, deadline)
+    /// Begins the path to a worker, or to another shard's lane.
+    pub fn connect(&mut self, peer: PeerId, remote: &Endpoint, deadline: Instant) -> Result<()> {
+        self.paths.connect(peer, remote, deadline)
     }
 
     /// Does what can be done now.
@@ -169,6 +169,11 @@ impl<T: Transport> EventLoop<T> {
         self.snapshots.pop_front()
     }
 
+    /// See [`Memory::take_not_finite`].
+    pub fn take_not_finite(&mut self) -> Option<NotFinite> {
+        self.memory.take_not_finite()
+    }
+
     /// The state as it is now, copied while the caller waits; for a loop that is done.
     ///
     /// # Errors
@@ -197,7 +202,7 @@ impl<T: Transport> EventLoop<T> {
                     self.paths.fence(from);
                     return self.lost(from, error);
                 }
-                if self.shard.has_finished(from.rank.index) {
+                if self.shard.has_left(from) {
                     self.paths.release(from);
                 }
                 Ok(())
@@ -206,8 +211,11 @@ impl<T: Transport> EventLoop<T> {
         }
     }
 
-    /// A worker is connected: its landing slots are opened and it is told of them.
+    /// A worker is connected: its landing slots are opened and it is told of them. Another shard needs nothing.
     fn attach(&mut self, peer: PeerId) -> Result<()> {
+        if peer.rank.role == Role::Server {
+            return Ok(());
+        }
         let worker = peer.rank.index;
         let mut first = None;
         for slot in std::mem::take(&mut self.landing[usize::from(worker)]) {
@@ -221,13 +229,14 @@ impl<T: Transport> EventLoop<T> {
         Ok(())
     }
 
-    /// A worker's path is gone: harmless if it has finished, the end of the job otherwise.
+    /// A path is gone: harmless if the peer owes and is owed nothing more, the end of the job otherwise.
     fn lost(&mut self, peer: PeerId, error: Error) -> Result<()> {
-        if self.shard.has_finished(peer.rank.index) {
+        if self.shard.has_left(peer) {
+            self.shard.handle_left(peer);
             return Ok(());
         }
-        let awaited = match self.shard.awaited_from(peer.rank.index) {
-            Some((chunk, clock)) => format!(" ({} waits for its chunk {} of clock {clock})", self.me, chunk.0),
+        let awaited = match self.shard.awaited_from(peer) {
+            Some(awaited) => format!(" ({} waits for {awaited})", self.me),
             None => String::new(),
         };
         let reason = match error {

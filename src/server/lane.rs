@@ -16,7 +16,7 @@ use std::{
 
 use serde_json::json;
 
-use super::{EventLoop, Progress, Snapshot, node::Plan};
+use super::{EventLoop, NotFinite, Progress, Snapshot, node::Plan};
 use crate::{
     Error, Result,
     checkpoint::{self, ChunkState},
@@ -89,17 +89,19 @@ impl Lane {
         }
     }
 
-    /// What each worker needs to reach this lane.
+    /// What each worker, and each lane with which this one decides, needs to reach this lane.
     pub fn offers(&mut self, me: PeerId) -> Result<Vec<Offer>> {
-        let workers = (0..self.plan.workers).map(PeerId::worker);
-        workers.map(|worker| Ok((me, worker, self.event_loop.paths().offer(worker)?))).collect()
+        let decision = self.plan.decision();
+        let lanes = decision.iter().flat_map(|decision| decision.peers(&self.plan.layout, self.shard));
+        let peers = (0..self.plan.workers).map(PeerId::worker).chain(lanes);
+        peers.map(|peer| Ok((me, peer, self.event_loop.paths().offer(peer)?))).collect()
     }
 
     /// Serves until the job ends.
     pub fn run(mut self, offers: Vec<Offer>) -> Result<()> {
         let deadline = Instant::now() + self.plan.connect_time;
-        for (worker, _, endpoint) in offers {
-            self.event_loop.connect(worker, &endpoint, deadline)?;
+        for (peer, _, endpoint) in offers {
+            self.event_loop.connect(peer, &endpoint, deadline)?;
         }
         let waiter = Waiter::new()?;
         let mut idle = Idle::default();
@@ -116,6 +118,9 @@ impl Lane {
                 (turned, _) => turned?,
             };
             self.store_snapshots();
+            while let Some(NotFinite { clock, worker, tensor }) = self.event_loop.take_not_finite() {
+                self.reporter.report(Report::NotFinite { clock, worker, tensor })?;
+            }
             self.report_progress(now)?;
             if self.event_loop.is_done() && self.end.is_some() {
                 return self.finish();

@@ -13,6 +13,6 @@ mod node;
 mod shard;
 
 pub use event_loop::{EventLoop, Progress, Snapshot};
-pub use memory::{ChunkImage, InitialValues, Memory, MemoryOptions, OnDevice, Seeded};
+pub use memory::{ChunkImage, InitialValues, Memory, MemoryOptions, NotFinite, OnDevice, Seeded};
 pub use node::run;
-pub use shard::{Contribution, Effect, Shard, ShardConfig, Task, Work};
+pub use shard::{Contribution, Decision, DecisionConfig, DecisionRules, Effect, Shard, ShardConfig, Task, Work};

@@ -17,8 +17,8 @@ use nix::{
 };
 
 use super::{
-    ChunkImage, EventLoop, InitialValues, Memory, MemoryOptions, OnDevice, Seeded, ShardConfig, lane::Lane,
-    memory::elements_max,
+    ChunkImage, DecisionConfig, DecisionRules, EventLoop, InitialValues, Memory, MemoryOptions, OnDevice, Seeded,
+    ShardConfig, lane::Lane, memory::elements_max,
 };
 use crate::{
     Error, Result,
@@ -42,6 +42,20 @@ pub(super) struct Plan {
     /// The GPUs to compute on; none for the processor.
     devices: Vec<DeviceInfo>,
     config: JobConfig,
+}
+
+impl Plan {
+    /// What the shards decide about each step, if anything.
+    pub fn decision(&self) -> Option<DecisionConfig> {
+        let lanes = |server| (0..self.config.shards_per_server).map(move |lane| PeerId::server(server, lane));
+        let rules = DecisionRules {
+            norm_limit: self.config.optimizer.clip.global_norm,
+            skip_nonfinite: self.config.skip_nonfinite,
+        };
+        self.config
+            .decides()
+            .then(|| DecisionConfig { rules, lanes: (0..self.config.servers).flat_map(lanes).collect() })
+    }
 }
 
 /// The parameters of a safetensors file, and the tensors' own rules for those that it lacks.
@@ -187,7 +201,8 @@ impl LaneThread {
             reduction: config.reduction,
             gradient_dtype: config.gradient_dtype,
             parameter_dtype: config.parameter_dtype,
-            two_step: config.two_step,
+            two_step: config.two_step || config.decides(),
+            measures: config.decides(),
             region: RegionOptions { prefault: true, ..region.clone() },
         };
         let mut memory = Memory::new(memory, plan.layout.clone(), shard, &*initial_values(config)?, device)?;
@@ -199,7 +214,8 @@ impl LaneThread {
             workers: config.workers,
             consistency: config.consistency,
             slots: slots(config, &plan.layout, shard)?,
-            two_step: config.two_step,
+            two_step: config.two_step || config.decides(),
+            decision: plan.decision(),
             epoch: 0,
             start_clock: config.start_clock,
             gradient_dtype: config.gradient_dtype,

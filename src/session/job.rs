@@ -138,6 +138,9 @@ pub struct JobConfig {
     pub device: DeviceChoice,
     /// How long a step may take on a GPU before the device counts as hung, in milliseconds.
     pub gpu_ms: u64,
+    /// Whether a step for which any gradient is not finite is skipped, on all shards, instead of ending in parameters that are not
+    /// finite either.
+    pub skip_nonfinite: bool,
     /// When and where checkpoints are written.
     pub checkpoint: CheckpointConfig,
     /// A checkpoint to continue from, or a directory whose newest complete one is taken.
@@ -187,6 +190,7 @@ impl Default for JobConfig {
             two_step: false,
             device: DeviceChoice::Cpu,
             gpu_ms: 30_000,
+            skip_nonfinite: false,
             checkpoint: CheckpointConfig::default(),
             resume: None,
             start_clock: 0,
@@ -253,8 +257,20 @@ impl JobConfig {
         if self.transports.is_empty() {
             return refuse("`transports` is empty; name fabrics, such as shm,tcp".into());
         }
+        if self.decides() && !self.consistency.aggregates() {
+            return refuse(format!(
+                "`optimizer.clip.global_norm` and `skip_nonfinite` decide about the step that all workers' gradients make together, \
+                 and under `consistency` {} there is none: every push is a step of its own; use bsp",
+                self.consistency
+            ));
+        }
         self.soft.validate()?;
         self.optimizer.validate()
+    }
+
+    /// Whether something is decided about each step between the sum of the gradients and the update: they are two passes then.
+    pub fn decides(&self) -> bool {
+        self.skip_nonfinite || self.optimizer.clip.global_norm.is_some()
     }
 
     fn validate_times(&self) -> Result<()> {
@@ -357,7 +373,7 @@ mod tests {
     #[test]
     fn what_cannot_work_is_refused_by_its_key() {
         type Spoil = fn(&mut JobConfig);
-        let cases: [(&str, Spoil); 9] = [
+        let cases: [(&str, Spoil); 11] = [
             ("workers", |j| j.workers = 0),
             ("servers", |j| j.servers = RANKS_MAX + 1),
             ("shards_per_server", |j| j.shards_per_server = 0),
@@ -367,6 +383,8 @@ mod tests {
             ("deadline_ms", |j| j.deadline_ms = j.heartbeat_ms),
             ("checkpoint.dir", |j| j.checkpoint.every = Some(5)),
             ("../x", |j| j.name = "../x".into()),
+            ("bsp", |j| (j.skip_nonfinite, j.consistency) = (true, Consistency::Asp)),
+            ("clip.global_norm", |j| j.optimizer.clip.global_norm = Some(0.0)),
         ];
         for (key, spoil) in cases {
             let mut job = JobConfig::default();

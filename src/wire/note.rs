@@ -29,10 +29,14 @@ pub enum NoteKind {
     Finished = 9,
     /// The server has taken note of `Finished` and owes the worker nothing more.
     Goodbye = 10,
+    /// The squared norm of a chunk's gradient at a clock, from its shard to the one that decides.
+    Measured = 11,
+    /// What has been decided about the step of a clock.
+    Decided = 12,
 }
 
 impl NoteKind {
-    const ALL: [NoteKind; 10] = [
+    const ALL: [NoteKind; 12] = [
         NoteKind::Attach,
         NoteKind::Heartbeat,
         NoteKind::Push,
@@ -43,6 +47,8 @@ impl NoteKind {
         NoteKind::SetLearningRate,
         NoteKind::Finished,
         NoteKind::Goodbye,
+        NoteKind::Measured,
+        NoteKind::Decided,
     ];
 
     /// Whether a note of this kind travels with a payload.

@@ -19,7 +19,9 @@ use crate::{
     layout::{Layout, LayoutOptions, TensorSpec},
     mem::{HugePages, Locking, RegionOptions},
     optim::{OptimizerConfig, Reduction},
-    server::{EventLoop, Memory, MemoryOptions, Progress, Seeded, ShardConfig, Snapshot},
+    server::{
+        DecisionConfig, DecisionRules, EventLoop, Memory, MemoryOptions, Progress, Seeded, ShardConfig, Snapshot,
+    },
     session::Paths,
     transport::{
         Endpoint,
@@ -87,6 +89,8 @@ pub struct WorldOptions {
     pub optimizer: OptimizerConfig,
     /// Reduce and apply in two steps.
     pub two_step: bool,
+    /// A step with a gradient that is not finite is skipped.
+    pub skip_nonfinite: bool,
     /// Clocks that every worker trains.
     pub clocks: Clock,
     /// Workers train fewer clocks than that, each as many as the seed says: some leave while others go on.
@@ -110,6 +114,18 @@ impl WorldOptions {
     pub fn clocks_of(&self, worker: u16) -> Clock {
         let fewer = || 1 + SimRandom::new(self.seed ^ (u64::from(worker) + 1) << 32).below(self.clocks);
         if self.uneven { fewer() } else { self.clocks }
+    }
+}
+
+impl WorldOptions {
+    fn decides(&self) -> bool {
+        self.skip_nonfinite || self.optimizer.clip.global_norm.is_some()
+    }
+
+    fn decision(&self) -> Option<DecisionConfig> {
+        let rules = DecisionRules { norm_limit: self.optimizer.clip.global_norm, skip_nonfinite: self.skip_nonfinite };
+        let lanes = (0..self.servers).map(|server| PeerId::server(server, 0)).collect();
+        self.decides().then_some(DecisionConfig { rules, lanes })
     }
 }
 
@@ -137,6 +153,7 @@ const STALL: Duration = Duration::from_secs(60);
 
 struct World<'a> {
     options: &'a WorldOptions,
+    layout: Arc<Layout>,
     random: SimRandom,
     network: SimNetwork,
     start: Instant,
@@ -193,6 +210,7 @@ impl<'a> World<'a> {
         let snapshots = vec![Vec::new(); servers.len()];
         let mut world = World {
             options,
+            layout,
             random,
             network,
             start,
@@ -218,6 +236,9 @@ impl<'a> World<'a> {
                 let (lane, peer) = (PeerId::server(server as u16, 0), PeerId::worker(worker as u16));
                 self.servers[server].connect(peer, &nowhere, deadline)?;
                 self.trainers[worker].engine.connect(lane, &nowhere, deadline)?;
+            }
+            for lane in self.lanes_of(server) {
+                self.servers[server].connect(lane, &nowhere, deadline)?;
             }
         }
         Ok(())
@@ -311,7 +332,11 @@ impl<'a> World<'a> {
             return;
         }
         let lane = PeerId::server(self.random.below(self.servers.len() as u64) as u16, 0);
-        let worker = PeerId::worker(self.random.below(self.trainers.len() as u64) as u16);
+        let mut worker = PeerId::worker(self.random.below(self.trainers.len() as u64) as u16);
+        let lanes = self.lanes_of(lane.rank.index.into());
+        if !lanes.is_empty() && self.random.once_in(2) {
+            worker = lanes[self.random.below(lanes.len() as u64) as usize]; // the path between two servers, this time
+        }
         let victim = if self.random.once_in(2) { lane } else { worker };
         self.chaos_at = None;
         match self.options.chaos {
@@ -364,9 +389,16 @@ impl<'a> World<'a> {
         }
     }
 
+    /// The lanes to which a server has paths.
+    fn lanes_of(&self, server: usize) -> Vec<PeerId> {
+        let decision = self.options.decision();
+        decision.map_or_else(Vec::new, |decision| decision.peers(&self.layout, ShardId(server as u16)))
+    }
+
     fn peers_of(&self, node: PeerId) -> Vec<PeerId> {
         if self.is_server(node) {
-            (0..self.trainers.len()).map(|worker| PeerId::worker(worker as u16)).collect()
+            let workers = (0..self.trainers.len()).map(|worker| PeerId::worker(worker as u16));
+            workers.chain(self.lanes_of(node.rank.index.into())).collect()
         } else {
             (0..self.servers.len()).map(|server| PeerId::server(server as u16, 0)).collect()
         }
@@ -378,7 +410,8 @@ impl<'a> World<'a> {
 
     fn waits(&self) -> String {
         let waits = self.trainers.iter().filter_map(|trainer| trainer.engine.awaited());
-        waits.map(|awaited| format!("{awaited:?}")).collect::<Vec<_>>().join("; ")
+        let waits: Vec<String> = waits.map(|awaited| format!("{awaited:?}")).collect();
+        waits.join("; ")
     }
 }
 
@@ -395,7 +428,8 @@ fn build_server(
         workers: options.declarations.len() as u16,
         consistency: options.consistency,
         slots: options.slots,
-        two_step: options.two_step,
+        two_step: options.two_step || options.decides(),
+        decision: options.decision(),
         epoch: 0,
         start_clock: 0,
         gradient_dtype: Dtype::F32,
@@ -408,7 +442,8 @@ fn build_server(
         reduction: options.reduction,
         gradient_dtype: Dtype::F32,
         parameter_dtype: Dtype::F32,
-        two_step: options.two_step,
+        two_step: options.two_step || options.decides(),
+        measures: options.decides(),
         region: region.clone(),
     };
     let memory = Memory::new(memory, layout.clone(), ShardId(server), &Seeded(options.seed), None)?;

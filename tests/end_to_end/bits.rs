@@ -9,19 +9,23 @@ use gradwire::{
     optim::Reduction,
     session::Fabric,
     transport::verbs::{VerbsOptions, VerbsTransport},
-    types::PeerId,
+    types::{Clock, PeerId},
     wire::{JobToken, handshake::Identity},
     world::{self, Chaos, WorldOptions},
 };
 
 use crate::{
     jobs::{adamw, bits, digests, end, home, options, run, stored},
-    program::{STEPS, Simulated, model, part_of_model},
+    program::{STEPS, Simulated, gradient, model, part_of_model},
 };
 
 /// What the simulator makes of the same job.
 pub fn simulated(declarations: Vec<Vec<TensorSpec>>, two_step: bool) -> BTreeMap<String, Vec<u32>> {
-    let options = WorldOptions {
+    simulate(WorldOptions { two_step, ..world_options(declarations) }, gradient)
+}
+
+pub fn world_options(declarations: Vec<Vec<TensorSpec>>) -> WorldOptions {
+    WorldOptions {
         seed: 7,
         servers: 2,
         declarations,
@@ -30,7 +34,8 @@ pub fn simulated(declarations: Vec<Vec<TensorSpec>>, two_step: bool) -> BTreeMap
         consistency: Consistency::Bsp,
         reduction: Reduction::Mean,
         optimizer: adamw(),
-        two_step,
+        two_step: false,
+        skip_nonfinite: false,
         clocks: STEPS,
         uneven: false,
         hasty: false,
@@ -39,10 +44,13 @@ pub fn simulated(declarations: Vec<Vec<TensorSpec>>, two_step: bool) -> BTreeMap
         checkpoint_every: None,
         chaos: Chaos::Calm,
         delay_max: Duration::from_micros(300),
-    };
+    }
+}
+
+pub fn simulate(options: WorldOptions, gradient: fn(u16, Clock, &str, u64) -> f32) -> BTreeMap<String, Vec<u32>> {
     let layout_options = gradwire::layout::LayoutOptions { chunk_elements: 256, shards: 2 };
     let layout = Layout::build(&options.declarations, layout_options).unwrap();
-    let mut program = Simulated { layout: layout.clone() };
+    let mut program = Simulated { layout: layout.clone(), gradient };
     let outcome = world::run(&options, &mut program).unwrap();
     assert!(outcome.failure.is_none(), "{:?}", outcome.failure);
     bits(&layout, |id| {

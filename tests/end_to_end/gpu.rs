@@ -150,7 +150,7 @@ fn every_optimizer_and_wire_format_gives_the_processors_bits() {
 fn clipping_by_value_and_by_norm_gives_the_processors_bits() {
     for two_step in [false, true] {
         let change = |options: &mut JobOptions| {
-            options.config.optimizer.clip = Clip { per_value: Some(0.8), per_chunk_norm: Some(5.0) };
+            options.config.optimizer.clip = Clip { per_value: Some(0.8), per_chunk_norm: Some(5.0), global_norm: None };
             options.config.two_step = two_step;
         };
         let (expected, _) = contents_of(4, &change, None);
@@ -159,6 +159,20 @@ fn clipping_by_value_and_by_norm_gives_the_processors_bits() {
         assert_eq!(launches(&log, "norm"), 4 * expected.len());
         assert!(expected != contents_of(4, &|_| (), None).0, "nothing was clipped");
     }
+}
+
+/// The decision about a step, between two launches, and made of norms that the device has measured.
+#[test]
+fn clipping_by_the_global_norm_gives_the_processors_bits() {
+    let change = |options: &mut JobOptions| {
+        options.config.optimizer.clip = Clip { global_norm: Some(3.0), ..Clip::default() };
+        options.config.skip_nonfinite = true;
+    };
+    let (expected, _) = contents_of(4, &change, None);
+    let (found, log) = contents_of(4, &change, Some(&[("SOFTCUDA_LATE", "1")]));
+    assert!(expected == found);
+    assert_eq!(launches(&log, "norm"), 4 * expected.len());
+    assert!(expected != contents_of(4, &|_| (), None).0, "nothing was clipped");
 }
 
 #[test]

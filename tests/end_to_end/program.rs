@@ -37,9 +37,16 @@ pub fn gradient(worker: u16, clock: Clock, tensor: &str, element: u64) -> f32 {
     (random.bits() % 2_000_001) as f32 / 1_000_000.0 - 1.0
 }
 
+/// The same, of a worker whose loss explodes at clock 10.
+pub fn spoilt_gradient(worker: u16, clock: Clock, tensor: &str, element: u64) -> f32 {
+    let spoilt = (worker, clock, tensor, element) == (1, 10, "layer3", 700);
+    if spoilt { f32::NAN } else { gradient(worker, clock, tensor, element) }
+}
+
 /// The same in the simulated world.
 pub struct Simulated {
     pub layout: gradwire::layout::Layout,
+    pub gradient: fn(u16, Clock, &str, u64) -> f32,
 }
 
 impl Program for Simulated {
@@ -50,7 +57,7 @@ impl Program for Simulated {
                 for offset in 0..piece.len {
                     let element = piece.tensor_start + u64::from(offset);
                     out[(piece.chunk_start + offset) as usize] =
-                        gradient(at.worker, at.clock, &tensor.spec.name, element);
+                        (self.gradient)(at.worker, at.clock, &tensor.spec.name, element);
                 }
             }
         }
@@ -73,7 +80,8 @@ pub fn digest(worker: &Worker, tensors: &[TensorSpec]) -> Result<u32> {
     Ok(digest)
 }
 
-fn push_all(worker: &mut Worker, tensors: &[TensorSpec], push_only: bool) -> Result<()> {
+fn push_all(worker: &mut Worker, tensors: &[TensorSpec], part: &str) -> Result<()> {
+    let (push_only, gradient) = (part == "separate", if part == "spoilt" { spoilt_gradient } else { gradient });
     for (index, spec) in tensors.iter().enumerate().rev() {
         let (rank, clock) = (worker.rank() as u16, worker.clock());
         let values: Vec<f32> =
@@ -133,7 +141,7 @@ pub fn play(part: &str) -> Result<()> {
             // Nothing is pushed but the first tensor: the others are absent, or zeros where they share a chunk.
             worker.push_pull(0, &[0.5; 3])?;
         } else {
-            push_all(&mut worker, &tensors, part == "separate")?;
+            push_all(&mut worker, &tensors, part)?;
         }
         if part == "polled" {
             wait_in_poll(&mut worker, &mut quiet)?

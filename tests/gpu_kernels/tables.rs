@@ -19,7 +19,7 @@ use crate::{
 const ELEMENTS: usize = 3000;
 
 fn arguments(pass: Pass) -> StepArguments {
-    StepArguments { pass, step: 4, clock: 3, total_weight: 2, reduction: Reduction::Mean, scale: 0.5 }
+    StepArguments { pass, step: 4, clock: 3, total_weight: 2, reduction: Reduction::Mean, scale: 0.5, measures: false }
 }
 
 fn config() -> OptimizerConfig {

@@ -23,13 +23,20 @@ fn config(kind: OptimizerKind, per_chunk_norm: Option<f32>) -> OptimizerConfig {
         weight_decay: 0.05,
         groups: vec![group("fast", Some(0.5), None), group("bare", None, Some(0.0))],
         schedule: Schedule::Step { every: 2, factor: 0.5 },
-        clip: Clip { per_value: Some(0.8), per_chunk_norm },
+        clip: Clip { per_value: Some(0.8), per_chunk_norm, global_norm: None },
         ..OptimizerConfig::new(kind, 0.1)
     }
 }
 
-const ARGUMENTS: StepArguments =
-    StepArguments { pass: Pass::Fused, step: 4, clock: 3, total_weight: 3, reduction: Reduction::Mean, scale: 0.5 };
+const ARGUMENTS: StepArguments = StepArguments {
+    pass: Pass::Fused,
+    step: 4,
+    clock: 3,
+    total_weight: 3,
+    reduction: Reduction::Mean,
+    scale: 0.5,
+    measures: false,
+};
 
 /// A chunk of its own making: values that are exact in bf16, so that one set serves as both formats' input.
 #[derive(Clone, Debug, PartialEq)]
@@ -150,7 +157,7 @@ proptest! {
 #[test]
 fn norm_clipping_limits_the_norm_and_reports_it() {
     let config = OptimizerConfig {
-        clip: Clip { per_value: None, per_chunk_norm: Some(0.5) },
+        clip: Clip { per_chunk_norm: Some(0.5), ..Clip::default() },
         ..OptimizerConfig::new(OptimizerKind::SGD, 1.0)
     };
     let mut chunk = Chunk::new(&[(300, 0)], config.kind);

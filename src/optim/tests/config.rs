@@ -29,7 +29,7 @@ fn toml_is_one_flat_table() {
     config.validate().unwrap();
     assert_eq!(config.kind, OptimizerKind::AdamW { beta1: 0.9, beta2: 0.95, epsilon: 1e-8 });
     assert_eq!(config.schedule, Schedule::WarmupCosine { warmup_steps: 10, total_steps: 100, final_factor: 0.1 });
-    assert_eq!(config.clip, Clip { per_value: Some(1.0), per_chunk_norm: None });
+    assert_eq!(config.clip, Clip { per_value: Some(1.0), ..Clip::default() });
     assert_eq!((config.weight_decay(0), config.weight_decay(1)), (0.01, 0.0));
     assert_eq!((config.group_index("default"), config.group_index("no_decay")), (Some(0), Some(1)));
     assert_eq!((config.group_index("other"), config.group_count()), (None, 2));
@@ -41,7 +41,7 @@ fn what_is_written_is_read_back() {
         let config = OptimizerConfig {
             weight_decay: 0.1,
             schedule: Schedule::Step { every: 5, factor: 0.5 },
-            clip: Clip { per_value: None, per_chunk_norm: Some(2.0) },
+            clip: Clip { per_chunk_norm: Some(2.0), ..Clip::default() },
             groups: vec![GroupConfig { name: "g".into(), learning_rate: Some(1.0), weight_decay: None }],
             ..OptimizerConfig::new(kind, 0.3)
         };
@@ -76,7 +76,10 @@ fn group(name: &str) -> GroupConfig {
 fn validation_names_the_setting() {
     let base = OptimizerConfig::new(OptimizerKind::ADAM, 0.1);
     let of = |kind| OptimizerConfig { kind, ..base.clone() };
-    let clip = |per_value, per_chunk_norm| OptimizerConfig { clip: Clip { per_value, per_chunk_norm }, ..base.clone() };
+    let clip = |per_value, per_chunk_norm| OptimizerConfig {
+        clip: Clip { per_value, per_chunk_norm, global_norm: per_chunk_norm },
+        ..base.clone()
+    };
     let schedule = |schedule| OptimizerConfig { schedule, ..base.clone() };
     let groups = |groups| OptimizerConfig { groups, ..base.clone() };
     let adam = |beta1, beta2, epsilon| of(OptimizerKind::Adam { beta1, beta2, epsilon });

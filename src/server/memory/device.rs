@@ -116,13 +116,13 @@ impl DeviceMemory {
             }
             (Task::Step, Some(arguments)) => {
                 let wire = work.wire.take();
-                self.update(plan, index, arguments, 1.0, Gradient::Landed(landed), wire)?;
+                self.update(plan, index, arguments, arguments.scale, Gradient::Landed(landed), wire)?;
             }
             (Task::Apply, Some(arguments)) => {
                 let wire = work.wire.take();
-                self.update(plan, index, arguments, 1.0, Gradient::Accumulator, wire)?;
+                self.update(plan, index, arguments, arguments.scale, Gradient::Accumulator, wire)?;
             }
-            (Task::Reduce, _) => self.pipeline.reduce(index, landed, false)?,
+            (Task::Reduce, _) => self.pipeline.reduce(index, landed, plan.options.measures)?,
             _ => self.pipeline.encode(index, work.wire.take().expect("an encode has somewhere to go"))?,
         }
         self.flight.push_back(Flying { work, contributors, then });
@@ -156,6 +156,7 @@ impl DeviceMemory {
             flying.work.contributions.extend(landed);
             let Some(arguments) = flying.then.take() else {
                 flying.work.wire = done.wire;
+                flying.work.squared_norm = done.squared_norm;
                 return Ok(Some(flying.work));
             };
             let limit = plan.options.optimizer.clip.per_chunk_norm.expect("measured for a limit");

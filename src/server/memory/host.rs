@@ -104,6 +104,7 @@ impl HostMemory {
     pub(super) fn advance(&mut self, plan: &Plan) -> Option<Work> {
         let mut running = self.running.take()?;
         if self.tile(plan, &mut running) {
+            running.work.squared_norm = running.step.and_then(|step| step.squared_norm());
             return Some(running.work);
         }
         self.running = Some(running);

@@ -6,7 +6,9 @@
 mod device;
 mod host;
 
-use std::sync::Arc;
+use std::{collections::VecDeque, sync::Arc};
+
+use half::{bf16, f16};
 
 use crate::{
     Result,
@@ -35,6 +37,8 @@ pub struct MemoryOptions {
     pub parameter_dtype: Dtype,
     /// Whether reduce and apply are separate.
     pub two_step: bool,
+    /// Whether the norm of what is reduced is needed.
+    pub measures: bool,
     /// How the state is allocated.
     pub region: RegionOptions,
 }
@@ -54,6 +58,17 @@ pub struct ChunkImage {
     pub first: Vec<f32>,
     /// Second state slot; empty if the optimizer has none.
     pub second: Vec<f32>,
+}
+
+/// A gradient that is not finite: whose it is, and where.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NotFinite {
+    /// At which clock.
+    pub clock: Clock,
+    /// Whose gradient; `None` if each worker's is finite and their sum is not.
+    pub worker: Option<u16>,
+    /// In which tensor it was met first.
+    pub tensor: String,
 }
 
 /// Where a shard's first values come from.
@@ -89,6 +104,7 @@ pub struct OnDevice {
 pub struct Memory {
     plan: Plan,
     place: Place,
+    not_finite: VecDeque<NotFinite>,
 }
 
 /// Where the state is.
@@ -134,7 +150,7 @@ impl Memory {
             None => Place::Host(Box::new(HostMemory::new(&plan, values)?)),
             Some(device) => Place::Device(Box::new(DeviceMemory::new(&plan, values, &device)?)),
         };
-        Ok(Memory { plan, place })
+        Ok(Memory { plan, place, not_finite: VecDeque::new() })
     }
 
     /// A region out of which contributions and wire copies will come: a GPU has it page-locked.
@@ -256,15 +272,28 @@ impl Memory {
 
     /// A computation that has ended. On the processor this does a tile of the one that was started.
     pub fn advance(&mut self) -> Result<Option<Work>> {
-        let finished = match &mut self.place {
+        let mut finished = match &mut self.place {
             Place::Host(host) => host.advance(&self.plan),
             Place::Device(device) => device.advance(&self.plan)?,
         };
-        if let Some(work) = &finished {
+        if let Some(work) = &mut finished {
+            if let Some(sum) = work.squared_norm {
+                let mean = f64::from(self.plan.options.reduction.factor(work.weight));
+                work.squared_norm = Some(sum * (mean * mean));
+                // Squares of f32 never overflow an f64: an element is not finite.
+                if !sum.is_finite() {
+                    self.not_finite.push_back(self.plan.blame(work));
+                }
+            }
             let index = self.plan.index(work.chunk);
             self.plan.chunks[index].steps += u64::from(matches!(work.task, Task::Step | Task::Apply));
         }
         Ok(finished)
+    }
+
+    /// The oldest find of a gradient that is not finite, which nobody has taken; looked for only where norms are measured.
+    pub fn take_not_finite(&mut self) -> Option<NotFinite> {
+        self.not_finite.pop_front()
     }
 
     /// What wakes a sleeping thread when a computation has ended elsewhere.
@@ -295,8 +324,31 @@ impl Plan {
             clock: work.clock,
             total_weight: work.weight,
             reduction: self.options.reduction,
-            scale: 1.0,
+            scale: work.scale,
+            measures: self.options.measures,
         })
+    }
+
+    /// Whose gradient made a chunk's sum not finite, and in which tensor.
+    fn blame(&self, work: &Work) -> NotFinite {
+        let dtype = self.options.gradient_dtype;
+        let elements = self.layout.chunk(work.chunk).len as usize;
+        let found = work.contributions.iter().find_map(|contribution| {
+            let bytes = &contribution.lease.bytes()[..elements * dtype.size()];
+            let element = match dtype {
+                Dtype::F32 => bytemuck::cast_slice::<u8, f32>(bytes).iter().position(|value| !value.is_finite()),
+                Dtype::Bf16 => bytemuck::cast_slice::<u8, bf16>(bytes).iter().position(|value| !value.is_finite()),
+                Dtype::F16 => bytemuck::cast_slice::<u8, f16>(bytes).iter().position(|value| !value.is_finite()),
+            };
+            element.map(|element| (contribution.worker, element as u32))
+        });
+        let element = found.map_or(0, |(_, element)| element);
+        let mut tensors = self.layout.tensors_of(work.chunk).filter(|tensor| {
+            let mut pieces = self.layout.pieces(tensor).filter(|piece| piece.chunk == work.chunk);
+            pieces.any(|piece| (piece.chunk_start..piece.chunk_start + piece.len).contains(&element))
+        });
+        let tensor = tensors.next().map(|tensor| tensor.spec.name.clone()).unwrap_or_default();
+        NotFinite { clock: work.clock, worker: found.map(|(worker, _)| worker), tensor }
     }
 
     /// First values of a chunk's parameters.

@@ -8,6 +8,7 @@
 
 mod checkpointing;
 mod contributor;
+mod decision;
 mod reply;
 mod step;
 #[cfg(test)]
@@ -26,6 +27,8 @@ use crate::{
 };
 use checkpointing::Checkpointing;
 use contributor::Contributor;
+use decision::Deciding;
+pub use decision::{Decision, DecisionConfig, DecisionRules};
 use reply::{PendingPull, PendingReply};
 use step::Arrival;
 
@@ -44,6 +47,8 @@ pub struct ShardConfig {
     pub slots: u32,
     /// Whether every chunk of a clock is reduced before any is applied (needed where a decision lies between the two).
     pub two_step: bool,
+    /// What is decided about each step, and where; needs two steps.
+    pub decision: Option<DecisionConfig>,
     /// Membership.
     pub epoch: Epoch,
     /// The first clock: 0, or that of the checkpoint.
@@ -97,6 +102,18 @@ pub struct Work {
     pub weight: u32,
     /// Where the wire copy goes.
     pub wire: Option<Lease>,
+    /// Of an [`Task::Apply`]: the factor on the gradient.
+    pub scale: f32,
+    /// Of a [`Task::Reduce`] that is done: the squared norm of the mean gradient, if it is needed.
+    pub squared_norm: Option<f64>,
+}
+
+impl Work {
+    fn new(task: Task, chunk: ChunkId, clock: Clock) -> Work {
+        let contributions = Vec::new();
+        let (position, weight, scale) = (0, 0, 1.0);
+        Work { task, chunk, clock, position, contributions, weight, wire: None, scale, squared_norm: None }
+    }
 }
 
 /// What a shard wants done.
@@ -182,6 +199,9 @@ pub struct Shard {
     reduced: usize,
     /// Two-step: clocks whose decision has been taken.
     decided: Clock,
+    /// The last decision.
+    decision: Decision,
+    deciding: Deciding,
     computing: usize,
     effects: VecDeque<Effect>,
     request_next: u64,
@@ -236,6 +256,8 @@ impl Shard {
             spare: Vec::new(),
             reduced: 0,
             decided: start,
+            decision: Decision::TAKEN,
+            deciding: Deciding::new(&config, &layout),
             computing: 0,
             effects: VecDeque::new(),
             request_next: 0,
@@ -269,14 +291,18 @@ impl Shard {
     ///
     /// [`Error::Protocol`] when the peer did what it may not; its path must be fenced then.
     pub fn handle_arrived(&mut self, now: Instant, from: PeerId, note: Note, lease: Option<Lease>) -> Result<()> {
-        if from.rank.role != Role::Worker || usize::from(from.rank.index) >= self.contributors.len() {
+        let is_worker = from.rank.role == Role::Worker;
+        if is_worker && usize::from(from.rank.index) >= self.contributors.len() {
             return Err(protocol(from, "it is not a worker of this job"));
         }
         if note.epoch != self.config.epoch {
             return Err(protocol(from, format!("epoch {} instead of {}", note.epoch, self.config.epoch)));
         }
+        if !is_worker {
+            return self.on_lane_note(from, &note);
+        }
         let worker = from.rank.index;
-        if self.has_finished(worker) {
+        if self.has_left(from) {
             return Err(protocol(from, format!("a {:?} note after it has finished", note.kind)));
         }
         match (note.kind, lease) {
@@ -328,6 +354,9 @@ impl Shard {
         if self.effects.is_empty() && self.credits_dirty {
             self.flush_credits();
         }
+        if self.effects.is_empty() {
+            self.leave_decisions();
+        }
         self.effects.pop_front()
     }
 
@@ -337,6 +366,7 @@ impl Shard {
             && self.computing == 0
             && self.effects.is_empty()
             && self.dirty.is_empty()
+            && self.deciding.is_over()
     }
 
     /// The number of clocks begun to be applied, over all contributors.
@@ -355,8 +385,12 @@ impl Shard {
         self.chunks.iter().map(|chunk| (chunk.id, chunk.version))
     }
 
-    /// What the shard waits for from `worker`, if anything: the first chunk and clock it lacks.
-    pub fn awaited_from(&self, worker: u16) -> Option<(ChunkId, Clock)> {
+    /// What the shard waits for from `peer`, if anything, in words: of a worker the first chunk and clock that it lacks.
+    pub fn awaited_from(&self, peer: PeerId) -> Option<String> {
+        if peer.rank.role == Role::Server {
+            return self.awaited_from_lane(peer);
+        }
+        let worker = peer.rank.index;
         let contributor = &self.contributors[usize::from(worker)];
         if contributor.finished {
             return None;
@@ -370,12 +404,15 @@ impl Shard {
                 lacking = Some((clock, place as u32, chunk.id));
             }
         }
-        lacking.map(|(clock, _, chunk)| (chunk, clock))
+        lacking.map(|(clock, _, chunk)| format!("its chunk {} of clock {clock}", chunk.0))
     }
 
-    /// Whether the path of `worker` may end without harm.
-    pub fn has_finished(&self, worker: u16) -> bool {
-        self.contributors[usize::from(worker)].finished
+    /// Whether the path of `peer` may end without harm.
+    pub fn has_left(&self, peer: PeerId) -> bool {
+        match peer.rank.role {
+            Role::Worker => self.contributors[usize::from(peer.rank.index)].finished,
+            Role::Server => self.lane_has_left(peer),
+        }
     }
 
     fn on_attach(&mut self, worker: u16, note: &Note) -> Result<()> {

@@ -72,9 +72,8 @@ impl Shard {
             let Some(lease) = self.pool.pop() else { return Turn::Waiting };
             let contributions = self.spare.pop().unwrap_or_default();
             let (chunk, clock) = (self.chunks[index].id, self.clock_max);
-            let work =
-                Work { task: Task::Encode, chunk, clock, position: 0, contributions, weight: 0, wire: Some(lease) };
-            self.compute(index, work);
+            let work = Work::new(Task::Encode, chunk, clock);
+            self.compute(index, Work { contributions, wire: Some(lease), ..work });
             return Turn::Progressed;
         }
         self.send_replies(index);

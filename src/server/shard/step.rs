@@ -128,7 +128,10 @@ impl Shard {
         contributions.extend(self.landed[first..first + workers].iter_mut().filter_map(Option::take));
         let weight = self.divisor(index, &contributions);
         let (task, wire) = if fused { (Task::Step, self.pool.pop()) } else { (Task::Reduce, None) };
-        self.compute(index, Work { task, chunk: self.chunks[index].id, clock, position, contributions, weight, wire });
+        self.compute(
+            index,
+            Work { position, contributions, weight, wire, ..Work::new(task, self.chunks[index].id, clock) },
+        );
         Turn::Progressed
     }
 
@@ -157,20 +160,20 @@ impl Shard {
         let weight = contribution.weight.into();
         let mut contributions = self.spare.pop().unwrap_or_default();
         contributions.push(contribution);
-        self.compute(index, Work { task: Task::Step, chunk, clock, position, contributions, weight, wire: None });
+        self.compute(index, Work { position, contributions, weight, ..Work::new(Task::Step, chunk, clock) });
         Turn::Progressed
     }
 
     fn start_apply(&mut self, index: usize, clock: Clock, weight: u32) -> Turn {
-        if weight == 0 {
+        if weight == 0 || self.decision.skips {
             self.chunks[index].reduced = None;
             self.pass_clock(index, clock);
             return Turn::Progressed;
         }
         let Some(lease) = self.pool.pop() else { return Turn::Waiting };
         let contributions = self.spare.pop().unwrap_or_default();
-        let (chunk, wire) = (self.chunks[index].id, Some(lease));
-        self.compute(index, Work { task: Task::Apply, chunk, clock, position: 0, contributions, weight, wire });
+        let work = Work::new(Task::Apply, self.chunks[index].id, clock);
+        self.compute(index, Work { contributions, weight, wire: Some(lease), scale: self.decision.scale, ..work });
         Turn::Progressed
     }
 
@@ -205,7 +208,7 @@ impl Shard {
                 self.finish_position(worker, work.position);
             }
             Task::Reduce => {
-                self.reduced(index, work.clock, work.weight);
+                self.reduced(index, work.clock, work.weight, work.squared_norm.unwrap_or(0.0));
                 self.finish_position(worker, work.position);
             }
             Task::Apply => {
@@ -223,7 +226,7 @@ impl Shard {
     /// A position to which nobody gave anything: no step, but a clock has passed.
     fn skip(&mut self, index: usize, clock: Clock, position: u64) {
         if self.config.two_step {
-            self.reduced(index, clock, 0);
+            self.reduced(index, clock, 0, 0.0);
         } else {
             self.pass_clock(index, clock);
         }
@@ -274,15 +277,17 @@ impl Shard {
         self.note_progress(index, before);
     }
 
-    /// Two-step: a chunk's contributions lie in its accumulator. When those of all chunks do, the decision is taken (there is
-    /// nothing to decide yet: every step goes ahead) and all may be applied.
-    fn reduced(&mut self, index: usize, clock: Clock, weight: u32) {
+    /// Two-step: a chunk's contributions lie in its accumulator. When those of all chunks do, and it has been decided what
+    /// becomes of the step, all may be applied.
+    fn reduced(&mut self, index: usize, clock: Clock, weight: u32, squared_norm: f64) {
         self.chunks[index].reduced = Some((clock, weight));
         self.reduced += 1;
         if self.reduced == self.chunks.len() {
             self.reduced = 0;
-            self.decided = clock + 1;
-            (0..self.chunks.len()).for_each(|index| self.touch(index));
+            if matches!(self.deciding, Deciding::Nothing) {
+                self.on_decision(clock, Decision::TAKEN);
+            }
         }
+        self.measured(index, clock, squared_norm);
     }
 }

@@ -24,6 +24,7 @@ fn shard_of(declarations: &[Vec<TensorSpec>]) -> Shard {
         consistency: Consistency::Bsp,
         slots: 2,
         two_step: false,
+        decision: None,
         epoch: 0,
         start_clock: 0,
         gradient_dtype: Dtype::F32,

@@ -124,6 +124,15 @@ pub enum Report {
         /// The clock that has been reached.
         reached: Clock,
     },
+    /// A gradient was not finite.
+    NotFinite {
+        /// At which clock.
+        clock: Clock,
+        /// Whose gradient; nobody's if each worker's is finite and their sum is not.
+        worker: Option<u16>,
+        /// In which tensor.
+        tensor: String,
+    },
     /// This rank cannot go on.
     Failed {
         /// Why, in the words of its error.
@@ -221,6 +230,8 @@ pub struct Status {
     pub ranks: Vec<RankStatus>,
     /// The clock of the last complete checkpoint of this run.
     pub checkpoint: Option<Clock>,
+    /// Clocks at which a gradient was not finite, where that is looked at; the steps that were skipped, where they are.
+    pub not_finite: u64,
 }
 
 /// What every rank knows once all workers have declared their tensors.

@@ -30,6 +30,17 @@ pub enum Notice {
         /// Whether it lays the cause with another rank.
         elsewhere: bool,
     },
+    /// A gradient was not finite; told once for each clock, however many tensors and shards it concerns.
+    NotFinite {
+        /// At which clock.
+        clock: Clock,
+        /// Whose gradient; nobody's if each worker's is finite and their sum is not.
+        worker: Option<u16>,
+        /// In which tensor.
+        tensor: String,
+        /// At how many clocks that has been so until now.
+        count: u64,
+    },
     /// A rank's connection ended before it had finished.
     Lost(Rank),
     /// A rank has done its part.

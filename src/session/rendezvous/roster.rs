@@ -72,6 +72,8 @@ pub(super) struct Roster {
     offering: Option<Gathering>,
     running: bool,
     barriers: BTreeMap<String, Gathering>,
+    /// The last clock at which a gradient was not finite, and how many there were.
+    not_finite: (Option<Clock>, u64),
     checkpoints: Checkpoints,
     layout: Option<Layout>,
     ended: bool,
@@ -94,6 +96,7 @@ impl Roster {
             offering: None,
             running: false,
             barriers: BTreeMap::new(),
+            not_finite: (None, 0),
             checkpoints,
             layout: None,
             ended: false,
@@ -273,6 +276,14 @@ impl Roster {
                     self.send(self.everybody(), FromLauncher::Command(command));
                 }
             }
+            Report::NotFinite { clock, worker, tensor } => {
+                // The clocks come in order, each from several shards at about the same time.
+                if self.not_finite.0.is_none_or(|last| clock > last) {
+                    self.not_finite = (Some(clock), self.not_finite.1 + 1);
+                    let count = self.not_finite.1;
+                    self.notice(Notice::NotFinite { clock, worker, tensor, count });
+                }
+            }
             Report::Failed { text, elsewhere } => self.notice(Notice::Failed { rank, text, elsewhere }),
             Report::Finished { summary } => {
                 self.seat(rank).finished = true;
@@ -436,6 +447,7 @@ impl Roster {
             instance: self.config.instance,
             ranks: ranks.collect(),
             checkpoint: self.checkpoints.last(),
+            not_finite: self.not_finite.1,
         }
     }
 

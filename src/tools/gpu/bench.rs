@@ -244,8 +244,15 @@ impl Staged {
                 let chunk = begun as usize % self.layout.chunks.len();
                 self.step += 1;
                 let (pass, reduction) = (Pass::Fused, Reduction::Mean);
-                let arguments =
-                    StepArguments { pass, step: self.step, clock: 0, total_weight: 1, reduction, scale: 1.0 };
+                let arguments = StepArguments {
+                    pass,
+                    step: self.step,
+                    clock: 0,
+                    total_weight: 1,
+                    reduction,
+                    scale: 1.0,
+                    measures: false,
+                };
                 let spans = &self.layout.chunks[chunk].spans;
                 let plan = ChunkPlan { spans, config: &self.config, rates: &rates, arguments, scale: 1.0 };
                 self.pipeline.update(chunk, &plan, Gradient::Landed(vec![landed]), Some(wire))?;

@@ -152,8 +152,15 @@ impl Case {
         let contributions: Vec<&[u8]> = self.landing.iter().map(Lease::bytes).collect();
         let sums: Vec<f32> = (0..elements).map(|index| oracle::reduce(dtype, &contributions, index)).collect();
         let reduction = if step == 1 { Reduction::Sum } else { Reduction::Mean };
-        let arguments =
-            StepArguments { pass: Pass::Fused, step, clock: step, total_weight: WORKERS as u32, reduction, scale: 1.0 };
+        let arguments = StepArguments {
+            pass: Pass::Fused,
+            step,
+            clock: step,
+            total_weight: WORKERS as u32,
+            reduction,
+            scale: 1.0,
+            measures: false,
+        };
         let scale = if step == 3 { 0.7 } else { 1.0 };
         let landed = std::mem::take(&mut self.landing);
         let wire = self.wire.take();

@@ -1,0 +1,346 @@
+//! The step's decision: between reducing and applying, all shards agree whether the step of a clock is taken, and what its gradient
+//! is multiplied by.
+//!
+//! Each shard tells the decider (shard 0) the squared norm of every chunk that it has reduced. When those of all chunks are there,
+//! the decider adds them in layout order, so that the sum does not depend on who holds which chunk, decides, and tells every
+//! shard. A shard whose workers have all finished measures nothing any more: it says so, and its chunks count as zero.
+//!
+//! Invariant: one decision a clock, made of every chunk's measure exactly once; a shard applies nothing of a clock before it knows
+//! that clock's decision.
+
+use super::*;
+use crate::optim::clip_coefficient;
+
+/// What is decided by.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct DecisionRules {
+    /// The largest norm that a whole gradient may have; a longer one is scaled down to it.
+    pub norm_limit: Option<f32>,
+    /// Whether a step with a gradient that is not finite is skipped, everywhere.
+    pub skip_nonfinite: bool,
+}
+
+impl DecisionRules {
+    /// Whether there is anything to decide.
+    pub fn decide_anything(&self) -> bool {
+        *self != DecisionRules::default()
+    }
+
+    /// The decision about a gradient of this squared norm.
+    pub fn decide(&self, squared_norm: f64) -> Decision {
+        let norm = squared_norm.sqrt();
+        if self.skip_nonfinite && !norm.is_finite() {
+            return Decision { scale: 1.0, skips: true, norm };
+        }
+        let scale = self.norm_limit.map_or(1.0, |limit| clip_coefficient(limit, norm) as f32);
+        Decision { scale, skips: false, norm }
+    }
+}
+
+/// What has been decided about a clock's step.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Decision {
+    /// The factor on the mean gradient.
+    pub scale: f32,
+    /// Nothing is applied: parameters, state and step counts stay as they are.
+    pub skips: bool,
+    /// The norm of the whole gradient, before clipping.
+    pub norm: f64,
+}
+
+impl Decision {
+    /// Nothing to decide.
+    pub(super) const TAKEN: Decision = Decision { scale: 1.0, skips: false, norm: 0.0 };
+    const SKIPS: u64 = 1 << 32;
+
+    fn to_note(self, clock: Clock) -> Note {
+        let skips = if self.skips { Decision::SKIPS } else { 0 };
+        let version = u64::from(self.scale.to_bits()) | skips;
+        Note { clock, version, credit: self.norm.to_bits(), ..Note::new(NoteKind::Decided) }
+    }
+
+    fn from_note(note: &Note) -> Option<Decision> {
+        let scale = f32::from_bits(note.version as u32);
+        let skips = match note.version >> 32 {
+            0 => false,
+            1 => true,
+            _ => return None,
+        };
+        (0.0..=1.0).contains(&scale).then_some(Decision { scale, skips, norm: f64::from_bits(note.credit) })
+    }
+}
+
+/// Who decides, and by what.
+#[derive(Clone, Debug)]
+pub struct DecisionConfig {
+    /// The rules.
+    pub rules: DecisionRules,
+    /// The lane of every shard, by number; the first decides.
+    pub lanes: Vec<PeerId>,
+}
+
+/// A shard's part in deciding.
+#[derive(Debug)]
+pub(super) enum Deciding {
+    /// Every step is taken as it is.
+    Nothing,
+    /// This shard decides.
+    Here(Box<Collector>),
+    /// That one does.
+    There { decider: PeerId, told_finished: bool, dismissed: bool },
+}
+
+/// The decider's view of one clock.
+#[derive(Debug)]
+pub(super) struct Collector {
+    config: DecisionConfig,
+    clock: Clock,
+    /// By chunk.
+    measures: Vec<Option<f64>>,
+    /// By shard.
+    chunks: Vec<Vec<ChunkId>>,
+    /// By shard: it measures nothing any more.
+    finished: Vec<bool>,
+    /// Measures of unfinished shards that are not here yet.
+    missing: usize,
+    /// Measures that came.
+    recorded: usize,
+}
+
+impl Collector {
+    fn new(config: DecisionConfig, layout: &Layout, clock: Clock) -> Collector {
+        let chunks = layout.shards.clone();
+        let finished = chunks.iter().map(Vec::is_empty).collect();
+        let (missing, measures) = (layout.chunks.len(), vec![None; layout.chunks.len()]);
+        Collector { config, clock, measures, chunks, finished, missing, recorded: 0 }
+    }
+
+    fn shard_of(&self, lane: PeerId) -> Option<usize> {
+        self.config.lanes.iter().position(|known| *known == lane)
+    }
+
+    fn record(&mut self, shard: usize, clock: Clock, chunk: ChunkId, squared_norm: f64) -> Result<(), String> {
+        if clock != self.clock {
+            return Err(format!("a measure of clock {clock} while clock {} is being decided", self.clock));
+        }
+        if self.finished[shard] || !self.chunks[shard].contains(&chunk) {
+            return Err(format!("a measure of chunk {}, which is not its", chunk.0));
+        }
+        if self.measures[chunk.index()].replace(squared_norm).is_some() {
+            return Err(format!("a second measure of chunk {} at clock {clock}", chunk.0));
+        }
+        self.missing -= 1;
+        self.recorded += 1;
+        Ok(())
+    }
+
+    /// The shard measures nothing any more. What it has measured of a clock that is not decided was empty: a worker that leaves
+    /// completes positions of clocks that may never begin.
+    fn finish(&mut self, shard: usize) {
+        if std::mem::replace(&mut self.finished[shard], true) {
+            return;
+        }
+        for chunk in &self.chunks[shard] {
+            match self.measures[chunk.index()].take() {
+                Some(_) => self.recorded -= 1,
+                None => self.missing -= 1,
+            }
+        }
+    }
+
+    /// The decision about the clock, once it can be taken; the next clock is then looked at.
+    fn poll(&mut self) -> Option<(Clock, Decision)> {
+        if self.missing > 0 || self.recorded == 0 {
+            return None;
+        }
+        let squared_norm = self.measures.iter_mut().map(|measure| measure.take().unwrap_or(0.0)).sum();
+        let unfinished = self.chunks.iter().zip(&self.finished).filter(|(_, finished)| !**finished);
+        (self.missing, self.recorded) = (unfinished.map(|(chunks, _)| chunks.len()).sum(), 0);
+        self.clock += 1;
+        Some((self.clock - 1, self.config.rules.decide(squared_norm)))
+    }
+}
+
+impl Deciding {
+    pub(super) fn new(config: &ShardConfig, layout: &Layout) -> Deciding {
+        match &config.decision {
+            Some(decision) if takes_part(layout, config.shard) => match decision.lanes[0] {
+                decider if decider == config.me => {
+                    Deciding::Here(Box::new(Collector::new(decision.clone(), layout, config.start_clock)))
+                }
+                decider => Deciding::There { decider, told_finished: false, dismissed: false },
+            },
+            _ => Deciding::Nothing,
+        }
+    }
+
+    /// Whether nothing will be decided any more that concerns this shard or waits for it.
+    pub(super) fn is_over(&self) -> bool {
+        match self {
+            Deciding::Nothing => true,
+            Deciding::Here(collector) => collector.finished.iter().all(|finished| *finished),
+            Deciding::There { dismissed, .. } => *dismissed,
+        }
+    }
+}
+
+/// A shard without chunks has nothing to measure and nothing to wait for. Chunks are dealt round, so the decider has one if
+/// anybody has.
+fn takes_part(layout: &Layout, shard: ShardId) -> bool {
+    !layout.shards[usize::from(shard.0)].is_empty()
+}
+
+impl DecisionConfig {
+    /// The lanes to which that of `shard` needs a path: from the decider to all others that take part, and back.
+    pub fn peers(&self, layout: &Layout, shard: ShardId) -> Vec<PeerId> {
+        let part = |other: &usize| takes_part(layout, ShardId(*other as u16));
+        let others = (0..self.lanes.len()).filter(part).filter(|other| *other != usize::from(shard.0));
+        let joined = others.filter(|other| shard.0 == 0 || *other == 0);
+        if takes_part(layout, shard) { joined.map(|other| self.lanes[other]).collect() } else { Vec::new() }
+    }
+}
+
+impl Shard {
+    /// What is known of the step that was decided last: its clock, and the decision.
+    pub fn last_decision(&self) -> Option<(Clock, Decision)> {
+        let decides = !matches!(self.deciding, Deciding::Nothing) && self.decided > self.config.start_clock;
+        decides.then(|| (self.decided - 1, self.decision))
+    }
+
+    /// A note of another shard.
+    pub(super) fn on_lane_note(&mut self, from: PeerId, note: &Note) -> Result<()> {
+        match (&mut self.deciding, note.kind) {
+            (Deciding::Here(collector), NoteKind::Measured | NoteKind::Finished) => {
+                let shard = collector.shard_of(from).ok_or_else(|| protocol(from, "it is not a shard of this job"))?;
+                if collector.finished[shard] {
+                    return Err(protocol(from, format!("a {:?} note after it has finished", note.kind)));
+                }
+                if note.kind == NoteKind::Finished {
+                    collector.finish(shard);
+                    self.post(from, Note::new(NoteKind::Goodbye), None);
+                } else {
+                    let measured = collector.record(shard, note.clock, note.chunk, f64::from_bits(note.version));
+                    measured.map_err(|what| protocol(from, what))?;
+                }
+                self.decide();
+                Ok(())
+            }
+            (Deciding::There { decider, .. }, NoteKind::Decided) if *decider == from => {
+                let decision = Decision::from_note(note).ok_or_else(|| protocol(from, "a decision without meaning"))?;
+                if note.clock < self.decided {
+                    return Err(protocol(from, format!("a second decision about clock {}", note.clock)));
+                }
+                self.on_decision(note.clock, decision);
+                Ok(())
+            }
+            (Deciding::There { decider, dismissed, told_finished: true }, NoteKind::Goodbye) if *decider == from => {
+                *dismissed = true;
+                Ok(())
+            }
+            (_, kind) => Err(protocol(from, format!("a {kind:?} note has no place here"))),
+        }
+    }
+
+    /// Whether the path to another shard may end without harm.
+    pub(super) fn lane_has_left(&self, lane: PeerId) -> bool {
+        match &self.deciding {
+            Deciding::Nothing => true,
+            Deciding::Here(collector) => collector.shard_of(lane).is_none_or(|shard| collector.finished[shard]),
+            Deciding::There { told_finished, .. } => *told_finished,
+        }
+    }
+
+    /// A path to another shard has ended, without harm.
+    pub fn handle_left(&mut self, lane: PeerId) {
+        if let Deciding::There { decider, dismissed, .. } = &mut self.deciding {
+            *dismissed |= *decider == lane;
+        }
+    }
+
+    /// What is awaited of another shard, in words.
+    pub(super) fn awaited_from_lane(&self, lane: PeerId) -> Option<String> {
+        match &self.deciding {
+            Deciding::Nothing => None,
+            Deciding::Here(collector) => {
+                let shard = collector.shard_of(lane)?;
+                let open = |chunk: &&ChunkId| collector.measures[chunk.index()].is_none();
+                let chunk = collector.chunks[shard].iter().find(open)?;
+                Some(format!("the norm of its chunk {} of clock {}", chunk.0, collector.clock))
+            }
+            Deciding::There { .. } => {
+                let reduced = self.chunks.iter().find_map(|chunk| chunk.reduced)?;
+                Some(format!("the decision about clock {}", reduced.0))
+            }
+        }
+    }
+
+    /// A chunk has been reduced: its part of what the decision needs.
+    pub(super) fn measured(&mut self, index: usize, clock: Clock, squared_norm: f64) {
+        let chunk = self.chunks[index].id;
+        match &mut self.deciding {
+            Deciding::Nothing | Deciding::There { told_finished: true, .. } => {}
+            Deciding::Here(collector) if collector.finished[usize::from(self.config.shard.0)] => {}
+            Deciding::Here(collector) => {
+                let shard = usize::from(self.config.shard.0);
+                let recorded = collector.record(shard, clock, chunk, squared_norm);
+                recorded.expect("a shard reduces each of its chunks once a clock");
+                self.decide();
+            }
+            Deciding::There { decider, .. } => {
+                let decider = *decider;
+                let note = Note { chunk, clock, version: squared_norm.to_bits(), ..Note::new(NoteKind::Measured) };
+                self.post(decider, note, None);
+            }
+        }
+    }
+
+    /// Decides what can be decided.
+    fn decide(&mut self) {
+        let Deciding::Here(collector) = &mut self.deciding else { return };
+        while let Some((clock, decision)) = collector.poll() {
+            let others = collector.config.lanes.iter().zip(&collector.finished);
+            let others = others.filter(|(lane, finished)| **lane != self.config.me && !**finished);
+            let lanes: Vec<PeerId> = others.map(|(lane, _)| *lane).collect();
+            for lane in lanes {
+                self.post(lane, decision.to_note(clock), None);
+            }
+            return self.on_decision(clock, decision);
+        }
+    }
+
+    pub(super) fn on_decision(&mut self, clock: Clock, decision: Decision) {
+        (self.decided, self.decision) = (clock + 1, decision);
+        (0..self.chunks.len()).for_each(|index| self.touch(index));
+    }
+
+    /// Says that nothing more will be measured here, once that is so: no worker that has a part in this shard is left, and all
+    /// that they gave has been applied.
+    pub(super) fn leave_decisions(&mut self) {
+        let mut workers = self.contributors.iter();
+        let deserted = workers.all(|contributor| contributor.finished || contributor.own == 0);
+        let (begun, chunks) = (self.clocks_pushed, self.chunks.len() as u64);
+        let owes = |chunk: &ChunkState| {
+            chunk.reduced.is_some_and(|(clock, _)| clock < begun)
+                || chunk.complete.iter().any(|position| position / chunks < begun)
+        };
+        if !deserted || self.computing > 0 || !self.dirty.is_empty() || self.chunks.iter().any(owes) {
+            return;
+        }
+        match &mut self.deciding {
+            Deciding::Nothing => {}
+            Deciding::Here(collector) => {
+                let shard = usize::from(self.config.shard.0);
+                if !collector.finished[shard] {
+                    collector.finish(shard);
+                    self.decide();
+                }
+            }
+            Deciding::There { decider, told_finished, .. } => {
+                if !std::mem::replace(told_finished, true) {
+                    let decider = *decider;
+                    self.post(decider, Note::new(NoteKind::Finished), None);
+                }
+            }
+        }
+    }
+}
