@@ -219,7 +219,8 @@ fn jobs_overlap_wake_the_sleeper_and_give_their_leases_back() {
             let landed = vec![give(step as f32), give(3.0 * step as f32)];
             let wire = give(f32::NAN);
             let (pass, reduction) = (Pass::Fused, Reduction::Mean);
-            let arguments = StepArguments { pass, step, clock: 0, total_weight: 2, reduction, scale: 1.0 };
+            let arguments =
+                StepArguments { pass, step, clock: 0, total_weight: 2, reduction, scale: 1.0, measures: false };
             let plan = ChunkPlan { spans, config: &config, rates: &rates, arguments, scale: 1.0 };
             assert!(pipeline.has_room());
             pipeline.update(0, &plan, Gradient::Landed(landed), Some(wire)).unwrap();
