@@ -12,6 +12,8 @@ pub mod types;
 pub mod consistency;
 pub mod layout;
 #[doc(hidden)]
+pub mod observe;
+#[doc(hidden)]
 pub mod rc;
 mod sys;
 pub mod wire;

@@ -1,4 +1,4 @@
-//! The command line: `gradwire run`, `node`, `status`, `checkpoint`, `bench`, `info`, `doctor`.
+//! The command line: `gradwire run`, `node`, `status`, `checkpoint`, `bench`, `plan`, `info`, `doctor`.
 //!
 //! Invariant: what a command prints for machines goes to standard output, everything else to standard error; a failure ends with
 //! one line that says what happened, to whom, and what to do.
@@ -10,6 +10,7 @@ mod doctor;
 mod gpu;
 mod info;
 mod node;
+mod plan;
 mod run;
 mod status;
 
@@ -33,6 +34,8 @@ use crate::Result;
   gradwire checkpoint now myjob                     write a checkpoint now
   gradwire checkpoint export ckpt model.safetensors the parameters, for other tools
   gradwire bench push-pull --bytes 64..64M          how fast it is here, beside what the machine can do
+  gradwire plan --params 7B --workers 16 --servers 4
+                                                    what such a job would take, and how long a step
   gradwire info                                     what this machine offers
   gradwire doctor                                   what is wrong with its RDMA set-up, and what mends it
 
@@ -61,6 +64,8 @@ enum Command {
     Bench(bench::BenchArguments),
     /// Hold a GPU to the oracle's bits, and to what it can copy.
     Gpu(gpu::GpuArguments),
+    /// Say what a job would take: memory, queue pairs, time of a step and what it waits for.
+    Plan(Box<plan::PlanArguments>),
     /// Clear up after a launcher that was killed; started by `gradwire run` for itself.
     #[command(hide = true)]
     Keep(KeepArguments),
@@ -87,6 +92,7 @@ pub fn main() -> ExitCode {
         Command::Checkpoint(arguments) => checkpoint::run(&arguments),
         Command::Bench(arguments) => bench::run(arguments),
         Command::Gpu(arguments) => gpu::run(&arguments),
+        Command::Plan(arguments) => plan::run(&arguments),
         Command::Keep(arguments) => {
             crate::launch::keep(&arguments.job, &arguments.directory);
             Ok(ExitCode::SUCCESS)

@@ -220,7 +220,7 @@ impl Supervisor {
                 self.summaries.insert(rank, summary);
                 self.check_finished();
             }
-            Notice::TimedOut(text) => self.see(Sight::General(text)),
+            Notice::TimedOut(text) | Notice::Refused(text) => self.see(Sight::General(text)),
             Notice::Checkpoint { clock, stopping } => {
                 self.checkpoint = Some(clock);
                 self.stopped_with_checkpoint |= stopping;

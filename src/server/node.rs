@@ -18,7 +18,7 @@ use nix::{
 
 use super::{
     ChunkImage, DecisionConfig, DecisionRules, EventLoop, InitialValues, Memory, MemoryOptions, OnDevice, Seeded,
-    ShardConfig, lane::Lane, memory::elements_max,
+    ShardConfig, lane::Lane,
 };
 use crate::{
     Error, Result,
@@ -26,8 +26,12 @@ use crate::{
     cuda::{Context, DeviceInfo, driver_version},
     layout::{Layout, TensorSpec},
     mem::{RegionOptions, Topology},
+    observe::Usage,
     optim::LearningRates,
-    session::{JobConfig, Member, Offer, Paths, Report, cores_from_environment, device_of, fabrics},
+    session::{
+        JobConfig, Member, Offer, Paths, Report, ShardShape, cores_from_environment, device_of, fabrics,
+        memory_available,
+    },
     transport::Fabrics,
     types::{Clock, PeerId, ShardId},
 };
@@ -85,6 +89,10 @@ pub fn run(mut member: Member) -> Result<()> {
     let devices = config.device.devices(member.rank())?;
     let view = member.view()?;
     let layout = Arc::new(config.layout(&view.declarations)?);
+    // The launcher has looked at its own host; this host may be another one.
+    if let Some(available) = memory_available() {
+        config.check_memory(&layout, std::iter::once(member.rank()), available)?;
+    }
     let plan = Arc::new(Plan {
         layout,
         workers: config.workers,
@@ -122,6 +130,7 @@ pub fn run(mut member: Member) -> Result<()> {
         }
     }
     let incoming = member.exchange(offers)?;
+    let set_up = Usage::now();
     for (lane, lane_out) in lanes.iter().enumerate() {
         let own = incoming.iter().filter(|(_, to, _)| usize::from(to.lane) == lane).cloned().collect();
         // A lane that has ended already says so below.
@@ -134,7 +143,8 @@ pub fn run(mut member: Member) -> Result<()> {
             Err(_) => return Err(Error::JobFailed("a shard's thread panicked".into())),
         }
     }
-    member.reporter().report(Report::Finished { summary: serde_json::Value::Null })
+    let used = serde_json::to_value(Usage::now().since(set_up)).expect("numbers under text keys");
+    member.reporter().report(Report::Finished { summary: used })
 }
 
 /// What a lane's thread tells the process.
@@ -213,7 +223,7 @@ impl LaneThread {
             shard,
             workers: config.workers,
             consistency: config.consistency,
-            slots: slots(config, &plan.layout, shard)?,
+            slots: config.slots(&ShardShape::of(&plan.layout, shard))?,
             two_step: config.two_step || config.decides(),
             decision: plan.decision(),
             epoch: 0,
@@ -301,20 +311,4 @@ fn restore(plan: &Plan, shard: ShardId, memory: &mut Memory) -> Result<Option<Ve
         memory.restore_rates(rates);
     }
     Ok(Some(versions))
-}
-
-/// Window positions: what the budget for landing memory gives each worker, at least 2, at most a clock's worth.
-fn slots(config: &JobConfig, layout: &Layout, shard: ShardId) -> Result<u32> {
-    let chunk = (elements_max(layout, shard) * config.gradient_dtype.size()).max(1) as u64;
-    let budget = config.landing_bytes / u64::from(config.shards_per_server);
-    let fits = budget / (u64::from(config.workers) * chunk);
-    if fits < 2 {
-        return Err(Error::Config(format!(
-            "landing memory of {budget} bytes a shard has no room for 2 slots x {} workers x {chunk} bytes a chunk: raise \
-             landing_bytes or lower chunk_bytes",
-            config.workers
-        )));
-    }
-    let clock = layout.shards[usize::from(shard.0)].len().max(2) as u64;
-    Ok(fits.min(clock) as u32)
 }

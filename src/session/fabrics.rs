@@ -99,28 +99,33 @@ fn may_be_missing(fabric: Fabric) -> bool {
 
 /// Opens every fabric once, for a job that does not exist: what each would use, or why it cannot be had on this machine.
 pub fn probe() -> Vec<(&'static str, Result<String>)> {
-    let open = |fabric: Fabric| -> Result<String> {
-        let identity =
-            Identity { job: job_id("probe", ""), token: JobToken::random()?, me: PeerId::worker(0), epoch: 0 };
-        Ok(match fabric {
-            Fabric::Shm => {
-                ShmTransport::new(ShmOptions::new(identity))?;
-                "for ranks of one host and user".into()
-            }
-            Fabric::Verbs => {
-                format!("for peers that have a device too: {}", verbs(identity)?.place())
-            }
-            Fabric::Soft => {
-                SoftTransport::new(SoftOptions::default())?;
-                "for tests, by name only (--transport soft)".into()
-            }
-            Fabric::Tcp => {
-                let options = TcpOptions::new(identity).with_environment(|name| std::env::var(name).ok())?;
-                TcpTransport::new(options)?.io().to_string()
-            }
-        })
-    };
-    [Fabric::Shm, Fabric::Verbs, Fabric::Tcp, Fabric::Soft].map(|fabric| (fabric.name(), open(fabric))).into()
+    [Fabric::Shm, Fabric::Verbs, Fabric::Tcp, Fabric::Soft].map(|fabric| (fabric.name(), probe_one(fabric))).into()
+}
+
+/// The same with one fabric.
+///
+/// # Errors
+///
+/// Why it cannot be had.
+pub fn probe_one(fabric: Fabric) -> Result<String> {
+    let identity = Identity { job: job_id("probe", ""), token: JobToken::random()?, me: PeerId::worker(0), epoch: 0 };
+    Ok(match fabric {
+        Fabric::Shm => {
+            ShmTransport::new(ShmOptions::new(identity))?;
+            "for ranks of one host and user".into()
+        }
+        Fabric::Verbs => {
+            format!("for peers that have a device too: {}", verbs(identity)?.place())
+        }
+        Fabric::Soft => {
+            SoftTransport::new(SoftOptions::default())?;
+            "for tests, by name only (--transport soft)".into()
+        }
+        Fabric::Tcp => {
+            let options = TcpOptions::new(identity).with_environment(|name| std::env::var(name).ok())?;
+            TcpTransport::new(options)?.io().to_string()
+        }
+    })
 }
 
 /// The job's fabrics, in its order, without those that this rank does without.

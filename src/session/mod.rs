@@ -6,6 +6,7 @@
 
 mod device;
 pub(crate) mod fabrics;
+mod footprint;
 mod job;
 mod liveness;
 mod paths;
@@ -15,6 +16,7 @@ mod setting;
 mod settings;
 
 pub use device::{DeviceChoice, device_of};
+pub use footprint::{ShardMemory, ShardShape, memory_available};
 pub use job::{CheckpointConfig, Fabric, JobConfig, PortRange, RANKS_MAX, check_name};
 pub use liveness::{Liveness, LivenessEvent};
 pub use paths::Paths;

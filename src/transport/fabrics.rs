@@ -23,6 +23,7 @@ use super::{Armed, Completion, Driver, Endpoint, MemoryRegion, QueueFull, Remote
 use crate::{
     Error, Result,
     mem::{Lease, Region},
+    observe::count_sent,
     types::PeerId,
 };
 
@@ -218,7 +219,10 @@ impl Transport for Fabrics {
     fn post(&mut self, request: WorkRequest) -> Result<(), QueueFull> {
         let peer = request.peer;
         if let Some(driver) = self.of(peer) {
-            return driver.post(request);
+            let bytes = request.payload.as_ref().map_or(0, |_| request.note.length as usize);
+            driver.post(request)?;
+            count_sent(bytes);
+            return Ok(());
         }
         let error = Error::Broken { peer, reason: "there is none: connect comes first".into() };
         let source = request.payload.map(|(source, _)| source);

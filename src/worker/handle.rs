@@ -200,13 +200,16 @@ impl Worker {
     ///
     /// As [`push_pull`](Worker::push_pull).
     pub fn push_pull_all(&mut self) -> Result<()> {
-        self.decide_reply(true)?;
-        for tensor in &mut self.buffers.tensors {
-            tensor.written = true;
-        }
-        let all: Vec<usize> = (0..self.buffers.chunks.len()).filter(|i| !self.buffers.chunks[*i].pushed).collect();
-        self.push_chunks(&all, true);
-        Ok(())
+        self.give_all(true)
+    }
+
+    /// The same with [`push`](Worker::push): nothing comes back.
+    ///
+    /// # Errors
+    ///
+    /// As [`push`](Worker::push).
+    pub fn push_all(&mut self) -> Result<()> {
+        self.give_all(false)
     }
 
     /// Ends the clock: tensors that were not pushed are absent. Waits for the new parameters (after `push_pull`), or until the
@@ -359,6 +362,16 @@ impl Worker {
         let mut complete = Vec::new();
         self.buffers.write(tensor, gradient, &mut complete);
         self.push_chunks(&complete, wants_reply);
+        Ok(())
+    }
+
+    fn give_all(&mut self, wants_reply: bool) -> Result<()> {
+        self.decide_reply(wants_reply)?;
+        for tensor in &mut self.buffers.tensors {
+            tensor.written = true;
+        }
+        let all: Vec<usize> = (0..self.buffers.chunks.len()).filter(|i| !self.buffers.chunks[*i].pushed).collect();
+        self.push_chunks(&all, wants_reply);
         Ok(())
     }
 

@@ -28,13 +28,13 @@ use super::{
     },
     notice::Notice,
     notify::Notify,
-    peer::keep_alive,
+    peer::{host_name, keep_alive},
     roster::{ConnectionId, Effect, Roster},
 };
 use crate::{
     Error, Result,
     layout::Layout,
-    session::JobConfig,
+    session::{JobConfig, memory_available},
     types::{Clock, Rank},
     wire::JobToken,
 };
@@ -108,10 +108,14 @@ impl Rendezvous {
         let listening = listener.local_addr().map_err(|e| Error::os("getsockname", subject(), e))?;
         let (orders, orders_in) = channel();
         let notify = Arc::new(Notify::new()?);
+        let mut roster = Roster::new(config, options.reserved, Instant::now());
+        if let Some(bytes) = memory_available() {
+            roster.limit_memory(host_name(), bytes);
+        }
         let mut hub = Hub {
             listener,
             token,
-            roster: Roster::new(config, options.reserved, Instant::now()),
+            roster,
             connections: BTreeMap::new(),
             next_id: 0,
             refusals: 0,

@@ -52,6 +52,8 @@ pub enum Notice {
     },
     /// Somebody did not come in time; the text names all who are missing.
     TimedOut(String),
+    /// The job cannot begin; the text says why and what would help.
+    Refused(String),
     /// A checkpoint is complete, its manifest included.
     Checkpoint {
         /// Of which clock.

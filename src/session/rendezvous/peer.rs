@@ -160,6 +160,7 @@ pub(super) fn keep_alive(stream: &TcpStream) -> nix::Result<()> {
     setsockopt(stream, sockopt::TcpKeepCount, &KEEPALIVE_PROBES)
 }
 
-fn host_name() -> String {
+/// The name by which this host is known.
+pub(super) fn host_name() -> String {
     nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok()).unwrap_or_else(|| "unknown".into())
 }

@@ -76,6 +76,8 @@ pub(super) struct Roster {
     not_finite: (Option<Clock>, u64),
     checkpoints: Checkpoints,
     layout: Option<Layout>,
+    /// A host and the bytes of memory that it has to give.
+    room: Option<(String, u64)>,
     ended: bool,
     /// The servers have been told how to end.
     dismissed: bool,
@@ -99,10 +101,16 @@ impl Roster {
             not_finite: (None, 0),
             checkpoints,
             layout: None,
+            room: None,
             ended: false,
             dismissed: false,
             effects: VecDeque::new(),
         }
+    }
+
+    /// Refuses a job whose ranks on `host` take more than `bytes` of memory there.
+    pub fn limit_memory(&mut self, host: String, bytes: u64) {
+        self.room = Some((host, bytes));
     }
 
     /// What is to be done next.
@@ -204,6 +212,10 @@ impl Roster {
             // Chunks are dealt round, so the shards that got none are the last ones; they have nothing to store.
             let shards = layout.shards.iter().filter(|chunks| !chunks.is_empty()).count();
             self.checkpoints.expect(shards as u32);
+            if let Some(why) = self.too_large(&layout) {
+                self.ended = true;
+                return self.notice(Notice::Refused(why));
+            }
             self.layout = Some(layout);
         }
         self.declaring = None;
@@ -339,6 +351,13 @@ impl Roster {
     /// The furthest clock that anybody has reported.
     fn clock_reached(&self) -> Clock {
         self.seats.values().filter_map(|seat| seat.clock).max().unwrap_or(self.config.start_clock)
+    }
+
+    /// Why the ranks of the host whose memory is known do not fit into it.
+    fn too_large(&self, layout: &Layout) -> Option<String> {
+        let (host, bytes) = self.room.as_ref()?;
+        let ranks = self.seats.iter().filter(|(_, seat)| seat.host == *host).map(|(rank, _)| *rank);
+        self.config.check_memory(layout, ranks, *bytes).err().map(|why| why.to_string())
     }
 
     /// The model's layout, once all workers have declared their tensors.

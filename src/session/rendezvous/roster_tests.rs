@@ -352,3 +352,26 @@ fn a_control_caller_is_no_rank() {
     assert!(matches!(&stage.take()[..], [(99, FromLauncher::Refused(_))]));
     assert!(stage.notices.is_empty());
 }
+
+/// Memory is looked at once, when all workers have declared and before any rank has seen the view by which it would allocate.
+#[test]
+fn a_job_that_does_not_fit_into_the_host_is_refused_before_anybody_allocates() {
+    for (host, fits) in [("host", false), ("another", true)] {
+        let mut stage = Stage::new(|_| {});
+        stage.roster.limit_memory(host.into(), 1 << 20);
+        stage.all_join();
+        stage.take();
+        let tensor = || vec![TensorSpec::new("t", [1 << 20])];
+        WORKERS.into_iter().for_each(|connection| stage.say(connection, ToLauncher::Declare(tensor())));
+        let refused = stage.notices.iter().find_map(|notice| match notice {
+            Notice::Refused(text) => Some(text.clone()),
+            _ => None,
+        });
+        let seen = stage.take().iter().any(|(_, message)| matches!(message, FromLauncher::View(_)));
+        assert_eq!((refused.is_none(), seen), (fits, fits), "{refused:?}");
+        // 4 MiB of parameters: master and two arrays, two copies for replies, four slots of 1 MiB for each of two workers.
+        if let Some(text) = refused {
+            assert!(text.contains(&format!("1 servers take {} bytes", 4 << 20 | (8 + 8 + 8) << 20)), "{text}");
+        }
+    }
+}

@@ -16,6 +16,7 @@ use super::{
 use crate::{
     Error, Result,
     mem::SharedLease,
+    observe::count_copied,
     transport::{Completion, done::Done, poller::Poller, region_table::RegionTable},
     types::PeerId,
     wire::FrameHeader,
@@ -126,7 +127,7 @@ impl Path {
                     if fits { Ok(may) } else { Err("a write does not lie within the region that it names".into()) }
                 });
                 match landed {
-                    Ok(true) => {}
+                    Ok(true) => count_copied(payload.len()),
                     Ok(false) => break Err(ENDED_BY_PEER.to_string()),
                     Err(reason) => break Err(reason),
                 }

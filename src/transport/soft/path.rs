@@ -10,6 +10,7 @@ use super::address::SoftAddress;
 use crate::{
     Error,
     mem::{Lease, SharedLease},
+    observe::count_copied,
     rc::{Event, Immediate, Piece, QueuePair, Receiver, State, Target},
     transport::{Completion, done::Done, region_table::RegionTable},
     types::PeerId,
@@ -127,6 +128,7 @@ impl Receiver for Landing<'_> {
     fn place(&mut self, at: usize, payload: &[u8]) {
         let slot = self.slot.as_mut().expect("a write has begun");
         slot.bytes_mut()[at..at + payload.len()].copy_from_slice(payload);
+        count_copied(payload.len());
     }
 
     fn complete(&mut self, target: Option<&Target>, immediate: &Immediate) -> Result<(), String> {

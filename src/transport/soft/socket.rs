@@ -17,7 +17,7 @@ use nix::{
 };
 
 use super::{faults::Datagram, options::MTU_MAX};
-use crate::{Error, Result, rc::HEADER_BYTES_MAX};
+use crate::{Error, Result, observe::count_copied, rc::HEADER_BYTES_MAX};
 
 /// Datagrams in one call.
 pub(super) const BATCH: usize = 32;
@@ -67,6 +67,7 @@ impl Socket {
                 let mut count = 0;
                 for message in messages {
                     self.lengths[count] = message.bytes;
+                    count_copied(message.bytes);
                     count += 1;
                 }
                 Ok(count)
@@ -92,7 +93,12 @@ impl Socket {
         let mut headers = MultiHeaders::<SockaddrStorage>::preallocate(count, None);
         let none: [ControlMessage<'_>; 0] = [];
         match sendmmsg(self.socket.as_raw_fd(), &mut headers, slices.iter(), addresses, none, MsgFlags::MSG_DONTWAIT) {
-            Ok(sent) => Ok(sent.count()),
+            Ok(sent) => {
+                let gone = sent.count();
+                // Once from the payload into the datagram, once into the kernel.
+                count_copied(2 * datagrams.iter().take(gone).map(|datagram| datagram.bytes.len()).sum::<usize>());
+                Ok(gone)
+            }
             Err(Errno::EAGAIN | Errno::EINTR | Errno::ENOBUFS) => Ok(0),
             Err(e) => Err(e),
         }

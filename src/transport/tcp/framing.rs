@@ -17,6 +17,7 @@ use std::{
 
 use crate::{
     mem::{Lease, SharedLease},
+    observe::count_copied,
     transport::region_table::SlotRefusal,
     wire::{FrameHeader, Note, WireError},
 };
@@ -98,6 +99,7 @@ impl Inbound {
 
     /// `count` bytes have been received into [`Inbound::targets`].
     pub fn received(&mut self, count: usize) {
+        count_copied(count);
         let in_slot = count.min(self.offered);
         if let Some(payload) = &mut self.payload {
             payload.filled += in_slot;
@@ -118,6 +120,7 @@ impl Inbound {
                 let rest = payload.rest();
                 let count = rest.len().min(buffered);
                 rest[..count].copy_from_slice(&self.buffer[self.start..self.start + count]);
+                count_copied(count);
                 let complete = rest.len() == count;
                 payload.filled += count;
                 self.start += count;
@@ -223,6 +226,7 @@ impl Outbound {
 
     /// `count` more bytes are sent; `done` gets each write that this completes.
     pub fn advance(&mut self, count: usize, mut done: impl FnMut(Queued)) {
+        count_copied(count);
         self.sent += count;
         while let Some(first) = self.queue.front() {
             if self.sent < first.len() {

@@ -7,6 +7,7 @@
 //!
 //! Invariant: every wait has a deadline, and no process started here outlives the one that started it.
 
+mod messages;
 mod shm;
 mod tcp;
 mod udp;
@@ -20,6 +21,8 @@ use std::{
 };
 
 use clap::ValueEnum;
+pub use messages::Flow;
+use messages::Messages;
 use nix::sys::{prctl, signal::Signal};
 pub use udp::{DATAGRAM_GRAIN, DATAGRAM_MAX};
 pub use waiting::Wait;
@@ -79,14 +82,20 @@ pub struct Echo {
     pub executable: PathBuf,
     /// By what means.
     pub over: Over,
+    /// Which directions carry the bytes.
+    pub flow: Flow,
     /// What its processes do while they wait.
     pub wait: Wait,
-    /// Bytes that each driver sends in a round.
+    /// Bytes of a round of each driver, in each direction that carries them.
     pub bytes: u64,
     /// Bytes of a piece; peers share the pieces.
     pub piece: u64,
     /// Bytes of a datagram, over UDP.
     pub datagram: u64,
+    /// Most messages to a peer that are not answered, in the form of pieces; at least 2 where rounds overlap.
+    pub window: u64,
+    /// Over shared memory: whether buffers rotate as a job's do, instead of being the same ones in every round.
+    pub rotate: bool,
     /// Processes that send.
     pub drivers: u16,
     /// Processes that send back.
@@ -132,6 +141,8 @@ impl Echo {
     pub fn forms(&self) -> &'static [Form] {
         match (self.over, self.bytes <= self.piece, self.peers) {
             (Over::Udp, _, _) if self.bytes > self.datagram => &[Form::Pieces],
+            // Nothing is gained by waiting where only one direction is busy anyway.
+            (Over::Tcp | Over::Shm, false, _) if self.flow != Flow::Both => &[Form::Pieces],
             (Over::Udp, _, _) | (_, true, _) => &[Form::Whole],
             (_, false, 1) => &[Form::Whole, Form::Pieces],
             // Several peers are written to at once.
@@ -146,6 +157,7 @@ impl Echo {
     /// [`Error::JobFailed`] if a process of it did not do its part.
     pub fn run(&self, form: Form) -> Result<Figure> {
         let how = ["--over", self.over.name(), "--wait", self.wait.name()].map(String::from);
+        let flow = ["--flow", self.flow.name()].map(String::from);
         let mut peers = Vec::new();
         let mut arguments = vec!["echo-driver".to_string(), "--form".into(), form.name().into()];
         for share in self.shares().into_iter().filter(|share| *share > 0) {
@@ -156,7 +168,10 @@ impl Echo {
             peers.push(peer);
         }
         arguments.extend(how);
+        arguments.extend(flow);
         arguments.extend(["--piece".into(), self.piece.to_string(), "--datagram".into(), self.datagram.to_string()]);
+        arguments.extend(["--window".into(), self.window.to_string()]);
+        arguments.extend(self.rotate.then(|| "--rotate".into()));
         arguments.extend(match self.pace {
             Pace::Rounds(rounds) => ["--rounds".into(), rounds.to_string()],
             Pace::Seconds(seconds) => ["--seconds".into(), seconds.to_string()],
@@ -165,8 +180,9 @@ impl Echo {
         let mut drivers = drivers.collect::<Result<Vec<Helper>>>()?;
         let mut parts = Vec::new();
         for driver in &mut drivers {
-            let part: Measured = serde_json::from_str(&driver.line()?).map_err(|_| failed("reported no figures"))?;
-            parts.push(part);
+            let part: Vec<Measured> =
+                serde_json::from_str(&driver.line()?).map_err(|_| failed("reported no figures"))?;
+            parts.extend(part);
         }
         Ok(Figure::together(&parts))
     }
@@ -200,29 +216,33 @@ fn io(call: &'static str) -> impl Fn(std::io::Error) -> Error {
 
 /// What a driver says first.
 struct Hello {
-    /// Bytes of a round.
-    bytes: u64,
-    /// Bytes of what comes back at once.
-    piece: u64,
+    messages: Messages,
+    rotate: bool,
 }
 
 impl Hello {
-    fn encode(&self) -> [u8; 16] {
-        let mut bytes = [0; 16];
-        bytes[..8].copy_from_slice(&self.bytes.to_le_bytes());
-        bytes[8..].copy_from_slice(&self.piece.to_le_bytes());
+    const SIZE: usize = 18;
+
+    fn encode(&self) -> [u8; Hello::SIZE] {
+        let mut bytes = [0; Hello::SIZE];
+        bytes[..8].copy_from_slice(&self.messages.bytes.to_le_bytes());
+        bytes[8..16].copy_from_slice(&self.messages.piece.to_le_bytes());
+        bytes[16] = self.messages.flow as u8;
+        bytes[17] = self.rotate.into();
         bytes
     }
 
     fn read(mut stream: impl Read) -> Result<Hello> {
-        let mut hello = [0; 16];
+        let mut hello = [0; Hello::SIZE];
         stream.read_exact(&mut hello).map_err(io("recv"))?;
         let number = |at: usize| u64::from_le_bytes(hello[at..at + 8].try_into().expect("eight bytes"));
-        let (bytes, piece) = (number(0), number(8));
-        if bytes == 0 || bytes > BYTES_MAX || piece == 0 {
-            return Err(Error::Config(format!("an echo of {bytes} bytes in pieces of {piece}")));
+        let (bytes, piece, flow) = (number(0), number(8), Flow::ALL.get(usize::from(hello[16])));
+        match flow {
+            Some(flow) if bytes > 0 && bytes <= BYTES_MAX && piece > 0 => {
+                Ok(Hello { messages: Messages { bytes, piece: piece.min(bytes), flow: *flow }, rotate: hello[17] != 0 })
+            }
+            _ => Err(Error::Config(format!("an echo of {bytes} bytes in pieces of {piece}"))),
         }
-        Ok(Hello { bytes, piece })
     }
 }
 
@@ -233,9 +253,9 @@ impl Hello {
 /// [`Error::Os`] naming the call that failed.
 pub fn peer(over: Over, callers: u16, wait: Wait) -> Result<()> {
     match over {
-        Over::Tcp => serve(tcp::listen()?, |listener| Ok(listener.accept()?.0), callers, wait, tcp::send_back),
+        Over::Tcp => serve(tcp::listen()?, |listener| Ok(listener.accept()?.0), callers, wait, tcp::answer),
         Over::Shm => serve(shm::listen()?, |listener| Ok(listener.accept()?.0), callers, wait, shm::answer),
-        Over::Udp => serve(tcp::listen()?, |listener| Ok(listener.accept()?.0), callers, wait, udp::send_back),
+        Over::Udp => serve(tcp::listen()?, |listener| Ok(listener.accept()?.0), callers, wait, udp::answer),
     }
 }
 
@@ -277,12 +297,18 @@ fn pattern(bytes: u64, period: u64) -> Vec<u8> {
 pub struct Drive {
     /// By what means.
     pub over: Over,
+    /// Which directions carry the bytes.
+    pub flow: Flow,
     /// How each peer is called, and its bytes of a round.
     pub peers: Vec<(String, u64)>,
     /// Bytes of a piece.
     pub piece: u64,
     /// Bytes of a datagram.
     pub datagram: u64,
+    /// Most messages to a peer that are not answered.
+    pub window: u64,
+    /// Whether buffers rotate.
+    pub rotate: bool,
     /// How the bytes come back.
     pub form: Form,
     /// What it does while it waits.
@@ -291,17 +317,46 @@ pub struct Drive {
     pub pace: Pace,
 }
 
-/// A driver: sends each peer its bytes, waits until as many are back, and so on.
+impl Drive {
+    /// The messages of a round with a peer that has `bytes` of it.
+    fn messages(&self, bytes: u64) -> Messages {
+        let piece = match (self.over, self.form) {
+            (Over::Udp, _) => self.datagram,
+            (_, Form::Whole) => bytes,
+            (_, Form::Pieces) => self.piece,
+        };
+        Messages { bytes, piece: piece.clamp(1, bytes.max(1)), flow: self.flow }
+    }
+
+    /// Bytes that count: of a round, in all directions that carry them.
+    fn load(&self) -> u64 {
+        self.flow.directions() * self.peers.iter().map(|(_, bytes)| bytes).sum::<u64>()
+    }
+
+    /// The messages that may be under way to one peer.
+    fn window(&self, messages: &Messages) -> u64 {
+        match self.form {
+            Form::Whole if self.flow == Flow::There => 2,
+            Form::Whole => 1,
+            Form::Pieces => self.window.max(if messages.flow == Flow::There { 2 } else { 1 }),
+        }
+    }
+}
+
+/// A driver: sends each peer its messages, waits until all are answered (or, where only the way there carries bytes, until they
+/// have left), and so on.
 ///
 /// # Errors
 ///
-/// [`Error::Os`] naming the call that failed; [`Error::JobFailed`] if other bytes came back than ought to.
+/// [`Error::Os`] naming the call that failed; [`Error::JobFailed`] if other bytes came than ought to.
 pub fn driver(drive: &Drive) -> Result<Measured> {
-    let Drive { over, peers, piece, datagram, form, wait, pace } = drive;
-    match over {
-        Over::Tcp => tcp::drive(peers, *piece, *form, *wait, *pace),
-        Over::Shm => shm::drive(peers, *piece, *form, *wait, *pace),
-        Over::Udp => udp::drive(peers, *datagram, *wait, *pace),
+    match drive.over {
+        _ if drive.flow == Flow::Line && drive.over != Over::Shm => {
+            Err(Error::Config("--flow line goes with --over shm alone: only there a count goes by itself".into()))
+        }
+        Over::Tcp => tcp::drive(drive),
+        Over::Shm => shm::drive(drive),
+        Over::Udp => udp::drive(drive),
     }
 }
 
@@ -310,8 +365,20 @@ mod tests {
     use super::*;
 
     fn echo(over: Over, bytes: u64, piece: u64, peers: u16) -> Echo {
-        let (wait, datagram, pace) = (Wait::Adaptive, 2, Pace::Rounds(5));
-        Echo { executable: "none".into(), over, wait, bytes, piece, datagram, drivers: 1, peers, pace }
+        Echo {
+            executable: "none".into(),
+            over,
+            flow: Flow::Both,
+            wait: Wait::Adaptive,
+            bytes,
+            piece,
+            datagram: 2,
+            window: 8,
+            rotate: false,
+            drivers: 1,
+            peers,
+            pace: Pace::Rounds(5),
+        }
     }
 
     #[test]
@@ -326,6 +393,7 @@ mod tests {
         assert_eq!(echo(Over::Tcp, 4, 4, 2).forms(), [Form::Whole]);
         assert_eq!(echo(Over::Shm, 8, 4, 1).forms(), [Form::Whole, Form::Pieces]);
         assert_eq!(echo(Over::Tcp, 8, 4, 2).forms(), [Form::Pieces]);
+        assert_eq!(Echo { flow: Flow::Back, ..echo(Over::Tcp, 8, 4, 1) }.forms(), [Form::Pieces]);
         assert_eq!(echo(Over::Udp, 8, 16, 1).forms(), [Form::Pieces]);
         assert_eq!(echo(Over::Udp, 2, 16, 1).forms(), [Form::Whole]);
     }
@@ -339,29 +407,75 @@ mod tests {
             }
             _ => {
                 let (listener, port) = tcp::listen().unwrap();
-                let answer = if over == Over::Tcp { tcp::send_back } else { udp::send_back };
+                let answer = if over == Over::Tcp { tcp::answer } else { udp::answer };
                 (port, std::thread::spawn(move || answer(listener.accept().unwrap().0, wait)))
             }
         }
     }
 
-    /// Every kind in every form with every policy, with one peer and with two: the ends themselves compare what came with what
-    /// ought to come.
+    /// Every kind with every flow in every form with every policy, with one peer and with two: the ends themselves compare what
+    /// came with what ought to come.
     #[test]
     fn what_is_sent_comes_back() {
+        let shapes = [(Form::Whole, vec![3 << 20]), (Form::Pieces, vec![3 << 20, 100_032])];
         for over in [Over::Tcp, Over::Shm, Over::Udp] {
-            for wait in [Wait::Sleep, Wait::Adaptive, Wait::Spin] {
-                for (form, bytes) in [(Form::Whole, vec![3 << 20]), (Form::Pieces, vec![3 << 20, 100_032])] {
-                    let (names, threads): (Vec<_>, Vec<_>) = bytes.iter().map(|_| answering(over, wait)).unzip();
-                    let peers = names.into_iter().zip(bytes).collect();
-                    let drive =
-                        Drive { over, peers, piece: 1 << 20, datagram: 4096, form, wait, pace: Pace::Rounds(5) };
+            for (flow, directions, wait) in [
+                (Flow::Both, 2, Wait::Sleep),
+                (Flow::Both, 2, Wait::Adaptive),
+                (Flow::Both, 2, Wait::Spin),
+                (Flow::There, 1, Wait::Adaptive),
+                (Flow::Back, 1, Wait::Adaptive),
+                (Flow::Back, 1, Wait::Sleep),
+            ] {
+                for (form, bytes) in shapes.clone() {
+                    let (peers, threads) = call(over, wait, &bytes);
+                    let drive = Drive {
+                        over,
+                        flow,
+                        peers,
+                        piece: 100_000,
+                        datagram: 4096,
+                        window: 3,
+                        rotate: form == Form::Pieces,
+                        form,
+                        wait,
+                        pace: Pace::Rounds(5),
+                    };
                     let measured = driver(&drive).unwrap();
-                    assert_eq!(measured.rounds, 5);
-                    assert_eq!(measured.bytes, drive.peers.iter().map(|(_, bytes)| bytes).sum::<u64>());
+                    assert_eq!(measured.rounds, 5, "{drive:?}");
+                    assert_eq!(measured.bytes, 5 * directions * bytes.iter().sum::<u64>(), "{drive:?}");
                     threads.into_iter().for_each(|thread| thread.join().unwrap().unwrap());
                 }
             }
         }
+    }
+
+    type Called = (Vec<(String, u64)>, Vec<std::thread::JoinHandle<Result<()>>>);
+
+    fn call(over: Over, wait: Wait, bytes: &[u64]) -> Called {
+        let (names, threads): (Vec<_>, Vec<_>) = bytes.iter().map(|_| answering(over, wait)).unzip();
+        (names.into_iter().zip(bytes.iter().copied()).collect(), threads)
+    }
+
+    #[test]
+    fn a_cache_line_goes_there_and_back_over_shared_memory_alone() {
+        let (peers, threads) = call(Over::Shm, Wait::Adaptive, &[64]);
+        let mut drive = Drive {
+            over: Over::Shm,
+            flow: Flow::Line,
+            peers,
+            piece: 64,
+            datagram: 64,
+            window: 1,
+            rotate: false,
+            form: Form::Whole,
+            wait: Wait::Adaptive,
+            pace: Pace::Rounds(100),
+        };
+        let measured = driver(&drive).unwrap();
+        assert_eq!((measured.rounds, measured.bytes), (100, 0));
+        threads.into_iter().for_each(|thread| thread.join().unwrap().unwrap());
+        drive.over = Over::Tcp;
+        assert!(driver(&drive).unwrap_err().to_string().contains("--over shm"));
     }
 }

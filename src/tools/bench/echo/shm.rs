@@ -2,7 +2,9 @@
 //!
 //! The driver copies bytes from memory of its own to where the peer would read them and counts up; the peer, once it sees that,
 //! copies as many from memory of *its* own to where the driver reads them and counts up. One copy in each direction, then, and
-//! neither side reads what it was sent, but for once, at the end, to see that the right bytes are there.
+//! neither side reads what it was sent, but for once, at the end, to see that the right bytes are there. Where buffers rotate, a
+//! round of one message lands in another place than the one before, and the peer copies from two places in turn: what a job's
+//! landing slots and wire copies do. A flow of no bytes leaves the counts alone: a cache line each way.
 //!
 //! Invariant: a count is stored after the bytes that it speaks of; whoever falls asleep says so before its last look, and
 //! whoever counts up looks for sleepers after, so no wake-up is lost. A control connection tells when the other process is
@@ -25,13 +27,15 @@ use nix::{
 };
 
 use super::{
-    Form, Hello, failed, io, pattern, touched,
+    Drive, Flow, Hello, failed, io,
+    messages::Way,
+    pattern,
     waiting::{Line, WAIT_TIME, Wait, Waiting, complete, readable},
 };
 use crate::{
     Result,
     mem::{Locking, Region, RegionOptions, SharedMapping, receive_files, send_files},
-    tools::bench::{Measured, Pace},
+    tools::bench::{Load, Measured},
 };
 
 /// Bytes of a page; the control words have the first one.
@@ -40,7 +44,8 @@ const PAGE: usize = 4096;
 /// Bytes between control words: two cache lines, since processors fetch them in pairs.
 const STRIDE: usize = 128;
 
-/// The peer's own bytes repeat with this period; the driver's with another.
+/// The driver's own bytes repeat with this period, the peer's with another.
+const DRIVER_PERIOD: u64 = 251;
 const PEER_PERIOD: u64 = 241;
 
 /// What one process writes of the shared memory.
@@ -54,11 +59,23 @@ struct Side {
     bytes: usize,
 }
 
+/// Copies of a round's bytes that one end keeps: where rounds rotate through them, a round finds other memory than the one
+/// before.
+fn copies(rotate: bool, wanted: u64) -> u64 {
+    if rotate { wanted } else { 1 }
+}
+
+/// How often the landing memory has room for a round: a job has at least two slots, and no more than a clock's worth.
+fn landing_copies(hello: &Hello) -> u64 {
+    copies(hello.rotate, if hello.messages.count() == 1 { 2 } else { 1 })
+}
+
 /// The driver's side, the peer's, and bytes of all.
-fn layout(bytes: u64) -> (Side, Side, usize) {
-    let room = (bytes as usize).next_multiple_of(PAGE);
+fn layout(hello: &Hello) -> (Side, Side, usize) {
+    let room = |bytes: u64| (bytes as usize).next_multiple_of(PAGE);
+    let there = room(hello.messages.there().total * landing_copies(hello));
     let side = |first: usize, bytes| Side { written: first, asleep: first + STRIDE, bytes };
-    (side(0, PAGE), side(2 * STRIDE, PAGE + room), PAGE + 2 * room)
+    (side(0, PAGE), side(2 * STRIDE, PAGE + there), PAGE + there + room(hello.messages.back().total))
 }
 
 /// One process' end of the shared memory.
@@ -66,25 +83,34 @@ struct End {
     memory: SharedMapping,
     own: Side,
     theirs: Side,
+    /// What this end writes, what the other one does.
+    way: Way,
+    their_way: Way,
+    /// How many rounds' bytes `source` holds, and the place where they go.
+    source_copies: u64,
+    target_copies: u64,
     own_bell: OwnedFd,
     their_bell: OwnedFd,
     control: UnixStream,
     /// What is copied.
     source: Vec<u8>,
-    piece: usize,
 }
 
 impl End {
-    fn pieces(&self) -> u64 {
-        self.source.len().div_ceil(self.piece) as u64
-    }
-
-    /// Writes the next piece after `written` ones.
-    fn write(&self, written: u64) -> Result<()> {
-        let at = (written % self.pieces()) as usize * self.piece;
-        let end = self.source.len().min(at + self.piece);
-        self.memory.write(self.own.bytes + at, &self.source[at..end]);
-        self.memory.word(self.own.written).store(written + 1, Ordering::Release);
+    /// Writes message `message`, counted from 0 over all rounds.
+    fn write(&self, message: u64) -> Result<()> {
+        let round = message / self.way.count;
+        let (start, end) = (self.way.at(message), self.way.at(message + 1));
+        let range = |copies: u64| {
+            // Where the round's own bytes begin, then where they do in its copy.
+            let first = start - round * self.way.total + round % copies * self.way.total;
+            first as usize..(first + end - start) as usize
+        };
+        if end > start {
+            let target = range(self.target_copies).start;
+            self.memory.write(self.own.bytes + target, &self.source[range(self.source_copies)]);
+        }
+        self.memory.word(self.own.written).store(message + 1, Ordering::Release);
         fence(Ordering::SeqCst); // against the fence in `arm`: one of the two sees the other's store
         if self.memory.word(self.theirs.asleep).load(Ordering::Relaxed) == 1 {
             write(&self.their_bell, &1u64.to_ne_bytes()).map_err(|error| io("write")(error.into()))?;
@@ -92,9 +118,18 @@ impl End {
         Ok(())
     }
 
-    /// How many pieces the other side has written, ever.
+    /// How many messages the other side has written, ever.
     fn seen(&self) -> u64 {
         self.memory.word(self.theirs.written).load(Ordering::Acquire)
+    }
+
+    /// Whether the bytes of the other side's last round are here: `copies` of them have room, and they repeat with `period`.
+    fn is_right(&self, copies: u64, period: u64) -> bool {
+        let rounds = self.seen() / self.their_way.count;
+        let mut arrived = vec![0; self.their_way.total as usize];
+        let start = rounds.saturating_sub(1) % copies * self.their_way.total;
+        self.memory.read(self.theirs.bytes + start as usize, &mut arrived);
+        arrived == pattern(self.their_way.total, period)
     }
 
     /// Says that we fall asleep; whether the other side still has written no more than `known`.
@@ -145,19 +180,32 @@ pub(super) fn answer(control: UnixStream, wait: Wait) -> Result<()> {
     prepare(&control)?;
     let [file, own_bell, their_bell] = receive_files(&control)?;
     let hello = Hello::read(&control)?;
-    let (theirs, own, len) = layout(hello.bytes);
+    let (theirs, own, len) = layout(&hello);
     let memory = SharedMapping::new(file)?;
     if memory.len() < len {
         return Err(failed("was given less memory than a round takes"));
     }
-    let (source, piece) = (pattern(hello.bytes, PEER_PERIOD), hello.piece.min(hello.bytes) as usize);
-    let end = End { memory, own, theirs, own_bell, their_bell, control, source, piece };
+    let (way, their_way) = (hello.messages.back(), hello.messages.there());
+    // A job's server keeps two copies of what it sends, and uses them in turn.
+    let source_copies = copies(hello.rotate, 2);
+    let source = pattern(way.total, PEER_PERIOD).repeat(source_copies as usize);
+    let end = End {
+        memory,
+        own,
+        theirs,
+        way,
+        their_way,
+        source_copies,
+        target_copies: 1,
+        own_bell,
+        their_bell,
+        control,
+        source,
+    };
     let mut peer = [Peer { end, written: 0, hung_up: false }];
     complete(&mut peer, &mut Waiting::new(wait))?;
     let [Peer { end, .. }] = &mut peer;
-    let mut arrived = vec![0; end.source.len()];
-    end.memory.read(end.theirs.bytes, &mut arrived);
-    if arrived != touched(hello.bytes) {
+    if !end.is_right(landing_copies(&hello), DRIVER_PERIOD) {
         return Err(failed("got other bytes than were sent"));
     }
     // A driver that was killed does not hear it.
@@ -194,21 +242,24 @@ impl Line for Peer {
     }
 }
 
-/// A driver's end.
+/// A driver's end. Messages are counted over all rounds.
 struct Driver {
     end: End,
-    /// Pieces written and seen, ever.
+    window: u64,
+    /// Messages written and seen answered.
     written: u64,
     seen: u64,
-    /// How many there are once the round is over.
+    /// How many there are once the round is over, and whether they must be answered by then.
     goal: u64,
+    to_be_answered: bool,
 }
 
 impl Driver {
-    fn call(name: &str, bytes: u64, piece: u64) -> Result<Driver> {
+    fn call(drive: &Drive, name: &str, bytes: u64) -> Result<Driver> {
         let mut control = UnixStream::connect_addr(&address(name)?).map_err(io("connect"))?;
         prepare(&control)?;
-        let (own, theirs, len) = layout(bytes);
+        let hello = Hello { messages: drive.messages(bytes), rotate: drive.rotate };
+        let (own, theirs, len) = layout(&hello);
         let options = RegionOptions { name: "echo".into(), lock: Locking::None, prefault: true, ..Default::default() };
         let (region, _) = Region::allocate(len, &options)?;
         let bell = || {
@@ -217,18 +268,35 @@ impl Driver {
         };
         let (own_bell, their_bell) = (bell()?, bell()?);
         send_files(&control, &[region.as_fd(), their_bell.as_fd(), own_bell.as_fd()])?;
-        control.write_all(&Hello { bytes, piece }.encode()).map_err(io("send"))?;
-        let (memory, source, piece) = (SharedMapping::new(&region)?, touched(bytes), piece.min(bytes) as usize);
-        let end = End { memory, own, theirs, own_bell, their_bell, control, source, piece };
-        Ok(Driver { end, written: 0, seen: 0, goal: 0 })
+        control.write_all(&hello.encode()).map_err(io("send"))?;
+        let (way, their_way) = (hello.messages.there(), hello.messages.back());
+        let (memory, source) = (SharedMapping::new(&region)?, pattern(way.total, DRIVER_PERIOD));
+        let target_copies = landing_copies(&hello);
+        let end = End {
+            memory,
+            own,
+            theirs,
+            way,
+            their_way,
+            source_copies: 1,
+            target_copies,
+            own_bell,
+            their_bell,
+            control,
+            source,
+        };
+        let window = drive.window(&hello.messages);
+        Ok(Driver { end, window, written: 0, seen: 0, goal: 0, to_be_answered: true })
+    }
+
+    fn may_write(&self) -> bool {
+        self.written < self.goal.min(self.seen + self.window)
     }
 
     /// Hangs up, and hears whether both sides have what they were sent.
     fn finish(&mut self) -> Result<()> {
         self.end.control.shutdown(std::net::Shutdown::Write).map_err(io("shutdown"))?;
-        let mut arrived = vec![0; self.end.source.len()];
-        self.end.memory.read(self.end.theirs.bytes, &mut arrived);
-        let right = arrived == pattern(arrived.len() as u64, PEER_PERIOD);
+        let right = self.end.is_right(1, PEER_PERIOD);
         if !right || self.end.control.read(&mut [0]).map_err(io("recv"))? == 0 {
             return Err(failed("has other bytes than it was sent"));
         }
@@ -238,11 +306,11 @@ impl Driver {
 
 impl Line for Driver {
     fn is_done(&self) -> bool {
-        self.seen == self.goal
+        if self.to_be_answered { self.seen == self.goal } else { self.written == self.goal }
     }
 
     fn advance(&mut self) -> Result<bool> {
-        let writes = self.written < self.goal;
+        let writes = self.may_write();
         if writes {
             self.end.write(self.written)?;
             self.written += 1;
@@ -265,17 +333,24 @@ impl Line for Driver {
     }
 }
 
-/// A driver of peers: name and bytes of each.
-pub(super) fn drive(peers: &[(String, u64)], piece: u64, form: Form, wait: Wait, pace: Pace) -> Result<Measured> {
-    let piece_of = |bytes: u64| if form == Form::Whole { bytes } else { piece };
-    let lines = peers.iter().map(|(name, bytes)| Driver::call(name, *bytes, piece_of(*bytes)));
+/// A driver of peers.
+pub(super) fn drive(drive: &Drive) -> Result<Measured> {
+    let lines = drive.peers.iter().map(|(name, bytes)| Driver::call(drive, name, *bytes));
     let mut lines = lines.collect::<Result<Vec<Driver>>>()?;
-    let total = peers.iter().map(|(_, bytes)| bytes).sum();
-    let mut waiting = Waiting::new(wait);
-    let measured = Measured::take(total, pace, || {
-        lines.iter_mut().for_each(|line| line.goal += line.end.pieces());
-        complete(&mut lines, &mut waiting)
-    })?;
+    let mut waiting = Waiting::new(drive.wait);
+    let load = Load { round: drive.load(), end: 0 };
+    let round = |lines: &mut Vec<Driver>| {
+        for line in lines.iter_mut() {
+            line.goal += line.end.way.count;
+            line.to_be_answered = drive.flow != Flow::There;
+        }
+        complete(lines, &mut waiting)
+    };
+    let end = |lines: &mut Vec<Driver>| {
+        lines.iter_mut().for_each(|line| line.to_be_answered = true);
+        complete(lines, &mut Waiting::new(drive.wait))
+    };
+    let measured = Measured::take_until(&mut lines, load, drive.pace, round, end)?;
     lines.iter_mut().try_for_each(Driver::finish)?;
     Ok(measured)
 }

@@ -3,11 +3,11 @@
 //! A socket that sleeps does so inside `recv` or `send`, which is the cheapest way; one that looks first asks the kernel not to
 //! wait. TCP_NODELAY, and the kernel's own buffer sizes.
 //!
-//! Invariant: a peer sends back the very bytes that it got.
+//! Invariant: where both directions carry bytes, a peer sends back the very bytes that it got; and it answers whole messages only.
 
 use std::{
-    io::Write,
-    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    io::{Read, Write},
+    net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream},
     os::fd::{AsFd, AsRawFd},
 };
 
@@ -18,12 +18,14 @@ use nix::{
 };
 
 use super::{
-    Form, Hello, failed, io, touched,
+    Drive, Flow, Form, Hello, failed, io,
+    messages::Way,
+    touched,
     waiting::{Line, WAIT_TIME, Wait, Waiting, complete},
 };
 use crate::{
     Result,
-    tools::bench::{Measured, Pace},
+    tools::bench::{Load, Measured},
 };
 
 /// A blocking socket with a limit on how long it blocks.
@@ -114,87 +116,145 @@ pub(super) fn listen() -> Result<(TcpListener, String)> {
     Ok((listener, port.to_string()))
 }
 
-/// One driver's bytes, until it hangs up.
-pub(super) fn send_back(stream: TcpStream, wait: Wait) -> Result<()> {
-    let (socket, mut waiting) = (Socket::new(stream)?, Waiting::new(wait));
-    let hello = Hello::read(&socket.0)?;
-    let mut memory = touched(hello.bytes);
+/// Most bytes that a peer takes at once beyond the message at hand, so that small messages are answered many at a time.
+const BATCH_BYTES: u64 = 64 << 10;
+
+/// One driver's messages, until it hangs up; then tells it whether the last round's bytes are here.
+pub(super) fn answer(stream: TcpStream, wait: Wait) -> Result<()> {
+    let (mut socket, mut waiting) = (Socket::new(stream)?, Waiting::new(wait));
+    let messages = Hello::read(&socket.0)?.messages;
+    let (there, back) = (messages.there(), messages.back());
+    let mut memory = touched(there.total);
+    let own = if messages.flow == Flow::Both { Vec::new() } else { touched(back.total) };
+    let (mut received, mut answered) = (0, 0);
     loop {
-        for part in memory.chunks_mut(hello.piece.min(hello.bytes) as usize) {
-            let first = socket.read(part, &mut waiting)?;
-            if first == 0 {
-                return Ok(());
-            }
-            socket.read_all(&mut part[first..], &mut waiting)?;
-            socket.write_all(part, &mut waiting)?;
+        // The rest of the message at hand, and as many more as there may be.
+        let message = there.at(there.complete(received) + 1);
+        let target = &mut memory[there.range(received, message.max(received + BATCH_BYTES))];
+        let count = socket.read(target, &mut waiting)?;
+        if count == 0 {
+            // A driver that was killed does not hear it.
+            let _ = socket.0.write_all(&[u8::from(memory == touched(there.total))]);
+            return Ok(());
+        }
+        received += count as u64;
+        let (from, to) = (back.at(answered), back.at(there.complete(received)));
+        if to > from {
+            let source = if own.is_empty() { &memory } else { &own };
+            socket.write_all(&source[back.range(from, to)], &mut waiting)?;
+            answered = there.complete(received);
         }
     }
 }
 
-/// A driver's end of one connection.
+/// A driver's end of one connection. Bytes and messages are counted over all rounds.
 struct Connection {
     socket: Socket,
+    there: Way,
+    back: Way,
+    window: u64,
     source: Vec<u8>,
     target: Vec<u8>,
-    sent: usize,
-    received: usize,
+    sent: u64,
+    received: u64,
+    /// How many messages there are once the round is over, and whether they must be answered by then.
+    goal: u64,
+    to_be_answered: bool,
 }
 
-/// A driver of peers: address and bytes of each.
-pub(super) fn drive(peers: &[(String, u64)], piece: u64, form: Form, wait: Wait, pace: Pace) -> Result<Measured> {
-    let mut lines = Vec::new();
-    for (port, bytes) in peers {
+impl Connection {
+    fn call(drive: &Drive, port: &str, bytes: u64) -> Result<Connection> {
         let mut socket = Socket::call(port)?;
-        let piece = if form == Form::Whole { *bytes } else { piece };
-        socket.0.write_all(&Hello { bytes: *bytes, piece }.encode()).map_err(io("send"))?;
-        let (source, mut target) = (touched(*bytes), touched(*bytes));
+        let messages = drive.messages(bytes);
+        socket.0.write_all(&Hello { messages, rotate: drive.rotate }.encode()).map_err(io("send"))?;
+        let (there, back) = (messages.there(), messages.back());
+        let (source, mut target) = (touched(there.total), touched(back.total));
         target.fill(0);
-        lines.push(Connection { socket, source, target, sent: 0, received: 0 });
+        let to_be_answered = drive.flow != Flow::There;
+        let window = drive.window(&messages);
+        Ok(Connection { socket, there, back, window, source, target, sent: 0, received: 0, goal: 0, to_be_answered })
     }
-    let total = peers.iter().map(|(_, bytes)| bytes).sum();
-    let mut waiting = Waiting::new(wait);
-    let measured = match (lines.as_mut_slice(), form) {
-        ([line], Form::Whole) => Measured::take(total, pace, || {
+
+    /// Up to which byte may be sent now.
+    fn may_send(&self) -> u64 {
+        self.there.at(self.goal.min(self.back.complete(self.received) + self.window))
+    }
+
+    /// Hangs up, and hears whether both ends have what they were sent.
+    fn finish(&mut self) -> Result<()> {
+        self.socket.0.shutdown(Shutdown::Write).map_err(io("shutdown"))?;
+        let mut right = [0];
+        self.socket.0.read_exact(&mut right).map_err(io("recv"))?;
+        match right == [1] && self.target == touched(self.back.total) {
+            true => Ok(()),
+            false => Err(failed("got other bytes than were sent")),
+        }
+    }
+}
+
+/// A driver of peers.
+pub(super) fn drive(drive: &Drive) -> Result<Measured> {
+    let lines = drive.peers.iter().map(|(port, bytes)| Connection::call(drive, port, *bytes));
+    let mut lines = lines.collect::<Result<Vec<Connection>>>()?;
+    let mut waiting = Waiting::new(drive.wait);
+    let load = Load { round: drive.load(), end: 0 };
+    let measured = match (lines.as_mut_slice(), drive.form, drive.flow) {
+        ([line], Form::Whole, Flow::Both | Flow::Back) => Measured::take(load.round, drive.pace, || {
             line.socket.write_all(&line.source, &mut waiting)?;
             line.socket.read_all(&mut line.target, &mut waiting)
         })?,
-        (lines, _) => Measured::take(total, pace, || {
-            lines.iter_mut().for_each(|line| (line.sent, line.received) = (0, 0));
-            complete(lines, &mut waiting)
-        })?,
+        (mut lines, _, flow) => {
+            let round = |lines: &mut &mut [Connection]| {
+                for line in lines.iter_mut() {
+                    line.goal += line.there.count;
+                    line.to_be_answered = flow != Flow::There;
+                }
+                complete(lines, &mut waiting)
+            };
+            let end = |lines: &mut &mut [Connection]| {
+                lines.iter_mut().for_each(|line| line.to_be_answered = true);
+                complete(lines, &mut Waiting::new(drive.wait))
+            };
+            Measured::take_until(&mut lines, load, drive.pace, round, end)?
+        }
     };
-    match lines.iter().all(|line| line.source == line.target) {
-        true => Ok(measured),
-        false => Err(failed("sent back other bytes than it got")),
-    }
+    lines.iter_mut().try_for_each(Connection::finish)?;
+    Ok(measured)
 }
 
 impl Line for Connection {
     fn is_done(&self) -> bool {
-        self.received == self.target.len()
+        match self.to_be_answered {
+            true => self.received == self.back.at(self.goal),
+            false => self.sent == self.there.at(self.goal),
+        }
     }
 
     fn advance(&mut self) -> Result<bool> {
         let fd = self.socket.0.as_raw_fd();
-        let (received, sent) = (self.received, self.sent);
-        if self.received < self.sent {
-            let count = at_once("recv", recv(fd, &mut self.target[received..], MsgFlags::MSG_DONTWAIT))?;
+        let before = (self.received, self.sent);
+        let expected = self.back.at(self.there.complete(self.sent));
+        if self.received < expected {
+            let target = &mut self.target[self.back.range(self.received, expected)];
+            let count = at_once("recv", recv(fd, target, MsgFlags::MSG_DONTWAIT))?;
             if count == Some(0) {
                 return Err(failed("hung up"));
             }
-            self.received += count.unwrap_or(0);
+            self.received += count.unwrap_or(0) as u64;
         }
-        if self.sent < self.source.len() {
+        let end = self.may_send();
+        if self.sent < end {
             let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-            self.sent += at_once("send", send(fd, &self.source[sent..], flags))?.unwrap_or(0);
+            let source = &self.source[self.there.range(self.sent, end)];
+            self.sent += at_once("send", send(fd, source, flags))?.unwrap_or(0) as u64;
         }
-        Ok((self.received, self.sent) != (received, sent))
+        Ok((self.received, self.sent) != before)
     }
 
     fn wants<'a>(&'a self, fds: &mut Vec<PollFd<'a>>) {
-        let flags = match self.sent == self.source.len() {
-            true => PollFlags::POLLIN,
-            false => PollFlags::POLLIN | PollFlags::POLLOUT,
+        let flags = match self.sent < self.may_send() {
+            true => PollFlags::POLLIN | PollFlags::POLLOUT,
+            false => PollFlags::POLLIN,
         };
         fds.push(PollFd::new(self.socket.0.as_fd(), flags));
     }

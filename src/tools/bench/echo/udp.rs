@@ -1,35 +1,30 @@
 //! The echo over UDP: datagrams of one size, many a system call, and never more under way than the sockets' buffers hold.
 //!
-//! A peer sends every datagram back at once. Nothing promises their order, so each begins with its number and none is looked at
+//! A peer sends every datagram back at once; where bytes go one way only, a small datagram says from time to time how many have
+//! come, or how many may come (`one_way`). Nothing promises their order, so each begins with its number and none is looked at
 //! until the end. Both sockets are connected; a TCP connection beside them tells the ports, and when the other process is gone.
 //!
 //! Invariant: a round is over when as many datagrams are back as were sent; what is under way fits into either socket's buffer,
 //! so that none is dropped where the two are alone with each other.
 
+mod both_ways;
+mod one_way;
+
 use std::{
     io::{IoSlice, IoSliceMut, Read, Write},
     net::{Ipv4Addr, TcpStream, UdpSocket},
-    os::fd::{AsFd, AsRawFd},
+    os::fd::AsRawFd,
 };
 
 use nix::{
     errno::Errno,
-    poll::{PollFd, PollFlags},
     sys::socket::{
         ControlMessage, MsgFlags, MultiHeaders, SockaddrStorage, getsockopt, recvmmsg, sendmmsg, setsockopt, sockopt,
     },
 };
 
-use super::{
-    Hello, failed, io,
-    tcp::Socket,
-    touched,
-    waiting::{Line, Wait, Waiting, complete, readable},
-};
-use crate::{
-    Error, Result,
-    tools::bench::{Measured, Pace},
-};
+use super::{Drive, Flow, Hello, failed, io, messages::Messages, tcp::Socket, waiting::Wait};
+use crate::{Error, Result, tools::bench::Measured};
 
 /// Datagrams of one system call.
 const BATCH: usize = 32;
@@ -121,155 +116,62 @@ fn gone(call: &'static str, error: Errno) -> Error {
     }
 }
 
-/// The peer's end.
-struct Peer {
-    datagrams: Datagrams,
-    control: TcpStream,
-    memory: Vec<u8>,
-    place: usize,
-    /// Lengths of the datagrams in memory, and how many of these have gone back.
-    lens: Vec<usize>,
-    returned: usize,
-    hung_up: bool,
-}
-
 /// One driver's datagrams, until it hangs up.
-pub(super) fn send_back(stream: TcpStream, wait: Wait) -> Result<()> {
+pub(super) fn answer(stream: TcpStream, wait: Wait) -> Result<()> {
     let mut control = Socket::new(stream)?.0;
-    let hello = Hello::read(&control)?;
+    let messages = Hello::read(&control)?.messages;
     let mut port = [0; 2];
     control.read_exact(&mut port).map_err(io("recv"))?;
     let (socket, own_port) = Datagrams::bind()?;
     let datagrams = Datagrams::connect(socket, u16::from_le_bytes(port))?;
     control.write_all(&own_port.to_le_bytes()).map_err(io("send"))?;
-    let place = hello.piece as usize;
-    let (memory, lens) = (touched(hello.piece * BATCH as u64), Vec::with_capacity(BATCH));
-    let mut peer = [Peer { datagrams, control, memory, place, lens, returned: 0, hung_up: false }];
-    complete(&mut peer, &mut Waiting::new(wait))
-}
-
-impl Line for Peer {
-    fn is_done(&self) -> bool {
-        self.hung_up
-    }
-
-    fn advance(&mut self) -> Result<bool> {
-        if self.returned == self.lens.len() {
-            self.returned = 0;
-            self.lens.clear();
-            if self.datagrams.receive(&mut self.memory, self.place, &mut self.lens)? == 0 {
-                return Ok(false);
-            }
-        }
-        let places = self.memory.chunks(self.place).zip(&self.lens).skip(self.returned);
-        let sent = self.datagrams.send(places.map(|(place, len)| &place[..*len]))?;
-        self.returned += sent;
-        Ok(sent > 0)
-    }
-
-    fn wants<'a>(&'a self, fds: &mut Vec<PollFd<'a>>) {
-        let flags = if self.returned < self.lens.len() { PollFlags::POLLOUT } else { PollFlags::POLLIN };
-        fds.extend([PollFd::new(self.datagrams.socket.as_fd(), flags), readable(&self.control)]);
-    }
-
-    fn woken(&mut self, ready: &[bool]) -> Result<()> {
-        self.hung_up = ready[1];
-        Ok(())
+    match messages.flow {
+        Flow::Both | Flow::Line => both_ways::answer(datagrams, control, messages, wait),
+        Flow::There => one_way::take(datagrams, control, messages, wait),
+        Flow::Back => one_way::give(datagrams, control, messages, wait),
     }
 }
 
-/// A driver's end.
-struct Driver {
-    datagrams: Datagrams,
-    control: TcpStream,
-    source: Vec<u8>,
-    /// A place for each datagram of a round, in the order of their coming.
-    target: Vec<u8>,
-    place: usize,
-    lens: Vec<usize>,
-    sent: usize,
-    window: usize,
+/// A driver's connected socket, the connection beside it, and the messages of a round.
+fn call(drive: &Drive, port: &str, bytes: u64) -> Result<(Datagrams, TcpStream, Messages)> {
+    let mut control = Socket::call(port)?.0;
+    let (socket, own_port) = Datagrams::bind()?;
+    let messages = drive.messages(bytes);
+    let hello = [&Hello { messages, rotate: drive.rotate }.encode()[..], &own_port.to_le_bytes()].concat();
+    control.write_all(&hello).map_err(io("send"))?;
+    let mut port = [0; 2];
+    control.read_exact(&mut port).map_err(io("recv"))?;
+    Ok((Datagrams::connect(socket, u16::from_le_bytes(port))?, control, messages))
 }
 
-impl Driver {
-    fn call(port: &str, bytes: u64, datagram: u64) -> Result<Driver> {
-        let mut control = Socket::call(port)?.0;
-        let (socket, own_port) = Datagrams::bind()?;
-        let hello = [&Hello { bytes, piece: datagram }.encode()[..], &own_port.to_le_bytes()].concat();
-        control.write_all(&hello).map_err(io("send"))?;
-        let mut port = [0; 2];
-        control.read_exact(&mut port).map_err(io("recv"))?;
-        let datagrams = Datagrams::connect(socket, u16::from_le_bytes(port))?;
-        let window = datagrams.window(datagram)?;
-        let (mut source, place) = (touched(bytes), datagram as usize);
-        for (number, bytes) in source.chunks_mut(place).enumerate() {
-            bytes[..NUMBER].copy_from_slice(&(number as u64).to_le_bytes());
-        }
-        let places = source.len().div_ceil(place);
-        let target = touched((places * place) as u64);
-        Ok(Driver { datagrams, control, source, target, place, lens: Vec::with_capacity(places), sent: 0, window })
-    }
-
-    fn places(&self) -> usize {
-        self.source.len().div_ceil(self.place)
-    }
-
-    /// Whether the last round's datagrams are all there, each once.
-    fn is_right(&self) -> bool {
-        let mut there: Vec<&[u8]> =
-            self.target.chunks(self.place).zip(&self.lens).map(|(bytes, len)| &bytes[..*len]).collect();
-        there.sort_by_key(|bytes| bytes.first_chunk::<NUMBER>().map(|number| u64::from_le_bytes(*number)));
-        there.into_iter().eq(self.source.chunks(self.place))
+/// A driver of peers.
+pub(super) fn drive(drive: &Drive) -> Result<Measured> {
+    match drive.flow {
+        Flow::Both | Flow::Line => both_ways::drive(drive),
+        Flow::There => one_way::push(drive),
+        Flow::Back => one_way::pull(drive),
     }
 }
 
-impl Line for Driver {
-    fn is_done(&self) -> bool {
-        self.lens.len() == self.places()
-    }
-
-    fn advance(&mut self) -> Result<bool> {
-        let received = self.lens.len();
-        let came = match received < self.sent {
-            true => {
-                let places = &mut self.target[received * self.place..self.sent * self.place];
-                self.datagrams.receive(places, self.place, &mut self.lens)?
-            }
-            false => 0,
-        };
-        let room = self.window - (self.sent - self.lens.len());
-        let next = self.source.chunks(self.place).skip(self.sent).take(room);
-        let sent = self.datagrams.send(next)?;
-        self.sent += sent;
-        Ok(came + sent > 0)
-    }
-
-    fn wants<'a>(&'a self, fds: &mut Vec<PollFd<'a>>) {
-        // With nothing under way it is room to send that is lacking.
-        let flags = if self.sent == self.lens.len() { PollFlags::POLLOUT } else { PollFlags::POLLIN };
-        fds.extend([PollFd::new(self.datagrams.socket.as_fd(), flags), readable(&self.control)]);
-    }
-
-    fn woken(&mut self, ready: &[bool]) -> Result<()> {
-        if ready[1] { Err(failed("hung up")) } else { Ok(()) }
-    }
+/// The number at the beginning of a datagram.
+fn number_of(datagram: &[u8]) -> u64 {
+    datagram.first_chunk::<NUMBER>().map_or(0, |number| u64::from_le_bytes(*number))
 }
 
-/// A driver of peers: port and bytes of each.
-pub(super) fn drive(peers: &[(String, u64)], datagram: u64, wait: Wait, pace: Pace) -> Result<Measured> {
-    let lines = peers.iter().map(|(port, bytes)| Driver::call(port, *bytes, datagram));
-    let mut lines = lines.collect::<Result<Vec<Driver>>>()?;
-    let total = peers.iter().map(|(_, bytes)| bytes).sum();
-    let mut waiting = Waiting::new(wait);
-    let measured = Measured::take(total, pace, || {
-        for line in &mut lines {
-            line.sent = 0;
-            line.lens.clear();
-        }
-        complete(&mut lines, &mut waiting)
-    })?;
-    match lines.iter().all(Driver::is_right) {
-        true => Ok(measured),
-        false => Err(failed("sent back other datagrams than it got")),
+/// Bytes of a round, each datagram of which begins with its number.
+fn numbered(bytes: u64, place: usize) -> Vec<u8> {
+    let mut source = super::touched(bytes);
+    for (number, datagram) in source.chunks_mut(place).enumerate() {
+        let number = (number as u64).to_le_bytes();
+        let len = datagram.len().min(NUMBER);
+        datagram[..len].copy_from_slice(&number[..len]);
     }
+    source
+}
+
+/// Whether these places, of which the first bytes are what came, hold each datagram of `source` once.
+fn is_right(places: &[u8], place: usize, lens: &[usize], source: &[u8]) -> bool {
+    let mut there: Vec<&[u8]> = places.chunks(place).zip(lens).map(|(bytes, len)| &bytes[..*len]).collect();
+    there.sort_by_key(|bytes| number_of(bytes));
+    there.into_iter().eq(source.chunks(place))
 }
