@@ -297,15 +297,14 @@ impl Shard {
     /// Decides what can be decided.
     fn decide(&mut self) {
         let Deciding::Here(collector) = &mut self.deciding else { return };
-        while let Some((clock, decision)) = collector.poll() {
-            let others = collector.config.lanes.iter().zip(&collector.finished);
-            let others = others.filter(|(lane, finished)| **lane != self.config.me && !**finished);
-            let lanes: Vec<PeerId> = others.map(|(lane, _)| *lane).collect();
-            for lane in lanes {
-                self.post(lane, decision.to_note(clock), None);
-            }
-            return self.on_decision(clock, decision);
+        let Some((clock, decision)) = collector.poll() else { return };
+        let others = collector.config.lanes.iter().zip(&collector.finished);
+        let others = others.filter(|(lane, finished)| **lane != self.config.me && !**finished);
+        let lanes: Vec<PeerId> = others.map(|(lane, _)| *lane).collect();
+        for lane in lanes {
+            self.post(lane, decision.to_note(clock), None);
         }
+        self.on_decision(clock, decision);
     }
 
     pub(super) fn on_decision(&mut self, clock: Clock, decision: Decision) {

@@ -5,10 +5,9 @@
 //!
 //! Invariant: a range is registered once, in one of the two ways, with addresses that begin at 0; if neither works both reasons
 //! are told, and nothing is left registered.
-#![cfg_attr(not(test), expect(dead_code, reason = "regions of device memory do not exist yet"))]
 
 use std::{
-    os::fd::{AsRawFd, BorrowedFd},
+    os::fd::AsRawFd,
     sync::{Arc, Once},
 };
 
@@ -16,18 +15,7 @@ use super::{
     device::Device,
     memory::{ACCESS, Keys},
 };
-use crate::{Error, Result};
-
-/// Memory of another device, as plain data.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct DeviceRange<'a> {
-    /// A dma-buf that holds the range, and how many bytes into it the range begins; if the range's driver gives one.
-    pub(super) dma_buf: Option<(BorrowedFd<'a>, u64)>,
-    /// The range's first byte, in the addresses of its own driver.
-    pub(super) address: u64,
-    /// Bytes.
-    pub(super) len: usize,
-}
+use crate::{Error, Result, mem::DeviceRange};
 
 /// How a range was registered.
 #[derive(Clone, Debug, PartialEq, Eq)]

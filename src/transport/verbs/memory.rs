@@ -10,7 +10,7 @@ use std::{ffi::c_void, fmt, fs, io, ptr::NonNull, sync::Arc};
 
 use nix::sys::resource::{Resource, getrlimit};
 
-use super::device::Device;
+use super::{device::Device, device_memory};
 use crate::{
     Error, Result,
     mem::{HugePages, Lease, Locking, Region, RegionOptions},
@@ -82,10 +82,14 @@ impl Drop for Keys {
 impl Registration {
     /// Registers all of `region`, for our own requests and for peers' writes.
     pub(super) fn new(device: &Arc<Device>, region: &Region) -> Result<Registration> {
-        // SAFETY: the range is the region's mapping, which stays as long as `region` is held here. What the device writes goes to
-        // ranges that peers were given by `arm` (or to a ring), of which no safe code holds a reference.
-        let keys = unsafe { Keys::of_pages(device, region.start().as_ptr().cast(), region.len()) };
-        let keys = keys.map_err(|error| explain(error, device, region))?;
+        let keys = match region.device_range() {
+            // SAFETY: the allocation stays as long as `region` is held here, and the processor never touches it.
+            Some(range) => unsafe { device_memory::register(device, &range) }?,
+            // SAFETY: the range is the region's mapping, which stays as long as `region` is held here. What the device writes goes
+            // to ranges that peers were given by `arm` (or to a ring), of which no safe code holds a reference.
+            None => unsafe { Keys::of_pages(device, region.start().as_ptr().cast(), region.len()) }
+                .map_err(|error| explain(error, device, region))?,
+        };
         Ok(Registration { keys, region: region.clone() })
     }
 
