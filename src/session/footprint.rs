@@ -243,6 +243,10 @@ mod tests {
         assert_eq!(config.worker_memory(10_256), 10_256 * 4);
         let two_step = JobConfig { two_step: true, ..config.clone() };
         assert_eq!(two_step.shard_memory(&shape).unwrap().accumulator, 12_288);
+        let decided = JobConfig { skip_nonfinite: true, ..config.clone() };
+        assert_eq!(decided.shard_memory(&shape).unwrap().accumulator, 12_288);
+        assert_eq!(memory.on_host(&DeviceChoice::Cpu), memory.total());
+        assert_eq!(memory.on_host(&DeviceChoice::Gpu(Vec::new())), 12_288 + 12_288);
         assert_eq!(config.rank_memory(&layout, Rank::worker(1)).unwrap(), 41_024);
         let of_shards: u64 = [0, 1]
             .map(|shard| config.shard_memory(&ShardShape::of(&layout, ShardId(shard))).unwrap().total())

@@ -55,7 +55,7 @@ pub struct Plan {
     pub shard: ShardShape,
     /// Its memory, by what it is for.
     pub shard_memory: ShardMemory,
-    /// Bytes of one server: its shards, and its replicas' share.
+    /// Host memory of one server: its shards (without what is on a GPU), and its replicas' share.
     pub server_bytes: u64,
     /// Bytes of one worker: gradients and parameters.
     pub worker_bytes: u64,
@@ -94,7 +94,7 @@ pub fn plan(question: &Question) -> Result<Plan> {
     let shard = ShardShape::even(*parameters, config);
     let shard_memory = config.shard_memory(&shard)?;
     let shards_per_server = u64::from(config.shards_per_server);
-    let server_bytes = shard_memory.total() * shards_per_server * u64::from(*replicas);
+    let server_bytes = shard_memory.on_host(&config.device) * shards_per_server * u64::from(*replicas);
     let worker_bytes = config.worker_memory(parameters.next_multiple_of(crate::layout::ALIGNMENT));
     let on_host = |most: u16, all: u16| u64::from(most.min(all));
     let (servers, workers) = (u64::from(config.servers), u64::from(config.workers));
