@@ -5,40 +5,40 @@
 //! header sha256: a20a80dea905242f5991733048ec0d8437c46d9e2fad38f5ea21c15bf294113b
 //!
 //! The header's notice follows. Of the two licences we choose the OpenIB.org BSD licence.
-//!
-//! Copyright (c) 2004, 2005 Topspin Communications.  All rights reserved.
-//! Copyright (c) 2004, 2011-2012 Intel Corporation.  All rights reserved.
-//! Copyright (c) 2005, 2006, 2007 Cisco Systems, Inc.  All rights reserved.
-//! Copyright (c) 2005 PathScale, Inc.  All rights reserved.
-//! Copyright (c) 2020 Intel Corporation.  All rights reserved.
-//!
-//! This software is available to you under a choice of one of two
-//! licenses.  You may choose to be licensed under the terms of the GNU
-//! General Public License (GPL) Version 2, available from the file
-//! COPYING in the main directory of this source tree, or the
-//! OpenIB.org BSD license below:
-//!
-//!     Redistribution and use in source and binary forms, with or
-//!     without modification, are permitted provided that the following
-//!     conditions are met:
-//!
-//!      - Redistributions of source code must retain the above
-//!        copyright notice, this list of conditions and the following
-//!        disclaimer.
-//!
-//!      - Redistributions in binary form must reproduce the above
-//!        copyright notice, this list of conditions and the following
-//!        disclaimer in the documentation and/or other materials
-//!        provided with the distribution.
-//!
-//! THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND,
-//! EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF
-//! MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
-//! NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS
-//! BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN
-//! ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN
-//! CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE
-//! SOFTWARE.
+
+// Copyright (c) 2004, 2005 Topspin Communications.  All rights reserved.
+// Copyright (c) 2004, 2011-2012 Intel Corporation.  All rights reserved.
+// Copyright (c) 2005, 2006, 2007 Cisco Systems, Inc.  All rights reserved.
+// Copyright (c) 2005 PathScale, Inc.  All rights reserved.
+// Copyright (c) 2020 Intel Corporation.  All rights reserved.
+//
+// This software is available to you under a choice of one of two
+// licenses.  You may choose to be licensed under the terms of the GNU
+// General Public License (GPL) Version 2, available from the file
+// COPYING in the main directory of this source tree, or the
+// OpenIB.org BSD license below:
+//
+//     Redistribution and use in source and binary forms, with or
+//     without modification, are permitted provided that the following
+//     conditions are met:
+//
+//      - Redistributions of source code must retain the above
+//        copyright notice, this list of conditions and the following
+//        disclaimer.
+//
+//      - Redistributions in binary form must reproduce the above
+//        copyright notice, this list of conditions and the following
+//        disclaimer in the documentation and/or other materials
+//        provided with the distribution.
+//
+// THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND,
+// EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF
+// MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
+// NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS
+// BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN
+// ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN
+// CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE
+// SOFTWARE.
 
 use libc::{pthread_cond_t, pthread_mutex_t};
 
