@@ -6,6 +6,11 @@ use std::{
     time::{Duration, Instant},
 };
 
+#[path = "support/processes.rs"]
+mod processes;
+
+use processes::processes;
+
 /// How long a test waits for anything.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -24,19 +29,6 @@ fn start(home: &Path, arguments: &[&str]) -> Child {
 
 fn bench(home: &Path, arguments: &[&str]) -> Output {
     start(home, arguments).wait_with_output().unwrap()
-}
-
-/// The processes that were started with this home, each with its command line.
-fn processes(home: &Path) -> Vec<(u32, String)> {
-    let environment = format!("GRADWIRE_HOME={}\0", home.display());
-    let numbers =
-        std::fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
-    let ours = numbers.filter_map(|pid: u32| {
-        let read = |name| std::fs::read(format!("/proc/{pid}/{name}")).ok().map(|bytes| text(&bytes));
-        // A process that has ended and is not collected yet has neither.
-        read("environ")?.contains(&environment).then_some((pid, read("cmdline")?.replace('\0', " ")))
-    });
-    ours.filter(|(_, command)| !command.is_empty()).collect()
 }
 
 fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {

@@ -1,6 +1,8 @@
 //! `include/gradwire.h` is what cbindgen makes of src/ffi, and every function in there is behind the panic boundary.
 //!
 //! `GRADWIRE_BLESS=1 cargo test --test c_header` writes the header anew.
+//!
+//! Invariant: the sources are read as they are; no list of functions is kept here.
 
 use std::{collections::BTreeMap, fs, path::Path};
 

@@ -3,12 +3,16 @@
 //! Invariant: what a plan says of memory is held against the mappings of a running job, not against the code that made the plan.
 
 use std::{
-    path::Path,
     process::{Command, Output, Stdio},
     time::{Duration, Instant},
 };
 
 use serde_json::Value;
+
+#[path = "support/processes.rs"]
+mod processes;
+
+use processes::processes;
 
 /// How long a test waits for anything.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -112,18 +116,6 @@ fn costs_come_from_a_file() {
     std::fs::write(&path, "{}").unwrap();
     let output = gradwire(&["plan", "--params", "7B", "--costs", path.to_str().unwrap()]);
     assert!(text(&output.stderr).contains("gradwire plan --measure"), "{}", text(&output.stderr));
-}
-
-/// The processes that were started with this home, each with its command line.
-fn processes(home: &Path) -> Vec<(u32, String)> {
-    let environment = format!("GRADWIRE_HOME={}\0", home.display());
-    let numbers =
-        std::fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
-    let ours = numbers.filter_map(|pid: u32| {
-        let read = |name| std::fs::read(format!("/proc/{pid}/{name}")).ok().map(|bytes| text(&bytes));
-        read("environ")?.contains(&environment).then_some((pid, read("cmdline")?.replace('\0', " ")))
-    });
-    ours.collect()
 }
 
 /// Bytes of the memfds with this name that a process has mapped for itself.

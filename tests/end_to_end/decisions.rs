@@ -1,4 +1,6 @@
 //! Jobs whose servers agree on every step: the norm of the whole gradient is clipped, and a step that is not finite is skipped.
+//!
+//! Invariant: what is right is what the simulator makes of the same job.
 
 use gradwire::{session::Fabric, world::WorldOptions};
 

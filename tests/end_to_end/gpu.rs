@@ -1,5 +1,7 @@
 //! Servers that compute on a GPU, which here is soft CUDA (`tests/support/softcuda`): the same bits as on the processor, every
 //! step a launch, checkpoints that go both ways, and what happens when a device fails.
+//!
+//! Invariant: no step is taken but by a launch that soft CUDA has logged.
 
 use std::{
     collections::BTreeMap,

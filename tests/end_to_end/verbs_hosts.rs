@@ -3,6 +3,8 @@
 //!
 //! The same program runs on both. The first has the launcher, server 0 and worker 0; the second starts server 1 and worker 1 by
 //! hand, as a user would on another host, and is switched off in the middle.
+//!
+//! Invariant: a machine is switched off in the middle of training, never before both ranks of it have joined.
 
 use std::{
     ffi::OsString,

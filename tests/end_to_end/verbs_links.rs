@@ -1,5 +1,7 @@
 //! Jobs over verbs across a real link, which loses packets, is cut, or has one of its ends killed: in a virtual machine with a veth
 //! pair (`scripts/test-rdma`); elsewhere these tests say that they do nothing.
+//!
+//! Invariant: what a fault has hit is counted, so that one which hit nothing does not pass.
 
 use std::{
     process::Command,

@@ -82,6 +82,19 @@ pub fn bench(context: &Context, options: &BenchOptions, mut tell: impl FnMut(&Ro
     Ok(())
 }
 
+/// The seconds of a kernel, and a copy that moves as many bytes, in turn.
+fn beside_copy(meter: &mut Meter, options: &BenchOptions, load: &Load) -> Result<(f64, Ceiling)> {
+    // A copy reads and writes: half as many bytes as the kernel touches.
+    let copied = load.bytes() as usize / 2;
+    let (seconds, ceiling) = alternate(
+        options.repetitions,
+        meter,
+        |meter| meter.kernel(load, options.times),
+        |meter| meter.copy_on_device(copied, options.times),
+    )?;
+    Ok((seconds, Ceiling { name: "copy within the device", seconds: ceiling, bytes: 2 * copied }))
+}
+
 fn kernel_row(
     meter: &mut Meter,
     options: &BenchOptions,
@@ -91,18 +104,10 @@ fn kernel_row(
 ) -> Result<Row> {
     let elements = (chunk_bytes / 4) as u32;
     let load = Load { kernel, chunks, elements, contributions: 2, wire: Dtype::Bf16 };
-    // A copy reads and writes: half as many bytes as the kernel touches.
-    let copied = load.bytes() as usize / 2;
-    let (seconds, ceiling) = alternate(
-        options.repetitions,
-        meter,
-        |meter| meter.kernel(&load, options.times),
-        |meter| meter.copy_on_device(copied, options.times),
-    )?;
+    let (seconds, ceiling) = beside_copy(meter, options, &load)?;
     let stepped = f64::from(elements) * f64::from(chunks) / seconds;
     let parameters = matches!(kernel, GpuKernel::Update(..)).then_some(stepped);
     let name = format!("{} x2, wire bf16", kernel.name());
-    let ceiling = Ceiling { name: "copy within the device", seconds: ceiling, bytes: 2 * copied };
     Ok(row(name, chunk_bytes, chunks, [seconds, load.bytes() as f64], parameters, &ceiling))
 }
 
@@ -110,14 +115,7 @@ fn kernel_row(
 fn launch_row(meter: &mut Meter, options: &BenchOptions) -> Result<Row> {
     let kernel = GpuKernel::Update(Rule::Adam, Dtype::F32);
     let load = Load { kernel, chunks: 1, elements: 64, contributions: 1, wire: Dtype::F32 };
-    let copied = load.bytes() as usize / 2;
-    let (seconds, ceiling) = alternate(
-        options.repetitions,
-        meter,
-        |meter| meter.kernel(&load, options.times),
-        |meter| meter.copy_on_device(copied, options.times),
-    )?;
-    let ceiling = Ceiling { name: "copy within the device", seconds: ceiling, bytes: 2 * copied };
+    let (seconds, ceiling) = beside_copy(meter, options, &load)?;
     Ok(row("launch of 64 elements".into(), 256, 1, [seconds, load.bytes() as f64], None, &ceiling))
 }
 
