@@ -1,33 +1,63 @@
 //! What a driver will tell at its next poll, and what a fence takes out of that.
 //!
-//! Invariant: after [`forget`] nothing is left of a peer but `Failed` and `Released`, and no lease is lost.
+//! Completions lie in the form in which they are handed out, so that a poll moves all of them at once: whom each is about is
+//! written beside them, for a fence to know.
+//!
+//! Invariant: both lists have the same length; after [`Done::forget`] nothing is left of a peer but `Failed` and `Released`, and
+//! no lease is lost.
 #![forbid(unsafe_code)]
+
+use std::mem;
 
 use super::Completion;
 use crate::{Error, mem::Lease, types::PeerId};
 
 /// What is to be told at the next poll, and whom it is about.
-pub(super) type Done = Vec<(PeerId, Completion)>;
+#[derive(Debug, Default)]
+pub(super) struct Done {
+    about: Vec<PeerId>,
+    told: Vec<Completion>,
+}
 
-/// After a fence only `Failed` may follow: a `Sent` that nobody has heard of yet becomes one, so that its source comes back.
-/// The slots of what had arrived are added to `slots`.
-pub(super) fn forget(peer: PeerId, done: &mut Done, slots: &mut Vec<Lease>) {
-    done.retain_mut(|(about, completion)| {
-        if *about != peer {
-            return true;
+impl Done {
+    pub(super) fn push(&mut self, (about, told): (PeerId, Completion)) {
+        self.about.push(about);
+        self.told.push(told);
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.told.is_empty()
+    }
+
+    /// Hands out everything, in order.
+    pub(super) fn tell(&mut self, completions: &mut Vec<Completion>) {
+        self.about.clear();
+        match completions.is_empty() {
+            true => mem::swap(&mut self.told, completions),
+            false => completions.append(&mut self.told),
         }
-        match completion {
-            Completion::Sent { id, source } => {
-                let error = Error::Broken { peer, reason: "we ended it".into() };
-                *completion = Completion::Failed { id: *id, source: source.take(), error };
-                true
+    }
+
+    /// After a fence only `Failed` may follow: a `Sent` that nobody has heard of yet becomes one, so that its source comes back.
+    /// The slots of what had arrived are added to `slots`.
+    pub(super) fn forget(&mut self, peer: PeerId, slots: &mut Vec<Lease>) {
+        let both = mem::take(&mut self.about).into_iter().zip(mem::take(&mut self.told));
+        for (about, mut completion) in both {
+            if about == peer {
+                match &mut completion {
+                    Completion::Sent { id, source } => {
+                        let error = Error::Broken { peer, reason: "we ended it".into() };
+                        completion = Completion::Failed { id: *id, source: source.take(), error };
+                    }
+                    Completion::Failed { .. } | Completion::Released { .. } => {}
+                    Completion::Arrived { lease, .. } => {
+                        slots.extend(lease.take());
+                        continue;
+                    }
+                    Completion::Connected { .. } | Completion::Broken { .. } => continue,
+                }
             }
-            Completion::Failed { .. } | Completion::Released { .. } => true,
-            Completion::Arrived { lease, .. } => {
-                slots.extend(lease.take());
-                false
-            }
-            Completion::Connected { .. } | Completion::Broken { .. } => false,
+            self.push((about, completion));
         }
-    });
+    }
 }

@@ -10,6 +10,9 @@ use super::{
 
 const PREFIX: usize = 16;
 
+/// The prefix of a header without target: zeros and their checksum.
+const NO_TARGET: [u8; PREFIX] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x5d, 0xb5, 0x60, 0x2b];
+
 /// Where in the receiver's memory a payload goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct FrameTarget {
@@ -43,19 +46,20 @@ impl FrameHeader {
     /// The header's bytes; all integers little-endian.
     pub fn encode(&self) -> [u8; FrameHeader::SIZE] {
         let mut bytes = [0; FrameHeader::SIZE];
+        bytes[..PREFIX].copy_from_slice(&NO_TARGET);
         if let Some(target) = self.target {
             bytes[0..4].copy_from_slice(&target.rkey.to_le_bytes());
             bytes[4..12].copy_from_slice(&target.offset.to_le_bytes());
+            let checksum = crc32c::crc32c(&bytes[..12]);
+            bytes[12..PREFIX].copy_from_slice(&checksum.to_le_bytes());
         }
-        let checksum = crc32c::crc32c(&bytes[..12]);
-        bytes[12..PREFIX].copy_from_slice(&checksum.to_le_bytes());
         bytes[PREFIX..].copy_from_slice(&self.note.encode());
         bytes
     }
 
     /// Reads a header.
     pub fn decode(bytes: &[u8; FrameHeader::SIZE]) -> Result<FrameHeader, WireError> {
-        if u32_at(bytes, 12) != crc32c::crc32c(&bytes[..12]) {
+        if bytes[..PREFIX] != NO_TARGET && u32_at(bytes, 12) != crc32c::crc32c(&bytes[..12]) {
             return Err(WireError::Checksum("frame prefix"));
         }
         let mut note = [0; Note::SIZE];
@@ -108,6 +112,11 @@ mod tests {
             let part = if bit / 8 < PREFIX { "frame prefix" } else { "note" };
             prop_assert_eq!(FrameHeader::decode(&bytes), Err(WireError::Checksum(part)));
         }
+    }
+
+    #[test]
+    fn the_prefix_without_target_has_its_checksum() {
+        assert_eq!(u32_at(&NO_TARGET, 12), crc32c::crc32c(&NO_TARGET[..12]));
     }
 
     #[test]

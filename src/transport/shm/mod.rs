@@ -61,7 +61,7 @@ use withheld::Withheld;
 
 use super::{
     Armed, Completion, Driver, Endpoint, MemoryRegion, QueueFull, RemoteSlot, Transport, Wakeup, WorkRequest,
-    done::{Done, forget},
+    done::Done,
     poller::{Kind, Poller, Readiness, Token},
     region_table::RegionTable,
 };
@@ -118,7 +118,7 @@ impl ShmTransport {
             pending: 0,
             dirty: Vec::new(),
             withheld: Withheld::default(),
-            done: Vec::new(),
+            done: Done::default(),
             asleep: false,
             busy_polls: 0,
         })
@@ -370,7 +370,7 @@ impl Transport for ShmTransport {
             self.dirty.retain(|dirty| *dirty != index);
         }
         // What has arrived is whole, whatever the peer is doing.
-        forget(peer, &mut self.done, &mut slots);
+        self.done.forget(peer, &mut slots);
         slots
     }
 
@@ -433,7 +433,7 @@ impl Transport for ShmTransport {
         }
         self.withheld.look(&self.poller, &mut self.done);
         self.tick(now)?;
-        completions.extend(self.done.drain(..).map(|(_, completion)| completion));
+        self.done.tell(completions);
         Ok(())
     }
 }

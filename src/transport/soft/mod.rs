@@ -31,8 +31,7 @@ use socket::{BATCH, Socket};
 
 use super::{
     Armed, Completion, Driver, Endpoint, MemoryRegion, QueueFull, RemoteSlot, Transport, Wakeup, WorkRequest,
-    done::{Done, forget},
-    region_table::RegionTable,
+    done::Done, region_table::RegionTable,
 };
 use crate::{
     Error, Result,
@@ -93,7 +92,7 @@ impl SoftTransport {
             full_until: None,
             spare: Vec::new(),
             has_posts: false,
-            done: Vec::new(),
+            done: Done::default(),
             counters: SoftCounters::default(),
         })
     }
@@ -259,7 +258,7 @@ impl Transport for SoftTransport {
             self.by_qpn.remove(&path.line.local.qpn);
             path.line.qp.end();
             self.counters.add(path.line.qp.counters());
-            forget(peer, &mut self.done, &mut slots);
+            self.done.forget(peer, &mut slots);
             path.abandon("we ended it", &mut self.table, &mut self.done);
             if path.line.remote.is_some() {
                 self.graves.truncate(GRAVES_MAX - 1);
@@ -317,7 +316,7 @@ impl Transport for SoftTransport {
                 break;
             }
         }
-        completions.extend(self.done.drain(..).map(|(_, completion)| completion));
+        self.done.tell(completions);
         Ok(())
     }
 }

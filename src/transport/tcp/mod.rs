@@ -35,7 +35,7 @@ use strangers::{Guest, Strangers};
 
 use super::{
     Armed, Completion, Driver, Endpoint, MemoryRegion, QueueFull, RemoteSlot, Transport, Wakeup, WorkRequest,
-    done::{Done, forget},
+    done::Done,
     poller::{Kind, Poller, Readiness, Token},
     region_table::RegionTable,
 };
@@ -100,7 +100,7 @@ impl TcpTransport {
             index_of: HashMap::new(),
             pending: 0,
             dirty: Vec::new(),
-            done: Vec::new(),
+            done: Done::default(),
             withheld: Vec::new(),
         })
     }
@@ -364,7 +364,7 @@ impl Transport for TcpTransport {
                 self.pending -= 1;
             }
             let settled = self.settle(&mut path, Instant::now() + SETTLE_TIME);
-            forget(peer, &mut self.done, &mut slots);
+            self.done.forget(peer, &mut slots);
             self.dirty.retain(|dirty| *dirty != index);
             if settled {
                 if let Some(slot) = path.end(&self.poller) {
@@ -441,7 +441,7 @@ impl Transport for TcpTransport {
             }
         }
         self.tick(now)?;
-        completions.extend(self.done.drain(..).map(|(_, completion)| completion));
+        self.done.tell(completions);
         Ok(())
     }
 }

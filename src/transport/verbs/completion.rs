@@ -21,6 +21,10 @@ const SEATS_MAX: u32 = 16;
 /// Completions taken in one call.
 pub(super) const BATCH: usize = 32;
 
+/// Room for them.
+#[derive(Default)]
+pub(super) struct Batch(pub(super) [IbvWc; BATCH]);
+
 pub(super) struct CompletionQueue {
     device: Arc<Device>,
     raw: NonNull<IbvCq>,
@@ -63,7 +67,7 @@ impl CompletionQueue {
     }
 
     /// Takes up to a batch of completions.
-    pub(super) fn poll(&self, completions: &mut [IbvWc; BATCH]) -> Result<usize> {
+    pub(super) fn poll(&self, Batch(completions): &mut Batch) -> Result<usize> {
         // SAFETY: the queue is valid, its context's functions are the provider's, and the array has as many places as we say.
         let count = unsafe { verbs::poll_cq(self.raw(), BATCH as i32, completions.as_mut_ptr()) };
         usize::try_from(count).map_err(|_| {
@@ -88,12 +92,18 @@ impl CompletionQueue {
 impl Drop for CompletionQueue {
     fn drop(&mut self) {
         // Else the destruction would wait for somebody to acknowledge them.
-        self.device.drain_channel();
+        self.device.drain_channel(usize::MAX);
         // SAFETY: destroyed once, when no pair holds it any more.
         let result = unsafe { (self.device.table().destroy_cq)(self.raw()) };
         if result != 0 {
             tracing::error!("ibv_destroy_cq failed: {}", io::Error::from_raw_os_error(result));
         }
+    }
+}
+
+impl fmt::Debug for Batch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Batch")
     }
 }
 

@@ -176,14 +176,16 @@ impl Device {
         unsafe { BorrowedFd::borrow_raw((*self.context.raw.as_ptr()).async_fd as RawFd) }
     }
 
-    /// Takes the events of the channel out: that it was readable is all that they say.
-    pub(super) fn drain_channel(&self) {
+    /// Takes events of the channel out, up to `most`: that it was readable is all that they say.
+    pub(super) fn drain_channel(&self, most: usize) {
         let (mut queue, mut ours) = (ptr::null_mut(), ptr::null_mut());
+        let mut seen = 0;
         // SAFETY: the channel is valid; the two targets are ours. Each event is acknowledged once, for the queue that it names,
         // which lives: it is destroyed by the thread that calls this, and no event of it is left unread then by the kernel.
         unsafe {
-            while (self.table().get_cq_event)(self.channel(), &mut queue, &mut ours) == 0 {
+            while seen < most && (self.table().get_cq_event)(self.channel(), &mut queue, &mut ours) == 0 {
                 (self.table().ack_cq_events)(queue, 1);
+                seen += 1;
             }
         }
     }

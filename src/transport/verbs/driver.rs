@@ -21,7 +21,6 @@ use crate::{
     mem::{Lease, Region, SharedLease},
     transport::{
         Armed, Completion, Driver, Endpoint, MemoryRegion, QueueFull, RemoteSlot, Transport, Wakeup, WorkRequest,
-        done::forget,
     },
     types::PeerId,
     wire::{FrameHeader, FrameTarget},
@@ -73,6 +72,7 @@ impl Transport for VerbsTransport {
         let calls = self.options.identity.me > peer;
         let path = self.paths[index].as_mut().expect("looked at above");
         path.connect(&remote, &meeting, calls, deadline)?;
+        self.next_tick = self.next_tick.min(deadline);
         self.mark(index);
         self.send();
         Ok(())
@@ -88,7 +88,7 @@ impl Transport for VerbsTransport {
             && let Some(mut path) = self.paths[index].take()
         {
             path.end();
-            forget(peer, &mut self.done, &mut slots);
+            self.done.forget(peer, &mut slots);
             path.fail("we ended it", &mut self.done);
             self.dirty.retain(|dirty| *dirty != index);
         }
@@ -97,26 +97,29 @@ impl Transport for VerbsTransport {
     }
 
     fn post(&mut self, request: WorkRequest) -> Result<(), QueueFull> {
-        let queue_limit = self.options.queue_limit;
         let peer = request.peer;
-        let defect = match self.path(peer).map(|(_, path)| (path.stage, path.outstanding())) {
+        // Looked up once: a note's latency is made of such things.
+        let index = self.index_of.get(&peer).copied();
+        let path = index.and_then(|index| self.paths[index].as_ref());
+        let defect = match path.map(|path| (path.stage, path.outstanding())) {
             None | Some((Stage::Prepared, _)) => {
                 Some(Error::Broken { peer, reason: "there is none: connect comes first".into() })
             }
             Some((Stage::Dead, _)) => Some(Error::Broken { peer, reason: "it ended before".into() }),
-            Some((_, outstanding)) if outstanding >= queue_limit => return Err(QueueFull(request)),
+            Some((_, outstanding)) if outstanding >= self.options.queue_limit => return Err(QueueFull(request)),
             Some(_) => request.defect(),
         };
         let WorkRequest { id, note, payload, .. } = request;
         let target = payload.as_ref().map(|(_, slot)| FrameTarget { rkey: slot.rkey, offset: slot.offset });
-        let located = match defect {
-            Some(error) => Err((error, payload.map(|(source, _)| source))),
-            None => self.locate(peer, payload, note.length),
+        let located = match (defect, path) {
+            (None, Some(path)) => self.locate(path, payload, note.length),
+            (defect, _) => Err((defect.expect("no path is one"), payload.map(|(source, _)| source))),
         };
         match located {
             Err((error, source)) => self.done.push((peer, Completion::Failed { id, source, error })),
             Ok(payload) => {
-                let (index, path) = self.path(peer).expect("looked up above");
+                let index = index.expect("there is a path");
+                let path = self.paths[index].as_mut().expect("looked up above");
                 path.push(id, &FrameHeader { target, note }, payload);
                 self.mark(index);
             }
@@ -130,9 +133,10 @@ impl Transport for VerbsTransport {
     }
 
     fn poll(&mut self, now: Instant, completions: &mut Vec<Completion>) -> Result<()> {
+        self.polled = now;
         self.collect(now, ROUNDS_MAX)?;
         self.tick(now);
-        completions.extend(self.done.drain(..).map(|(_, completion)| completion));
+        self.done.tell(completions);
         Ok(())
     }
 }
@@ -149,19 +153,18 @@ impl VerbsTransport {
     /// Finds the keys of a payload's memory.
     #[allow(clippy::type_complexity, reason = "a payload, with what the devices need or with why they cannot")]
     fn locate(
-        &mut self,
-        peer: PeerId,
+        &self,
+        path: &Path,
         payload: Option<(SharedLease, RemoteSlot)>,
         length: u32,
     ) -> Result<Option<(SharedLease, Payload)>, (Error, Option<SharedLease>)> {
         let Some((source, slot)) = payload else { return Ok(None) };
-        let refuse = |what: &str| Error::Config(format!("the request to {peer} cannot be sent: {what}"));
+        let refuse = |what: &str| Error::Config(format!("the request to {} cannot be sent: {what}", path.peer));
         let Some(registrations) = self.regions.get(&source.region_id()) else {
             return Err((refuse("its payload's region is not registered with this transport"), Some(source)));
         };
         let lkeys = keys_of(registrations, Registration::lkey);
         let room = self.room;
-        let (_, path) = self.path(peer).expect("the caller has looked it up");
         let (rkeys, from, target) = (path.keys(slot.rkey), source.offset() as u64, slot.offset);
         let payload = Payload { lkeys, rkeys, source: from, target, length };
         if !payload.fits(room) {
@@ -184,23 +187,27 @@ fn keys_of(registrations: &[Registration], key: impl Fn(&Registration) -> u32) -
 
 impl Wakeup for VerbsTransport {
     fn fd(&self) -> BorrowedFd<'_> {
-        self.epoll.0.as_fd()
+        // One channel is waited for by itself: a set of one would cost each sleep a detour. The device's own events wait for a tick.
+        self.epoll.as_ref().map_or_else(|| self.ports[0].device.channel_fd(), |epoll| epoll.0.as_fd())
     }
 
     fn arm_wakeup(&mut self) -> Result<Armed> {
         if self.done.is_empty() {
-            self.ports.iter().for_each(|port| port.device.drain_channel());
-            self.on_events();
             // Asked first, looked at second: see the file above.
-            self.ports.iter().flat_map(|port| &port.queues).try_for_each(|queue| queue.request_event())?;
-            self.collect(Instant::now(), ROUNDS_MAX)?;
+            for port in &mut self.ports {
+                // Every system call between two sleeps adds to a note's latency. A queue tells of one event each time it is
+                // asked, so there are no more to read than that.
+                port.device.drain_channel(port.asked);
+                port.queues.iter().try_for_each(|queue| queue.request_event())?;
+                port.asked = port.queues.len();
+            }
+            self.collect(self.polled, ROUNDS_MAX)?;
         }
         Ok(if self.done.is_empty() { Armed::Sleep } else { Armed::Ready })
     }
 
     fn next_deadline(&self) -> Option<Instant> {
-        let joined = self.paths.iter().flatten().filter(|path| path.is_joined());
-        joined.map(|path| path.deadline().map_or(self.next_tick, |deadline| deadline.min(self.next_tick))).min()
+        self.paths.iter().flatten().any(Path::is_joined).then_some(self.next_tick)
     }
 }
 

@@ -51,7 +51,7 @@ use std::{
 use address::Address;
 use chain::Chain;
 pub use choice::numa_node_of;
-use completion::{BATCH, CompletionQueue};
+use completion::{BATCH, Batch, CompletionQueue};
 use device::{Device, Event};
 use memory::{NoteRing, Registration};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
@@ -89,10 +89,15 @@ pub struct VerbsTransport {
     table: RegionTable,
     options: VerbsOptions,
     room: Room,
-    epoll: Epoll,
+    /// What waits for all channels, where there are several.
+    epoll: Option<Epoll>,
     index_of: HashMap<PeerId, usize>,
     dirty: Vec<usize>,
     done: Done,
+    /// What one look at a queue brings: kept, for most looks bring nothing.
+    batch: Batch,
+    /// When `poll` was called last.
+    polled: Instant,
     /// Counts pairs and restarts: the upper half of `wr_id`.
     lives: u32,
     registrations: u64,
@@ -103,6 +108,8 @@ pub struct VerbsTransport {
 #[derive(Debug)]
 struct Port {
     queues: Vec<Arc<CompletionQueue>>,
+    /// Events that the queues were asked for and that were not seen, at most.
+    asked: usize,
     device: Arc<Device>,
     chain: Chain,
     carried: Carried,
@@ -130,8 +137,6 @@ impl VerbsTransport {
         options.validate()?;
         let devices = Device::open(&options)?;
         let longest = options.send_depth.max(u32::from(options.ring_entries) + WORDS_MAX);
-        let refused = |e| Error::os("epoll", "the verbs transport", e);
-        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(refused)?;
         for device in &devices {
             if longest > device.limits.queue_requests {
                 return Err(Error::Config(format!(
@@ -139,17 +144,16 @@ impl VerbsTransport {
                     device.place.device, device.limits.queue_requests
                 )));
             }
-            for fd in [device.channel_fd(), device.async_fd()] {
-                epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, 0)).map_err(refused)?;
-            }
         }
+        let epoll = (devices.len() > 1).then(|| channels_of(&devices)).transpose()?;
         let room = Room {
             depth: options.send_depth,
             message_bytes: devices.iter().map(|device| device.limits.message_bytes).min().expect("there is a device"),
-            signal_every: options.signal_every.unwrap_or(options.send_depth / 4),
+            signal_every: options.signal_every.unwrap_or(u32::MAX).min(options.send_depth / 4),
         };
         let port = |device: Arc<Device>| Port {
             queues: Vec::new(),
+            asked: 0,
             chain: Chain::new(options.send_depth as usize, device.limits.message_bytes),
             carried: Carried { port: device.place.name(), ..Carried::default() },
             device,
@@ -164,7 +168,9 @@ impl VerbsTransport {
             epoll,
             index_of: HashMap::new(),
             dirty: Vec::new(),
-            done: Vec::new(),
+            done: Done::default(),
+            batch: Batch::default(),
+            polled: Instant::now(),
             lives: 0,
             registrations: 0,
             next_tick: Instant::now(),
@@ -242,11 +248,6 @@ impl VerbsTransport {
         u64::from(self.lives) << 32 | index as u64
     }
 
-    fn path(&mut self, peer: PeerId) -> Option<(usize, &mut Path)> {
-        let index = *self.index_of.get(&peer)?;
-        Some((index, self.paths[index].as_mut()?))
-    }
-
     fn mark(&mut self, index: usize) {
         if let Some(path) = &mut self.paths[index]
             && !std::mem::replace(&mut path.is_dirty, true)
@@ -257,12 +258,14 @@ impl VerbsTransport {
 
     /// Takes completions out of all queues, up to `rounds` batches of each, and acts on them; then sends what that made possible.
     fn collect(&mut self, now: Instant, rounds: usize) -> Result<()> {
-        let mut batch = [IbvWc::default(); BATCH];
         for port in 0..self.ports.len() {
             for at in 0..self.ports[port].queues.len() {
                 for _ in 0..rounds {
-                    let count = self.ports[port].queues[at].poll(&mut batch)?;
-                    batch[..count].iter().for_each(|completion| self.on_completion(completion, now));
+                    let count = self.ports[port].queues[at].poll(&mut self.batch)?;
+                    for nth in 0..count {
+                        let completion = self.batch.0[nth];
+                        self.on_completion(&completion, now);
+                    }
                     if count < BATCH {
                         break;
                     }
@@ -287,7 +290,9 @@ impl VerbsTransport {
             path.retire(rail, now, &mut self.done);
             Ok(())
         };
-        self.mark(index);
+        if path.owes() {
+            self.mark(index);
+        }
         if let Err(reason) = result {
             self.break_path(index, &reason);
         }
@@ -357,7 +362,7 @@ impl VerbsTransport {
         for index in dirty.drain(..) {
             let Some(path) = &mut self.paths[index] else { continue };
             path.is_dirty = false;
-            if let Err(reason) = path.send(&mut self.ports, self.room) {
+            if let Err(reason) = path.send(&mut self.ports, self.room, &mut self.done) {
                 self.break_path(index, &reason);
             }
         }
@@ -367,16 +372,15 @@ impl VerbsTransport {
 
     /// What time alone brings about.
     fn tick(&mut self, now: Instant) {
+        if now < self.next_tick {
+            return;
+        }
         let is_due = |path: &&Path| path.deadline().is_some_and(|deadline| now >= deadline);
         for index in 0..self.paths.len() {
             if let Some(reason) = self.paths[index].as_ref().filter(is_due).map(Path::silence) {
                 self.break_path(index, &reason);
             }
         }
-        if now < self.next_tick {
-            return;
-        }
-        self.next_tick = now + TICK;
         self.on_events();
         for index in 0..self.paths.len() {
             if self.paths[index].as_mut().is_some_and(|path| path.probe(now)) {
@@ -384,7 +388,18 @@ impl VerbsTransport {
             }
         }
         self.send();
+        let deadlines = self.paths.iter().flatten().filter_map(Path::deadline);
+        self.next_tick = deadlines.fold(now + TICK, Instant::min);
     }
+}
+
+fn channels_of(devices: &[Arc<Device>]) -> Result<Epoll> {
+    let refused = |e| Error::os("epoll", "the verbs transport", e);
+    let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(refused)?;
+    for device in devices {
+        epoll.add(device.channel_fd(), EpollEvent::new(EpollFlags::EPOLLIN, 0)).map_err(refused)?;
+    }
+    Ok(epoll)
 }
 
 impl Port {

@@ -78,8 +78,8 @@ pub struct VerbsOptions {
     pub send_depth: u32,
     /// Notes that a peer may have sent us and we have not looked at; a power of 2, at most 4,096.
     pub ring_entries: u16,
-    /// Requests of a list up to one that completes, beside the last: fewer completions are less work, more give sources and
-    /// places in the queue back earlier. `None`: a quarter of the send queue.
+    /// Requests up to one that completes, beside the last of a list with a payload: fewer completions are less work, more give
+    /// sources and places in the queue back earlier. `None`, and at most: a quarter of the send queue.
     pub signal_every: Option<u32>,
 }
 

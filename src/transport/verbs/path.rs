@@ -177,8 +177,13 @@ impl Path {
         self.rails.iter_mut().fold(false, |any, rail| rail.probe(now) | any)
     }
 
+    /// Whether `send` has something to do, or may have.
+    pub(super) fn owes(&self) -> bool {
+        !self.queue.is_empty() || self.rails.iter().any(Rail::owes)
+    }
+
     /// Sends what is owed and what is queued, as far as there is room on the rails.
-    pub(super) fn send(&mut self, ports: &mut [Port], room: Room) -> Result<(), String> {
+    pub(super) fn send(&mut self, ports: &mut [Port], room: Room, done: &mut Done) -> Result<(), String> {
         let mut shares: [Option<Share>; super::RAILS_MAX] = Default::default();
         for (rail, share) in self.rails.iter_mut().zip(&mut shares) {
             *share = rail.begin(&mut ports[rail.number].chain).map_err(|why| rail.blame(why))?;
@@ -195,7 +200,11 @@ impl Path {
             let rail = &mut self.rails[at];
             let port = &mut ports[rail.number];
             let share = shares[at].as_mut().expect("a rail that takes something was begun");
-            let numbers = (self.number, self.departures.push((id, source)));
+            let at = self.departures.push((id, source));
+            if payload.is_none() {
+                self.departures.done(at);
+            }
+            let numbers = (self.number, at);
             rail.add((&mut port.chain, share), header, payload.as_ref(), numbers, room);
             self.number = order::next(self.number);
             port.carried.notes += 1;
@@ -205,8 +214,9 @@ impl Path {
             let Some(share) = share else { continue };
             // SAFETY: the sources are in `departures`, which keeps them until the rail has told that they have completed
             // (`retire`) or the pairs are destroyed (`end`); a source is read-only as long as anybody holds it.
-            unsafe { rail.finish(&mut ports[rail.number].chain, share) }.map_err(|why| rail.blame(why))?;
+            unsafe { rail.finish(&mut ports[rail.number].chain, share, room) }.map_err(|why| rail.blame(why))?;
         }
+        self.report_departures(done);
         Ok(())
     }
 
@@ -214,6 +224,10 @@ impl Path {
     pub(super) fn retire(&mut self, rail: usize, now: Instant, done: &mut Done) {
         let departures = &mut self.departures;
         self.rails[rail].retire(now, |number| departures.done(number));
+        self.report_departures(done);
+    }
+
+    fn report_departures(&mut self, done: &mut Done) {
         while let Some((id, source)) = self.departures.pop() {
             self.outstanding -= 1;
             done.push((self.peer, Completion::Sent { id, source }));

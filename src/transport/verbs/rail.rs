@@ -2,8 +2,8 @@
 //!
 //! A write is its payload's RDMA WRITEs, then the header of docs/wire.md, inline, into the peer's note ring. The 32 bits that
 //! come with the ring's entry are the note's number on the path (low half) and how many of the peer's notes of this rail we have
-//! read (high half, modulo 2^16): so credits ride on notes, and go alone, as `CREDIT`, when half a ring was read without one. Only
-//! the last request of a list, and one every quarter of the queue, completes; it stands for all before it.
+//! read and posted receives for again (high half, modulo 2^16): so credits ride on notes, and go alone, as `CREDIT`, when half a
+//! ring was read without one. Receives are posted a few at a time, for each posting is a call and a doorbell. Only the last request of a list, and one every quarter of the queue, completes; it stands for all before it.
 //!
 //! Invariant: never more notes are on their way than the peer's ring has entries, nor more requests than the send queue holds.
 
@@ -30,8 +30,11 @@ const HELLO: u16 = 0xfffe;
 /// Places in the send queue that are kept for words and probes.
 const RESERVE: u32 = 4;
 
-/// Receives beyond the ring's entries, for words: a hello, and two credits a ring.
-pub(super) const WORDS_MAX: u32 = 8;
+/// Receives beyond the ring's entries: for words (a hello, and two credits a ring), and for those that are not posted yet.
+pub(super) const WORDS_MAX: u32 = 16;
+
+/// Receives that are posted together.
+const RECEIVES: u32 = 8;
 
 /// A rail on which nothing was acknowledged for so long is asked whether it still is one.
 const PROBE_AFTER: Duration = Duration::from_millis(500);
@@ -49,15 +52,17 @@ pub(super) struct Rail {
     stage: Stage,
     ring: NoteRing,
     in_flight: VecDeque<InFlight>,
-    /// Places taken in the send queue.
+    /// Places taken in the send queue, and how many of them were taken after the last request that completes.
     used: u32,
+    unsignaled: u32,
     /// Bytes handed to the device and not acknowledged.
     bytes: u64,
     /// Notes sent, and how many of them the peer has told us that it has read; modulo 2^16.
     sent: u16,
     read_there: u16,
-    /// Notes of the peer read, and how many of them it was told of; modulo 2^16.
+    /// Notes of the peer read, how many of them it may send again, and how many of those it was told of; modulo 2^16.
     read: u16,
+    free: u16,
     told: u16,
     /// Receives that have completed and are to be posted again.
     receives_owed: u32,
@@ -84,7 +89,7 @@ enum Stage {
 /// One or more requests at work in the device, up to one that may complete.
 #[derive(Debug)]
 struct InFlight {
-    /// Of the request, among those of the path; `None` for words and probes.
+    /// Of the request, among those of the path; `None` for what has no source.
     number: Option<u64>,
     places: u32,
     bytes: u64,
@@ -128,7 +133,8 @@ pub(super) struct Room {
 pub(super) struct Share {
     /// In flight before the list.
     first: usize,
-    unsignaled: u32,
+    /// Whether its end is waited for: a source comes back by it, or a sign of life.
+    is_awaited: bool,
 }
 
 impl Rail {
@@ -148,10 +154,12 @@ impl Rail {
             ring,
             in_flight: VecDeque::new(),
             used: 0,
+            unsignaled: 0,
             bytes: 0,
             sent: 0,
             read_there: 0,
             read: 0,
+            free: 0,
             told: 0,
             receives_owed: 0,
             owes_hello: false,
@@ -206,29 +214,48 @@ impl Rail {
         pair.restart().and_then(|()| pair.receive(receives, wr_id)).map_err(|error| error.to_string())?;
         self.wr_id = wr_id;
         self.in_flight.clear();
-        (self.used, self.bytes, self.receives_owed, self.owes_hello) = (0, 0, 0, true);
+        (self.used, self.unsignaled, self.bytes) = (0, 0, 0);
+        (self.receives_owed, self.owes_hello) = (0, true);
         Ok(())
     }
 
     /// Asks the peer's device for a sign of life if there was none for a while and none is due.
     pub(super) fn probe(&mut self, now: Instant) -> bool {
         let is_quiet = now.saturating_duration_since(self.heard) >= PROBE_AFTER;
-        self.owes_probe |= is_quiet && self.in_flight.is_empty() && self.is_open();
+        let is_asked = self.in_flight.iter().any(|work| work.is_signaled);
+        self.owes_probe |= is_quiet && !is_asked && self.is_open();
         self.owes_probe
+    }
+
+    /// Whether there is something to do that waits for no note.
+    pub(super) fn owes(&self) -> bool {
+        self.owes_hello || self.owes_probe || self.is_short_of_receives() || self.owes_credit()
+    }
+
+    fn is_short_of_receives(&self) -> bool {
+        self.receives_owed >= RECEIVES.min(u32::from(self.ring.entries()) / 4)
+    }
+
+    fn owes_credit(&self) -> bool {
+        self.free.wrapping_sub(self.told) >= self.ring.entries() / 2
     }
 
     /// Begins a list: posts the receives that are owed, and says the hello that is. `None` before there is a connected pair that
     /// may speak.
     pub(super) fn begin(&mut self, chain: &mut Chain) -> Result<Option<Share>, String> {
         let (Stage::Open(pair) | Stage::Calling(pair)) = &self.stage else { return Ok(None) };
-        // Before the credit for them goes out.
-        pair.receive(std::mem::take(&mut self.receives_owed), self.wr_id).map_err(|error| error.to_string())?;
+        if self.is_short_of_receives() {
+            // Before the credit for them goes out.
+            pair.receive(std::mem::take(&mut self.receives_owed), self.wr_id).map_err(|error| error.to_string())?;
+            self.free = self.read;
+        }
         let ring = Target { rkey: pair.remote().ring_rkey, offset: 0 };
         chain.begin(self.wr_id);
-        let share = Share { first: self.in_flight.len(), unsignaled: 0 };
+        let mut share = Share { first: self.in_flight.len(), is_awaited: false };
         if std::mem::take(&mut self.owes_hello) {
-            chain.word(immediate(HELLO, self.read), ring);
+            chain.word(immediate(HELLO, self.free), ring);
             self.in_flight.push_back(InFlight::word());
+            share.is_awaited = true;
         }
         Ok(Some(share))
     }
@@ -258,19 +285,21 @@ impl Rail {
             payload.add_writes(chain, self.number, room.message_bytes);
         }
         let offset = u64::from(self.sent % ring_entries) * FrameHeader::SIZE as u64;
-        chain.note(header, immediate(number, self.read), Target { rkey: ring_rkey, offset });
+        chain.note(header, immediate(number, self.free), Target { rkey: ring_rkey, offset });
         self.sent = self.sent.wrapping_add(1);
-        self.told = self.read;
+        self.told = self.free;
         let places = places(payload, room.message_bytes);
         let bytes = FrameHeader::SIZE as u64 + payload.map_or(0, |payload| u64::from(payload.length));
-        share.unsignaled += places;
-        let is_signaled = share.unsignaled >= room.signal_every;
+        self.unsignaled += places;
+        let is_signaled = self.unsignaled >= room.signal_every;
         if is_signaled {
             chain.signal();
-            share.unsignaled = 0;
+            self.unsignaled = 0;
         }
+        share.is_awaited = !is_signaled && (share.is_awaited || payload.is_some());
         self.bytes += bytes;
-        self.in_flight.push_back(InFlight { number: Some(at), places, bytes, is_signaled });
+        let number = payload.map(|_| at);
+        self.in_flight.push_back(InFlight { number, places, bytes, is_signaled });
     }
 
     /// Ends the list with what else is owed, and hands it in.
@@ -278,25 +307,35 @@ impl Rail {
     /// # Safety
     ///
     /// The sources of what was added are left alone until `retire` has told of them, or the rail is dropped.
-    pub(super) unsafe fn finish(&mut self, chain: &mut Chain, share: Share) -> Result<(), String> {
+    pub(super) unsafe fn finish(&mut self, chain: &mut Chain, mut share: Share, room: Room) -> Result<(), String> {
         let (Stage::Open(pair) | Stage::Calling(pair)) = &self.stage else { return Ok(()) };
         let ring = Target { rkey: pair.remote().ring_rkey, offset: 0 };
         let is_open = matches!(self.stage, Stage::Open(_));
-        if is_open && self.read.wrapping_sub(self.told) >= self.ring.entries() / 2 {
-            chain.word(immediate(CREDIT, self.read), ring);
-            self.told = self.read;
+        if is_open && self.owes_credit() {
+            chain.word(immediate(CREDIT, self.free), ring);
+            self.told = self.free;
             self.in_flight.push_back(InFlight::word());
+            // One that only hears speaks in credits alone.
+            self.unsignaled += 1;
+            share.is_awaited |= self.unsignaled >= room.signal_every;
         }
-        if std::mem::take(&mut self.owes_probe) && chain.len() == 0 {
-            chain.probe(ring);
-            self.in_flight.push_back(InFlight::word());
+        if std::mem::take(&mut self.owes_probe) {
+            // Whatever completes is a sign of life.
+            if chain.len() == 0 {
+                chain.probe(ring);
+                self.in_flight.push_back(InFlight::word());
+            }
+            share.is_awaited = true;
         }
         if chain.len() == 0 {
             return Ok(());
         }
-        // So that every source comes back without anything else having to happen.
-        chain.signal();
-        self.in_flight.back_mut().expect("the chain is not empty").is_signaled = true;
+        if share.is_awaited {
+            // So that every source comes back without anything else having to happen.
+            chain.signal();
+            self.in_flight.back_mut().expect("the chain is not empty").is_signaled = true;
+            self.unsignaled = 0;
+        }
         self.used += self.in_flight.range(share.first..).map(|work| work.places).sum::<u32>();
         // SAFETY: what it reads is left alone (our caller).
         unsafe { pair.send(chain) }.map_err(|error| error.to_string())
