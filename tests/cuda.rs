@@ -263,6 +263,66 @@ fn jobs_overlap_wake_the_sleeper_and_give_their_leases_back() {
     }
 }
 
+/// A step whose gradients somebody else has written into the device's memory, as a NIC does, and whose wire copy leaves from there.
+#[test]
+fn what_has_landed_on_the_device_is_flushed_and_read_there() {
+    let name = "what_has_landed_on_the_device_is_flushed_and_read_there";
+    if std::env::var(INNER).is_err() {
+        is_alone(name, &[]);
+        is_alone(name, &[("SOFTCUDA_FAIL", "cuFlushGPUDirectRDMAWrites:1=801"), ("FLUSH_FAILS", "1")]);
+        return;
+    }
+    const ELEMENTS: u32 = 1001;
+    let context = Context::open(0).unwrap();
+    let layout = one_chunk(ELEMENTS.into());
+    let config = OptimizerConfig::new(OptimizerKind::SGD, 0.5);
+    let (spans, rates) = (&layout.chunks[0].spans, config.learning_rates());
+    let mut pipeline = pipeline(&context, layout.chunks[0].len);
+    let elements = layout.chunks[0].len as usize;
+    pipeline.store(0, [&vec![1.0; elements], &[], &[]]).unwrap();
+    let (region, lease) = pipeline.shared((1 + 3 * elements) * 4).unwrap();
+    // No array begins at a multiple of 16.
+    let (_, lease) = lease.split_at(4);
+    let (dma_buf, offset) = region.device_range().unwrap().dma_buf.expect("soft CUDA exports it");
+    assert_eq!(offset, 0);
+    // SAFETY: nobody else touches the file while a job has it.
+    let mut nic =
+        unsafe { memmap2::MmapMut::map_mut(&std::fs::File::from(dma_buf.try_clone_to_owned().unwrap())) }.unwrap();
+    let arrays = 4..(1 + 3 * elements) * 4;
+    let floats: &mut [f32] = bytemuck::cast_slice_mut(&mut nic[arrays.clone()]);
+    for (index, value) in floats[..2 * elements].iter_mut().enumerate() {
+        *value = index as f32;
+    }
+    let mut pieces = lease.chunks(elements * 4).into_iter();
+    let mut give = || pieces.next().unwrap();
+    let (landed, wire) = (vec![give(), give()], give());
+    assert!(landed.iter().all(|lease| lease.device_address().unwrap() % 16 != 0));
+    let (pass, reduction) = (Pass::Fused, Reduction::Mean);
+    let arguments = StepArguments { pass, step: 1, clock: 0, total_weight: 2, reduction, scale: 1.0, measures: false };
+    let plan = ChunkPlan { spans, config: &config, rates: &rates, arguments, scale: 1.0 };
+    let begun = pipeline.update(0, &plan, Gradient::Landed(landed), Some(wire));
+    if std::env::var("FLUSH_FAILS").is_ok() {
+        let error = begun.unwrap_err().to_string();
+        assert!(error.contains("cuFlushGPUDirectRDMAWrites failed on GPU 0"), "{error}");
+        return;
+    }
+    begun.unwrap();
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let done = loop {
+        assert!(Instant::now() < deadline);
+        if let Some(done) = pipeline.poll().unwrap() {
+            break done;
+        }
+    };
+    let floats: &[f32] = bytemuck::cast_slice(&nic[arrays]);
+    for index in 0..elements {
+        let expected = 1.0 - 0.5 * ((index + index + elements) as f32 * 0.5);
+        assert_eq!(floats[2 * elements + index], expected, "element {index}");
+    }
+    let second = pipeline.read(&done.contributions[1], 8).unwrap();
+    assert_eq!(bytemuck::pod_read_unaligned::<[f32; 2]>(&second), [elements as f32, (elements + 1) as f32]);
+}
+
 /// A pipeline that is dropped while jobs are under way ends them first, so that nobody writes into memory that was given back.
 #[test]
 fn a_pipeline_that_is_dropped_ends_its_jobs_first() {

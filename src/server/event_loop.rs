@@ -6,11 +6,15 @@
 
 use std::{collections::VecDeque, sync::Arc, time::Instant};
 
-use super::{ChunkImage, Effect, Memory, NotFinite, Shard, ShardConfig, Work, memory::elements_max};
+use super::{
+    ChunkImage, Effect, Memory, NotFinite, Shard, ShardConfig, Work,
+    landing::{Landing, LandingShape},
+    memory::elements_max,
+};
 use crate::{
     Error, Result,
     layout::Layout,
-    mem::{Lease, Region, RegionOptions},
+    mem::RegionOptions,
     optim::LearningRates,
     session::Paths,
     transport::{Completion, Endpoint, Transport, Wakeup},
@@ -45,8 +49,7 @@ pub struct EventLoop<T> {
     paths: Paths<T>,
     shard: Shard,
     memory: Memory,
-    /// Landing slots by worker, until the worker is connected.
-    landing: Vec<Vec<Lease>>,
+    landing: Landing,
     slots: u32,
     queue: VecDeque<Work>,
     completions: Vec<Completion>,
@@ -68,22 +71,16 @@ impl<T: Transport> EventLoop<T> {
     ) -> Result<EventLoop<T>> {
         let order = &layout.shards[usize::from(config.shard.0)];
         let elements = elements_max(&layout, config.shard);
-        let landing_bytes = elements * config.gradient_dtype.size();
-        let reply_bytes = elements * config.parameter_dtype.size();
-        let (workers, slots) = (usize::from(config.workers), config.slots as usize);
-        let named = |name: &str| RegionOptions { name: format!("{}-{name}", region.name), ..region.clone() };
-        let (landing, lease) = Region::allocate(workers * slots * landing_bytes, &named("landing"))?;
-        paths.register(&landing)?;
-        memory.adopt(&landing)?;
-        let mut pieces = lease.chunks(landing_bytes.max(1)).into_iter();
-        let landing = (0..workers).map(|_| pieces.by_ref().take(slots).collect()).collect();
-        // Two a chunk: one being read by slow workers while the next is being written.
-        let copies = (2 * order.len()).max(1);
-        let (replies, lease) = Region::allocate(copies * reply_bytes, &named("replies"))?;
-        paths.register(&replies)?;
-        memory.adopt(&replies)?;
-        let mut pool = lease.chunks(reply_bytes.max(1));
-        pool.truncate(copies);
+        let shape = LandingShape {
+            workers: config.workers.into(),
+            slots: config.slots as usize,
+            slot_bytes: elements * config.gradient_dtype.size(),
+            // Two a chunk: one being read by slow workers while the next is being written.
+            copies: (2 * order.len()).max(1),
+            copy_bytes: elements * config.parameter_dtype.size(),
+            region: region.clone(),
+        };
+        let (landing, pool) = Landing::allocate(&shape, &mut memory, &mut paths)?;
         Ok(EventLoop {
             me: config.me,
             slots: config.slots,
@@ -218,7 +215,7 @@ impl<T: Transport> EventLoop<T> {
         }
         let worker = peer.rank.index;
         let mut first = None;
-        for slot in std::mem::take(&mut self.landing[usize::from(worker)]) {
+        for slot in self.landing.take(worker, self.paths.fabric(peer)) {
             let remote = self.paths.arm(peer, slot)?;
             first.get_or_insert(remote);
         }

@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod event_loop;
+mod landing;
 mod lane;
 mod memory;
 mod node;

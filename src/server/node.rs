@@ -190,7 +190,12 @@ impl LaneThread {
         let config = &self.plan.config;
         let context = Context::open(info.ordinal)?;
         tracing::info!("shard {} computes on {info}, CUDA {}", self.shard().0, driver_version()?);
-        Ok(OnDevice { context, workers: config.workers, patience: Duration::from_millis(config.gpu_ms) })
+        Ok(OnDevice {
+            context,
+            workers: config.workers,
+            patience: Duration::from_millis(config.gpu_ms),
+            direct: config.gpu_direct,
+        })
     }
 
     /// Pins the thread, then allocates: memory lies beside whoever touches it.

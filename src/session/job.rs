@@ -138,6 +138,8 @@ pub struct JobConfig {
     pub device: DeviceChoice,
     /// How long a step may take on a GPU before the device counts as hung, in milliseconds.
     pub gpu_ms: u64,
+    /// Whether gradients land in a GPU's memory, and parameters leave from there, where the fabric's device reaches it.
+    pub gpu_direct: bool,
     /// Whether a step for which any gradient is not finite is skipped, on all shards, instead of ending in parameters that are not
     /// finite either.
     pub skip_nonfinite: bool,
@@ -190,6 +192,7 @@ impl Default for JobConfig {
             two_step: false,
             device: DeviceChoice::Cpu,
             gpu_ms: 30_000,
+            gpu_direct: true,
             skip_nonfinite: false,
             checkpoint: CheckpointConfig::default(),
             resume: None,

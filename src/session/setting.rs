@@ -43,6 +43,7 @@ const SETTINGS: &[(&str, Kind)] = &[
     ("two_step", Kind::Flag),
     ("device", Kind::Text),
     ("gpu_ms", Kind::Whole),
+    ("gpu_direct", Kind::Flag),
     ("skip_nonfinite", Kind::Flag),
     ("resume", Kind::Text),
     ("init_from", Kind::Text),

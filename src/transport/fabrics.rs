@@ -164,10 +164,19 @@ fn refused(errno: Errno) -> Error {
 impl Transport for Fabrics {
     fn register(&mut self, region: &Region) -> Result<MemoryRegion> {
         let mut keys = Vec::with_capacity(self.drivers.len());
+        let mut refusals = Vec::new();
         for driver in &mut self.drivers {
-            keys.extend(driver.register(region)?.keys);
+            match driver.register(region) {
+                Ok(registered) => keys.extend(registered.keys),
+                // Few fabrics reach a device's memory.
+                Err(Error::Config(why)) if region.device_range().is_some() => refusals.push(why),
+                Err(error) => return Err(error),
+            }
         }
-        Ok(MemoryRegion { keys, len: region.len() as u64 })
+        match keys.is_empty() {
+            true => Err(Error::Config(refusals.join("; "))),
+            false => Ok(MemoryRegion { keys, len: region.len() as u64, is_everywhere: refusals.is_empty() }),
+        }
     }
 
     fn offer(&mut self, peer: PeerId) -> Result<Endpoint> {

@@ -38,12 +38,18 @@ pub struct MemoryRegion {
     keys: Vec<(&'static str, u32)>,
     /// Bytes from the region's start that peers may be allowed to write.
     pub len: u64,
+    is_everywhere: bool,
 }
 
 impl MemoryRegion {
     /// A region as one fabric knows it.
     pub fn new(fabric: &'static str, rkey: u32, len: u64) -> MemoryRegion {
-        MemoryRegion { keys: vec![(fabric, rkey)], len }
+        MemoryRegion { keys: vec![(fabric, rkey)], len, is_everywhere: true }
+    }
+
+    /// Whether every fabric of the transport knows it: not so of a device's memory beside fabrics that reach the host's alone.
+    pub fn is_everywhere(&self) -> bool {
+        self.is_everywhere
     }
 
     /// The key under which peers on `fabric` name the region; 0, which no region has, if it is not registered there.
@@ -191,7 +197,8 @@ pub enum Completion {
 /// sends what cannot be decoded, has its path broken; the others are not disturbed. Where the writer places the bytes (shared
 /// memory, RDMA) they may have landed in the region before that: a region is registered for peers that are trusted so far.
 pub trait Transport {
-    /// Makes a region known to the fabric. For start, join and rebuild; never on the data path.
+    /// Makes a region known to the fabric; of several fabrics, device memory to those that reach it, one at least. For start, join
+    /// and rebuild; never on the data path.
     fn register(&mut self, region: &Region) -> Result<MemoryRegion>;
 
     /// What *this* peer needs to reach us.

@@ -13,11 +13,15 @@ use gradwire::{
     checkpoint::{Checkpoint, latest},
     launch::{Job, JobOptions},
     optim::{Clip, OptimizerConfig, OptimizerKind},
-    session::DeviceChoice,
+    session::{DeviceChoice, Fabric},
+    transport::verbs::{VerbsOptions, VerbsTransport},
+    types::PeerId,
+    wire::{JobToken, handshake::Identity},
 };
 
 use crate::{
     bits::{same, simulated},
+    fabrics::restrict,
     jobs::{adamw, digests, end, home, options, run, stored, with_variable},
     program::{STEPS, model},
 };
@@ -118,6 +122,37 @@ fn fifty_steps_on_gpus_give_the_simulators_bits_and_every_step_is_a_launch() {
         // The second half of a step in two is the f32 kernel too.
         assert_eq!((launches(&log, "adam_f32"), launches(&log, "reduce_f32")), (fused + reduced, reduced), "{log:?}");
         assert!(!log.keys().any(|line| line.starts_with("pageable")), "copies that the processor waits for: {log:?}");
+    }
+}
+
+/// Where there is an RDMA device, which reaches soft CUDA's memory as it would a card's: gradients land there, and where all workers
+/// are reached so parameters leave from there; elsewhere it says so, and is a failure where `GRADWIRE_TEST_RDMA` is set.
+#[test]
+fn verbs_write_into_the_memory_of_gpus_and_give_the_processors_bits() {
+    let identity = Identity { job: 1, token: JobToken::random().unwrap(), me: PeerId::worker(0), epoch: 0 };
+    if let Err(absence) = VerbsTransport::new(VerbsOptions::new(identity)) {
+        assert!(std::env::var_os("GRADWIRE_TEST_RDMA").is_none(), "GRADWIRE_TEST_RDMA is set: {absence}");
+        println!("NOT RUN, no RDMA device reaches a GPU's memory here: {absence}");
+        return;
+    }
+    const STEPS: u64 = 3;
+    let (expected, _) = contents_of(STEPS, &|_| {}, None);
+    let flushes = |log: &BTreeMap<String, usize>| log.get("flush").copied().unwrap_or(0);
+    let all = expected.len() * STEPS as usize;
+    // Every worker over verbs; one of two; none, since the servers are told not to.
+    for (index, count) in [(0, all), (1, all), (2, 0)] {
+        let change = |options: &mut JobOptions| {
+            options.config.transports = vec![Fabric::Verbs, Fabric::Tcp];
+            options.config.gpu_direct = index != 2;
+            match index {
+                0 => options.config.transports = vec![Fabric::Verbs],
+                1 => restrict(options, "worker", 1, "tcp"),
+                _ => {}
+            }
+        };
+        let (found, log) = contents_of(STEPS, &change, Some(&[]));
+        assert!(found == expected, "run {index} gave other bits");
+        assert_eq!(flushes(&log), count, "steps with gradients that had landed on the GPU, run {index}: {log:?}");
     }
 }
 

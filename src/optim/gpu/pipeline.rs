@@ -2,11 +2,12 @@
 //! kernels, out), so that the copies of one job and the kernels of another overlap.
 //!
 //! A job copies contributions and the launch's table from page-locked host memory into its slot, runs its kernels, and copies the
-//! wire copy back into a lease of the caller's. The streams wait for each other by events; the host waits for none of them: it
-//! asks for the oldest job's last event, and while it sleeps a descriptor tells it.
+//! wire copy back into a lease of the caller's. A contribution that a NIC has written into the device is read where it lies, and a
+//! wire copy that is to leave from the device is written there. The streams wait for each other by events; the host waits for none
+//! of them: it asks for the oldest job's last event, and while it sleeps a descriptor tells it.
 //!
 //! Invariant: a lease goes in by value and comes back after the last event of its job; jobs are done in the order in which they
-//! were begun; addresses that reach a kernel are those of this pipeline's own memory.
+//! were begun; addresses that reach a kernel are those of this pipeline's own memory, or of a lease that its job holds.
 
 use std::{
     mem::ManuallyDrop,
@@ -53,6 +54,8 @@ pub struct Pipeline {
     flying: usize,
     event: ManuallyDrop<EventFd>,
     memory: ManuallyDrop<PipelineMemory>,
+    /// Whether the device must be told to finish what a NIC has written, before a kernel reads it.
+    needs_flush: bool,
     /// The device hangs: nothing that waits for it is called any more.
     is_hung: bool,
 }
@@ -103,6 +106,7 @@ impl Pipeline {
             flying: 0,
             event: ManuallyDrop::new(event),
             memory: ManuallyDrop::new(PipelineMemory { pinned: vec![pinned], _state: state, _staging: staging }),
+            needs_flush: context.needs_flush()?,
             is_hung: false,
             context: context.clone(),
             options,
@@ -123,6 +127,34 @@ impl Pipeline {
     pub fn pin(&mut self, region: &Region) -> Result<()> {
         self.memory.pinned.push(region.pin(&self.context)?);
         Ok(())
+    }
+
+    /// Memory of the device that a NIC may be given, of which leases for contributions and wire copies will come.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Gpu`] if the device has not so much left.
+    pub fn shared(&self, bytes: usize) -> Result<(Region, Lease)> {
+        Region::on_device(DeviceBuffer::exportable(&self.context, bytes)?)
+    }
+
+    /// The bytes of a lease, copied if they lie on the device, and waited for; not for the data path.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Gpu`].
+    ///
+    /// # Panics
+    ///
+    /// If the lease is shorter than `bytes`.
+    pub fn read(&self, lease: &Lease, bytes: usize) -> Result<Vec<u8>> {
+        assert!(lease.len() >= bytes, "{bytes} bytes of a lease of {}", lease.len());
+        let Some(address) = lease.device_address() else { return Ok(lease.bytes()[..bytes].to_vec()) };
+        let mut copy = vec![0; bytes];
+        // SAFETY: the copy is as long, and is not touched before the stream is done.
+        unsafe { self.stream_in.copy_to_host(std::ptr::NonNull::from(&mut copy[..]).cast(), address, bytes) }?;
+        self.stream_in.synchronize()?;
+        Ok(copy)
     }
 
     /// Whether another job may begin.
@@ -311,10 +343,14 @@ impl Pipeline {
         let held = slot.held.as_ref().expect("just put there");
         let arrays = self.chunks[held.chunk];
         let elements = arrays.elements as usize;
-        let bytes = elements * self.options.gradient_dtype.size();
+        let (bytes, dtype) = (elements * self.options.gradient_dtype.size(), self.options.parameter_dtype);
         let mut addresses = Vec::with_capacity(held.contributions.len().max(1));
         for (place, lease) in held.contributions.iter().enumerate() {
             assert!(lease.len() >= bytes, "a contribution of {} bytes for a chunk of {bytes}", lease.len());
+            if let Some(address) = lease.device_address() {
+                addresses.push(address);
+                continue;
+            }
             let target = slot.contributions + (place * self.shape.contribution) as u64;
             addresses.push(target);
             // SAFETY: the slot holds the lease until its last event, and its staging is nobody else's.
@@ -324,7 +360,14 @@ impl Pipeline {
             addresses.push(arrays.sums);
         }
         let [master, first, second] = arrays.state;
-        let wire = held.wire.as_ref().map(|_| (slot.wire, self.options.parameter_dtype));
+        if let Some(lease) = &held.wire {
+            let bytes = elements * dtype.size();
+            assert!(lease.len() >= bytes, "a wire copy of {} bytes for a chunk of {bytes}", lease.len());
+        }
+        if self.needs_flush && held.contributions.iter().any(|lease| lease.device_address().is_some()) {
+            self.context.flush_direct_writes()?;
+        }
+        let wire = held.wire.as_ref().map(|lease| (lease.device_address().unwrap_or(slot.wire), dtype));
         let places = ChunkAddresses {
             contributions: &addresses,
             sums: arrays.sums,
@@ -381,9 +424,10 @@ impl Pipeline {
         let arrays = &self.chunks[held.chunk];
         if let Some(lease) = &mut held.wire {
             let bytes = arrays.elements as usize * self.options.parameter_dtype.size();
-            assert!(lease.len() >= bytes, "a wire copy of {} bytes for a chunk of {bytes}", lease.len());
-            // SAFETY: the slot holds the lease until its last event; kernels of later jobs write to other slots.
-            unsafe { self.stream_out.copy_to_host(lease.host_start(), slot.wire, bytes) }?;
+            if lease.device_address().is_none() {
+                // SAFETY: the slot holds the lease until its last event; kernels of later jobs write to other slots.
+                unsafe { self.stream_out.copy_to_host(lease.host_start(), slot.wire, bytes) }?;
+            }
         }
         if held.has_norm {
             // SAFETY: eight bytes on both sides, the slot's own.

@@ -19,6 +19,7 @@ use crate::{
 
 pub(super) struct DeviceMemory {
     pipeline: Pipeline,
+    is_direct: bool,
     flight: VecDeque<Flying>,
     images: Option<Images>,
 }
@@ -63,11 +64,19 @@ impl DeviceMemory {
             first.fill(options.optimizer.kind.state_start());
             pipeline.store(index, [&master, &first, &zeros])?;
         }
-        Ok(DeviceMemory { pipeline, flight: VecDeque::new(), images: None })
+        Ok(DeviceMemory { pipeline, is_direct: device.direct, flight: VecDeque::new(), images: None })
     }
 
     pub(super) fn adopt(&mut self, region: &Region) -> Result<()> {
         self.pipeline.pin(region)
+    }
+
+    pub(super) fn shared(&self, bytes: usize) -> Result<Option<(Region, Lease)>> {
+        self.is_direct.then(|| self.pipeline.shared(bytes)).transpose()
+    }
+
+    pub(super) fn read(&self, lease: &Lease, bytes: usize) -> Result<Vec<u8>> {
+        self.pipeline.read(lease, bytes)
     }
 
     pub(super) fn restore(&mut self, index: usize, image: &ChunkImage) -> Result<()> {

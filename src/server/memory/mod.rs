@@ -14,7 +14,7 @@ use crate::{
     Result,
     cuda::Context,
     layout::{Layout, Piece, Span, TensorSpec},
-    mem::{Region, RegionOptions},
+    mem::{Lease, Region, RegionOptions},
     optim::{LearningRates, OptimizerConfig, Pass, Reduction, StepArguments},
     transport::{Waiter, Wakeup},
     types::{ChunkId, Clock, Dtype, ShardId, Version},
@@ -98,6 +98,8 @@ pub struct OnDevice {
     pub workers: u16,
     /// How long a step may take before the device counts as hung.
     pub patience: std::time::Duration,
+    /// Whether a NIC may be given its memory.
+    pub direct: bool,
 }
 
 /// Parameters and optimizer state of one shard.
@@ -158,6 +160,19 @@ impl Memory {
         match &mut self.place {
             Place::Host(_) => Ok(()),
             Place::Device(device) => device.adopt(region),
+        }
+    }
+
+    /// Memory of the shard's GPU that a NIC may be given, for contributions to land in and wire copies to leave from; `None` where
+    /// the processor computes, or the GPU is to keep its memory to itself.
+    ///
+    /// # Errors
+    ///
+    /// [`crate::Error::Gpu`] if the device has not so much left.
+    pub fn shared(&self, bytes: usize) -> Result<Option<(Region, Lease)>> {
+        match &self.place {
+            Place::Host(_) => Ok(None),
+            Place::Device(device) => device.shared(bytes),
         }
     }
 
@@ -282,7 +297,7 @@ impl Memory {
                 work.squared_norm = Some(sum * (mean * mean));
                 // Squares of f32 never overflow an f64: an element is not finite.
                 if !sum.is_finite() {
-                    self.not_finite.push_back(self.plan.blame(work));
+                    self.not_finite.push_back(self.plan.blame(work, &self.place)?);
                 }
             }
             let index = self.plan.index(work.chunk);
@@ -301,6 +316,16 @@ impl Memory {
         match &mut self.place {
             Place::Host(_) => None,
             Place::Device(device) => Some(&mut **device),
+        }
+    }
+}
+
+impl Place {
+    /// The bytes of a lease, wherever they are; for what happens seldom.
+    fn read(&self, lease: &Lease, bytes: usize) -> Result<Vec<u8>> {
+        match self {
+            Place::Host(_) => Ok(lease.bytes()[..bytes].to_vec()),
+            Place::Device(device) => device.read(lease, bytes),
         }
     }
 }
@@ -330,25 +355,29 @@ impl Plan {
     }
 
     /// Whose gradient made a chunk's sum not finite, and in which tensor.
-    fn blame(&self, work: &Work) -> NotFinite {
+    fn blame(&self, work: &Work, place: &Place) -> Result<NotFinite> {
         let dtype = self.options.gradient_dtype;
         let elements = self.layout.chunk(work.chunk).len as usize;
-        let found = work.contributions.iter().find_map(|contribution| {
-            let bytes = &contribution.lease.bytes()[..elements * dtype.size()];
-            let element = match dtype {
-                Dtype::F32 => bytemuck::cast_slice::<u8, f32>(bytes).iter().position(|value| !value.is_finite()),
-                Dtype::Bf16 => bytemuck::cast_slice::<u8, bf16>(bytes).iter().position(|value| !value.is_finite()),
-                Dtype::F16 => bytemuck::cast_slice::<u8, f16>(bytes).iter().position(|value| !value.is_finite()),
-            };
-            element.map(|element| (contribution.worker, element as u32))
-        });
+        let is_wrong = |bytes: &[u8]| match dtype {
+            Dtype::F32 => !bytemuck::pod_read_unaligned::<f32>(bytes).is_finite(),
+            Dtype::Bf16 => !bytemuck::pod_read_unaligned::<bf16>(bytes).is_finite(),
+            Dtype::F16 => !bytemuck::pod_read_unaligned::<f16>(bytes).is_finite(),
+        };
+        let mut found = None;
+        for Contribution { worker, lease, .. } in &work.contributions {
+            let bytes = place.read(lease, elements * dtype.size())?;
+            if let Some(element) = bytes.chunks_exact(dtype.size()).position(is_wrong) {
+                found = Some((*worker, element as u32));
+                break;
+            }
+        }
         let element = found.map_or(0, |(_, element)| element);
         let mut tensors = self.layout.tensors_of(work.chunk).filter(|tensor| {
             let mut pieces = self.layout.pieces(tensor).filter(|piece| piece.chunk == work.chunk);
             pieces.any(|piece| (piece.chunk_start..piece.chunk_start + piece.len).contains(&element))
         });
         let tensor = tensors.next().map(|tensor| tensor.spec.name.clone()).unwrap_or_default();
-        NotFinite { clock: work.clock, worker: found.map(|(worker, _)| worker), tensor }
+        Ok(NotFinite { clock: work.clock, worker: found.map(|(worker, _)| worker), tensor })
     }
 
     /// First values of a chunk's parameters.

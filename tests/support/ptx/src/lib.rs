@@ -24,7 +24,7 @@ mod thread;
 use std::fmt;
 
 pub use machine::{Launch, Statistics};
-pub use memory::Memory;
+pub use memory::{Memory, SharedBytes};
 pub use parse::{Function, Module};
 
 /// Why a text is not a module that can be run here.

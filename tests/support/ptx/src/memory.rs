@@ -1,9 +1,9 @@
 //! Device memory: allocations with addresses of their own.
 //!
 //! Invariant: between two allocations lie at least [`GAP`] bytes that belong to nobody, so an access past an end never lands in
-//! another; a byte is read only after it was written; addresses are never given twice.
+//! another; a byte is read only after it was written, unless others write there too; addresses are never given twice.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, fmt};
 
 use crate::Cause;
 
@@ -21,10 +21,60 @@ pub struct Memory {
     used: usize,
 }
 
+/// Bytes of an allocation that others than the device reach too, as a NIC does.
+pub trait SharedBytes: fmt::Debug + Send {
+    /// How many there are.
+    fn len(&self) -> usize;
+
+    /// Whether there are none.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Copies out of them; the range was checked.
+    fn read(&self, at: usize, out: &mut [u8]);
+
+    /// Copies into them; the range was checked.
+    fn write(&mut self, at: usize, bytes: &[u8]);
+}
+
 #[derive(Debug)]
-struct Allocation {
-    bytes: Vec<u8>,
-    written: Vec<bool>,
+enum Allocation {
+    Own { bytes: Vec<u8>, written: Vec<bool> },
+    Shared(Box<dyn SharedBytes>),
+}
+
+impl Allocation {
+    fn len(&self) -> usize {
+        match self {
+            Allocation::Own { bytes, .. } => bytes.len(),
+            Allocation::Shared(shared) => shared.len(),
+        }
+    }
+
+    fn write(&mut self, at: usize, from: &[u8]) {
+        match self {
+            Allocation::Own { bytes, written } => {
+                bytes[at..at + from.len()].copy_from_slice(from);
+                written[at..at + from.len()].fill(true);
+            }
+            Allocation::Shared(shared) => shared.write(at, from),
+        }
+    }
+
+    /// False if one of the bytes was never written.
+    fn read(&self, at: usize, out: &mut [u8]) -> bool {
+        match self {
+            Allocation::Own { bytes, written } => {
+                out.copy_from_slice(&bytes[at..at + out.len()]);
+                written[at..at + out.len()].iter().all(|written| *written)
+            }
+            Allocation::Shared(shared) => {
+                shared.read(at, out);
+                true
+            }
+        }
+    }
 }
 
 impl Default for Memory {
@@ -44,36 +94,27 @@ impl Memory {
         if bytes > self.limit - self.used {
             return None;
         }
-        let address = self.reserve(bytes, ALIGNMENT);
-        self.insert(address, bytes);
+        let address = self.next;
+        self.next = (address + bytes as u64 + GAP).next_multiple_of(ALIGNMENT);
+        self.used += bytes;
+        self.allocations.insert(address, Allocation::Own { bytes: vec![0; bytes], written: vec![false; bytes] });
         Some(address)
     }
 
-    /// Addresses for so many bytes, without memory: a multiple of `alignment`, a power of two.
-    pub fn reserve(&mut self, bytes: usize, alignment: u64) -> u64 {
-        let address = self.next.next_multiple_of(alignment);
-        self.next = (address + bytes as u64 + GAP).next_multiple_of(ALIGNMENT);
-        address
-    }
-
-    /// Puts new memory at an address that was reserved; false if the device has not so much left.
-    pub fn put_at(&mut self, address: u64, bytes: usize) -> bool {
-        let fits = bytes <= self.limit - self.used;
+    /// Puts memory that others reach too at an address that is nobody's here; false if the device has not so much left.
+    pub fn put_shared(&mut self, address: u64, shared: Box<dyn SharedBytes>) -> bool {
+        let fits = shared.len() <= self.limit - self.used;
         if fits {
-            self.insert(address, bytes);
+            self.used += shared.len();
+            self.allocations.insert(address, Allocation::Shared(shared));
         }
         fits
-    }
-
-    fn insert(&mut self, address: u64, bytes: usize) {
-        self.used += bytes;
-        self.allocations.insert(address, Allocation { bytes: vec![0; bytes], written: vec![false; bytes] });
     }
 
     /// Gives memory back; false if no allocation begins there.
     pub fn free(&mut self, address: u64) -> bool {
         let allocation = self.allocations.remove(&address);
-        self.used -= allocation.as_ref().map_or(0, |allocation| allocation.bytes.len());
+        self.used -= allocation.as_ref().map_or(0, Allocation::len);
         allocation.is_some()
     }
 
@@ -89,8 +130,7 @@ impl Memory {
     /// [`Cause::OutOfBounds`].
     pub fn write(&mut self, address: u64, bytes: &[u8]) -> Result<(), Cause> {
         let (allocation, at) = self.find_mut(address, bytes.len())?;
-        allocation.bytes[at..at + bytes.len()].copy_from_slice(bytes);
-        allocation.written[at..at + bytes.len()].fill(true);
+        allocation.write(at, bytes);
         Ok(())
     }
 
@@ -101,8 +141,7 @@ impl Memory {
     /// [`Cause::OutOfBounds`].
     pub fn fill(&mut self, address: u64, value: u8, bytes: usize) -> Result<(), Cause> {
         let (allocation, at) = self.find_mut(address, bytes)?;
-        allocation.bytes[at..at + bytes].fill(value);
-        allocation.written[at..at + bytes].fill(true);
+        allocation.write(at, &vec![value; bytes]);
         Ok(())
     }
 
@@ -113,11 +152,7 @@ impl Memory {
     /// [`Cause::OutOfBounds`], or [`Cause::Unwritten`] if one of the bytes was never written.
     pub fn read(&self, address: u64, out: &mut [u8]) -> Result<(), Cause> {
         let (allocation, at) = self.find(address, out.len())?;
-        if !allocation.written[at..at + out.len()].iter().all(|written| *written) {
-            return Err(Cause::Unwritten { address, bytes: out.len() });
-        }
-        out.copy_from_slice(&allocation.bytes[at..at + out.len()]);
-        Ok(())
+        if allocation.read(at, out) { Ok(()) } else { Err(Cause::Unwritten { address, bytes: out.len() }) }
     }
 
     /// Loads `size` bytes at each of `width` places, as a kernel does: all or none, aligned as one access.
@@ -151,7 +186,7 @@ impl Memory {
         let outside = Cause::OutOfBounds { address, bytes };
         let Some((start, allocation)) = self.allocations.range(..=address).next_back() else { return Err(outside) };
         let at = (address - start) as usize;
-        let inside = at.checked_add(bytes).is_some_and(|end| end <= allocation.bytes.len());
+        let inside = at.checked_add(bytes).is_some_and(|end| end <= allocation.len());
         if inside { Ok((allocation, at)) } else { Err(outside) }
     }
 
@@ -159,7 +194,7 @@ impl Memory {
         let outside = Cause::OutOfBounds { address, bytes };
         let Some((start, allocation)) = self.allocations.range_mut(..=address).next_back() else { return Err(outside) };
         let at = (address - start) as usize;
-        let inside = at.checked_add(bytes).is_some_and(|end| end <= allocation.bytes.len());
+        let inside = at.checked_add(bytes).is_some_and(|end| end <= allocation.len());
         if inside { Ok((allocation, at)) } else { Err(outside) }
     }
 }

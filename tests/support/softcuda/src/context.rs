@@ -7,7 +7,8 @@ use std::ffi::{c_char, c_int, c_uint};
 use gradwire_ptx::Memory;
 
 use crate::state::{
-    CURRENT, Device, INVALID_CONTEXT, INVALID_DEVICE, INVALID_VALUE, NO_DEVICE, STATUS, Status, call, give, setting,
+    CURRENT, Device, INVALID_CONTEXT, INVALID_DEVICE, INVALID_VALUE, NO_DEVICE, STATUS, Status, call, give, log,
+    setting,
 };
 
 /// # Safety
@@ -126,6 +127,7 @@ pub unsafe extern "C" fn cuDeviceGetPCIBusId(id: *mut c_char, len: c_int, device
 pub unsafe extern "C" fn cuFlushGPUDirectRDMAWrites(target: c_uint, scope: c_uint) -> Status {
     call("cuFlushGPUDirectRDMAWrites", |state| {
         state.current()?;
+        log("flush");
         if target == 0 && [100, 200].contains(&scope) { Ok(()) } else { Err(INVALID_VALUE) }
     })
 }

@@ -12,7 +12,7 @@ use std::{
 
 use gradwire_ptx::{Function, Memory, Module};
 
-use crate::streams::Stream;
+use crate::{streams::Stream, virtual_memory::Physical};
 
 /// `CUresult`.
 pub(crate) type Status = u32;
@@ -73,8 +73,8 @@ pub(crate) struct State {
     pub(crate) pinned: HashMap<usize, Box<[u128]>>,
     /// Page-locked host memory of the caller: bytes by address.
     pub(crate) registered: HashMap<usize, usize>,
-    /// Physical memory of the card, by handle: bytes.
-    pub(crate) physical: HashMap<u64, usize>,
+    /// Physical memory of the card, by handle.
+    pub(crate) physical: HashMap<u64, Physical>,
     /// Mapped addresses: their handle.
     pub(crate) mapped: HashMap<u64, u64>,
     pub(crate) launches: u64,
