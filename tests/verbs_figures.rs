@@ -73,7 +73,7 @@ impl End {
             self.transport.poll(self.now, &mut self.heard).unwrap();
             let slept = self.waiter.as_ref().filter(|_| self.heard.is_empty());
             if let Some(waiter) = slept {
-                waiter.wait(&mut [&mut self.transport], Some(deadline)).unwrap();
+                waiter.wait_from(self.now, &mut [&mut self.transport], Some(deadline)).unwrap();
             }
             if slept.is_some() || self.looks.is_multiple_of(LOOKS_A_CLOCK) {
                 self.now = Instant::now();

@@ -130,8 +130,10 @@ impl Lane {
             } else if !idle.may_spin(now) {
                 let until = self.next_deadline();
                 match self.event_loop.wakeups() {
-                    (transport, None) => waiter.wait(&mut [transport, &mut self.commands], until)?,
-                    (transport, Some(device)) => waiter.wait(&mut [transport, &mut self.commands, device], until)?,
+                    (transport, None) => waiter.wait_from(now, &mut [transport, &mut self.commands], until)?,
+                    (transport, Some(device)) => {
+                        waiter.wait_from(now, &mut [transport, &mut self.commands, device], until)?
+                    }
                 };
             }
         }

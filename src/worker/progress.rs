@@ -216,7 +216,7 @@ impl<T: Transport + Wakeup> ProgressThread<T> {
                 idle.busy(now);
             } else if !idle.may_spin(now) {
                 let until = self.engine.next_deadline();
-                self.waiter.wait(&mut [self.engine.paths().transport(), &mut self.launcher], until)?;
+                self.waiter.wait_from(now, &mut [self.engine.paths().transport(), &mut self.launcher], until)?;
             }
         }
     }
