@@ -71,6 +71,9 @@ fn table(status: &Status) -> String {
     if status.not_finite > 0 {
         text += &format!("gradients that were not finite at {} clocks\n", status.not_finite);
     }
+    if let Some(verdict) = &status.verdict {
+        text += &format!("waiting: {verdict}\n");
+    }
     for rank in &status.ranks {
         for path in &rank.paths {
             text += &format!("{} reaches {} over {}: {}\n", rank.rank, path.peer, path.fabric, path.reason);

@@ -206,6 +206,9 @@ impl Supervisor {
                 self.tell_fallback(rank, &paths);
                 self.paths.insert(rank, paths);
             }
+            Notice::Waiting(verdict) => {
+                self.processes.say(&format!("gradwire: job {}: {verdict}", self.options.config.name));
+            }
             Notice::NotFinite { clock, worker, tensor, count } => self.not_finite(clock, worker, &tensor, count),
             Notice::Failed { rank, text, elsewhere } => self.see(Sight::Reported { rank, text, elsewhere }),
             // Of a rank that we started, its exit tells more, and when the job is ending it was told to leave.

@@ -4,7 +4,11 @@
 //! Invariant: every effect of the shard is carried out in order, and computing never keeps the transport waiting for longer than
 //! a tile, or than it takes to hand jobs to a GPU.
 
-use std::{collections::VecDeque, sync::Arc, time::Instant};
+use std::{
+    collections::VecDeque,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use super::{
     ChunkImage, Effect, Memory, NotFinite, Shard, ShardConfig, Work,
@@ -16,7 +20,7 @@ use crate::{
     layout::Layout,
     mem::RegionOptions,
     optim::LearningRates,
-    session::Paths,
+    session::{Paths, WAITS_MAX, Wait},
     transport::{Completion, Endpoint, Transport, Wakeup},
     types::{Clock, PeerId, Role, Version},
     wire::Attachment,
@@ -57,6 +61,8 @@ pub struct EventLoop<T> {
     copying: Option<(Clock, LearningRates)>,
     snapshots: VecDeque<Snapshot>,
     me: PeerId,
+    /// When something came or was computed last.
+    moved_at: Option<Instant>,
 }
 
 impl<T: Transport> EventLoop<T> {
@@ -92,6 +98,7 @@ impl<T: Transport> EventLoop<T> {
             completions: Vec::new(),
             copying: None,
             snapshots: VecDeque::new(),
+            moved_at: None,
         })
     }
 
@@ -138,12 +145,27 @@ impl<T: Transport> EventLoop<T> {
         moved |= self.compute()?;
         self.carry_out()?;
         self.paths.flush()?;
+        if moved || self.moved_at.is_none() {
+            self.moved_at = Some(now);
+        }
         let can_start = !self.queue.is_empty() && self.memory.has_room();
         Ok(match can_start || self.memory.is_busy() {
             true => Progress::Busy,
             false if moved => Progress::Moved,
             false => Progress::Idle,
         })
+    }
+
+    /// How long nothing has come and nothing has been computed.
+    pub fn stillness(&self, now: Instant) -> Duration {
+        self.moved_at.map_or(Duration::ZERO, |at| now.saturating_duration_since(at))
+    }
+
+    /// What the shard waits for, since it moved last.
+    pub fn waits(&self, now: Instant) -> Vec<Wait> {
+        let since = self.stillness(now);
+        let lacking = self.shard.waits().into_iter().take(WAITS_MAX);
+        lacking.map(|(of, owed, chunk, clock)| self.paths.wait(of, owed, (chunk, clock), since, now)).collect()
     }
 
     /// When `turn` wants to be called even if nothing happens.

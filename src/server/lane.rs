@@ -36,6 +36,7 @@ const LEAVE_TIME: Duration = Duration::from_secs(2);
 pub(super) struct Lane {
     plan: Arc<Plan>,
     shard: ShardId,
+    lane: u16,
     event_loop: EventLoop<Fabrics>,
     reporter: Reporter,
     commands: CommandWakeup,
@@ -45,6 +46,8 @@ pub(super) struct Lane {
     /// The checkpoint with which the job ends is complete: workers are given until then to leave first.
     leaving: Option<(Clock, Instant)>,
     reported: (Instant, Clock),
+    /// When the launcher was last told what is waited for; `None` if it has asked since.
+    told: Option<Instant>,
 }
 
 /// The launcher's commands as something that wakes a sleeping thread.
@@ -77,6 +80,7 @@ impl Lane {
             plan.checkpoint_dir.clone().map(|dir| Writer::new(dir, shard, plan.layout.clone(), reporter.clone()));
         let reported = (Instant::now(), plan.start_clock);
         Lane {
+            lane: shard.0 % plan.shards_per_server,
             plan,
             shard,
             event_loop,
@@ -85,6 +89,7 @@ impl Lane {
             writer,
             end: None,
             leaving: None,
+            told: Some(reported.0),
             reported,
         }
     }
@@ -122,6 +127,7 @@ impl Lane {
                 self.reporter.report(Report::NotFinite { clock, worker, tensor })?;
             }
             self.report_progress(now)?;
+            self.report_waits(now)?;
             if self.event_loop.is_done() && self.end.is_some() {
                 return self.finish();
             }
@@ -153,6 +159,7 @@ impl Lane {
             Command::Stop { checkpoint: true, clock: Some(clock), .. } => self.request_checkpoint(clock, true)?,
             Command::Stop { .. } => return Ok(true),
             Command::Leave { clock } => self.leaving = Some((clock, Instant::now() + LEAVE_TIME)),
+            Command::TellWaits => self.told = None,
             Command::End { clock, checkpoint } => self.end = Some((clock, checkpoint)),
             Command::JobFailed { text } => return Err(Error::JobFailed(text)),
         }
@@ -183,6 +190,19 @@ impl Lane {
             self.reporter.report(Report::Progress { clock })?;
         }
         Ok(())
+    }
+
+    /// Says what is waited for: when the launcher asks, and with every heartbeat while nothing has moved for too long.
+    fn report_waits(&mut self, now: Instant) -> Result<()> {
+        let still = self.event_loop.stillness(now) >= self.plan.warn;
+        let due = |told: Instant| still && now >= told + self.plan.heartbeat;
+        if !self.told.is_none_or(due) {
+            return Ok(());
+        }
+        let asked = self.told.replace(now).is_none();
+        let waits = self.event_loop.waits(now);
+        let lane = self.lane;
+        if asked || !waits.is_empty() { self.reporter.report(Report::Waits { lane, waits }) } else { Ok(()) }
     }
 
     /// All workers have finished and everything has been applied.

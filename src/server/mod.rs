@@ -16,4 +16,6 @@ mod shard;
 pub use event_loop::{EventLoop, Progress, Snapshot};
 pub use memory::{ChunkImage, InitialValues, Memory, MemoryOptions, NotFinite, OnDevice, Seeded};
 pub use node::run;
-pub use shard::{Contribution, Decision, DecisionConfig, DecisionRules, Effect, Shard, ShardConfig, Task, Work};
+pub use shard::{
+    Contribution, Decision, DecisionConfig, DecisionRules, Effect, Lacking, Shard, ShardConfig, Task, Work,
+};

@@ -43,6 +43,10 @@ pub(super) struct Plan {
     pub checkpoint_dir: Option<PathBuf>,
     pub start_clock: Clock,
     pub connect_time: Duration,
+    pub shards_per_server: u16,
+    /// How long a wait may be before it is reported, and how often it is reported then.
+    pub warn: Duration,
+    pub heartbeat: Duration,
     /// The GPUs to compute on; none for the processor.
     devices: Vec<DeviceInfo>,
     config: JobConfig,
@@ -99,6 +103,9 @@ pub fn run(mut member: Member) -> Result<()> {
         checkpoint_dir: config.checkpoint.dir.clone(),
         start_clock: config.start_clock,
         connect_time: config.deadline().max(Duration::from_secs(30)),
+        shards_per_server: config.shards_per_server,
+        warn: config.warn(),
+        heartbeat: config.heartbeat(),
         devices,
         config,
     });

@@ -155,6 +155,9 @@ pub struct JobConfig {
     pub heartbeat_ms: u64,
     /// How long a silent peer is waited for before the job ends, in milliseconds.
     pub deadline_ms: u64,
+    /// How long a rank waits for another before the launcher asks all of them who waits for whom, and says so, in milliseconds; at
+    /// least three heartbeats. The job goes on.
+    pub warn_ms: u64,
     /// How long the launcher waits for every rank to join, in milliseconds.
     pub join_ms: u64,
     /// How long, from the first rank that is there, the others may take to declare, to offer or to reach a barrier, in
@@ -200,6 +203,7 @@ impl Default for JobConfig {
             init_from: None,
             heartbeat_ms: 1000,
             deadline_ms: 10_000,
+            warn_ms: 5_000,
             join_ms: 60_000,
             setup_ms: 600_000,
             wait_ms: 600_000,
@@ -279,6 +283,7 @@ impl JobConfig {
     fn validate_times(&self) -> Result<()> {
         for (key, value) in [
             ("heartbeat_ms", self.heartbeat_ms),
+            ("warn_ms", self.warn_ms),
             ("join_ms", self.join_ms),
             ("setup_ms", self.setup_ms),
             ("gpu_ms", self.gpu_ms),
@@ -342,6 +347,16 @@ impl JobConfig {
     /// How often a silent path carries a heartbeat.
     pub fn heartbeat(&self) -> Duration {
         Duration::from_millis(self.heartbeat_ms)
+    }
+
+    /// How long a rank waits for another before the launcher says who waits for whom.
+    pub fn warn(&self) -> Duration {
+        Duration::from_millis(self.warn_ms.max(self.silent_ms()))
+    }
+
+    /// Silence after which a rank counts as silent in a verdict: two heartbeats may be lost to a busy machine.
+    pub fn silent_ms(&self) -> u64 {
+        3 * self.heartbeat_ms
     }
 
     /// How long a silent peer is waited for.

@@ -52,6 +52,11 @@ impl Liveness {
         }
     }
 
+    /// How long nothing has been heard from a peer; `None` if it is not watched.
+    pub fn silence(&self, peer: PeerId, now: Instant) -> Option<Duration> {
+        self.peers.get(&peer).map(|peer| now.saturating_duration_since(peer.heard))
+    }
+
     /// Stops watching a peer.
     pub fn forget(&mut self, peer: PeerId) {
         self.peers.remove(&peer);
@@ -122,6 +127,8 @@ mod tests {
         liveness.track(PeerId::worker(0), start);
         let late = start + 100 * SECOND;
         assert_eq!(poll(&mut liveness, late), [LivenessEvent::HeartbeatDue(PeerId::worker(0))]);
+        assert_eq!(liveness.silence(PeerId::worker(0), late), Some(Duration::ZERO));
+        assert_eq!(liveness.silence(PeerId::worker(1), late), None);
         assert_eq!(poll(&mut liveness, late + SECOND).len(), 1);
         poll(&mut liveness, late + 2 * SECOND);
         let events = poll(&mut liveness, late + 3 * SECOND);

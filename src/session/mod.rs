@@ -14,6 +14,7 @@ mod placement;
 mod rendezvous;
 mod setting;
 mod settings;
+mod verdict;
 
 pub use device::{DeviceChoice, device_of};
 pub use footprint::{ShardMemory, ShardShape, memory_available};
@@ -27,3 +28,4 @@ pub use rendezvous::{
 };
 pub(crate) use rendezvous::{ControlAnswer, control};
 pub use settings::gather;
+pub use verdict::{Finding, Owed, Verdict, WAITS_MAX, Wait, judge};

@@ -9,12 +9,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Liveness, LivenessEvent};
+use super::{Liveness, LivenessEvent, Owed, Wait};
 use crate::{
     Error, Result,
     mem::{Lease, Region},
     transport::{Completion, Endpoint, MemoryRegion, RemoteSlot, Transport, WorkRequest},
-    types::{Epoch, PeerId},
+    types::{ChunkId, Clock, Epoch, PeerId},
     wire::{Note, NoteKind},
 };
 
@@ -74,6 +74,28 @@ impl<T: Transport> Paths<T> {
     /// See [`Transport::arm`].
     pub fn arm(&mut self, peer: PeerId, slot: Lease) -> Result<RemoteSlot> {
         self.transport.arm(peer, slot)
+    }
+
+    /// What is awaited of a peer for `since`, with what is known of its path.
+    pub fn wait(
+        &self,
+        of: PeerId,
+        owed: Owed,
+        at: (Option<ChunkId>, Option<Clock>),
+        since: Duration,
+        now: Instant,
+    ) -> Wait {
+        let silence = self.liveness.silence(of, now);
+        let milliseconds = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        Wait {
+            of,
+            owed,
+            chunk: at.0,
+            clock: at.1,
+            since_ms: milliseconds(since),
+            fabric: self.transport.fabric(of).into(),
+            silence_ms: silence.map(milliseconds),
+        }
     }
 
     /// Queues a write; if the driver has no room, it waits here.

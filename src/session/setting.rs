@@ -49,6 +49,7 @@ const SETTINGS: &[(&str, Kind)] = &[
     ("init_from", Kind::Text),
     ("heartbeat_ms", Kind::Whole),
     ("deadline_ms", Kind::Whole),
+    ("warn_ms", Kind::Whole),
     ("join_ms", Kind::Whole),
     ("setup_ms", Kind::Whole),
     ("wait_ms", Kind::Whole),

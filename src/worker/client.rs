@@ -18,6 +18,7 @@ use crate::{
     consistency::Consistency,
     layout::{Layout, WorkerView},
     mem::{Lease, SharedLease},
+    session::Owed,
     transport::{RemoteSlot, WorkRequest},
     types::{ChunkId, Clock, Dtype, Epoch, PeerId, ShardId, Version},
     wire::{Attachment, Note, NoteFlags, NoteKind},
@@ -291,6 +292,23 @@ impl Client {
             let wanted = peer.is_none_or(|peer| peer == owner);
             wanted.then_some(Awaited { peer: owner, chunk: ChunkId(index as u32), clock })
         })
+    }
+
+    /// What is awaited of each lane: its path, the first chunk whose parameters it owes, room for a gradient, its goodbye.
+    pub fn waits(&self) -> Vec<(PeerId, Owed, Option<ChunkId>, Option<Clock>)> {
+        let waits = self.lanes.iter().filter_map(|lane| {
+            if lane.landing.is_none() {
+                return Some((lane.peer, Owed::Path, None, None));
+            }
+            if let Some(Awaited { chunk, clock, .. }) = self.awaited(Some(lane.peer)) {
+                return Some((lane.peer, Owed::Parameters, Some(chunk), clock));
+            }
+            if let Some(next) = lane.waiting.peek() {
+                return Some((lane.peer, Owed::Room, Some(next.chunk), Some(next.clock)));
+            }
+            (lane.finished && !lane.goodbye).then_some((lane.peer, Owed::Goodbye, None, None))
+        });
+        waits.collect()
     }
 
     fn contribute(&mut self, chunk: ChunkId, clock: Clock, gradient: Option<Lease>, reply: Option<Lease>) {

@@ -14,7 +14,7 @@ use crate::{
     Error, Result,
     layout::Layout,
     mem::{Lease, Region},
-    session::Paths,
+    session::{Paths, WAITS_MAX, Wait},
     transport::{Completion, Endpoint, MemoryRegion, Transport},
     types::{ChunkId, Clock, PeerId, Version},
 };
@@ -97,6 +97,12 @@ impl<T: Transport> Engine<T> {
     /// The first thing that this worker waits for.
     pub fn awaited(&self) -> Option<Awaited> {
         self.client.awaited(None)
+    }
+
+    /// What this worker waits for, of each lane one thing; its program has waited for `since`.
+    pub fn waits(&self, since: Duration, now: Instant) -> Vec<Wait> {
+        let waits = self.client.waits().into_iter().take(WAITS_MAX);
+        waits.map(|(of, owed, chunk, clock)| self.paths.wait(of, owed, (chunk, clock), since, now)).collect()
     }
 
     /// Carries out commands and does what can be done now; events are appended. `true` if something had come.

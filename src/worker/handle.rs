@@ -12,7 +12,7 @@ use std::{
 use super::{
     ClientConfig, Command, Engine, Event,
     buffers::Buffers,
-    progress::{Progress, connect_time},
+    progress::{Pace, Progress, connect_time},
 };
 use crate::{
     Error, Result,
@@ -119,7 +119,8 @@ impl Worker {
         }
         let choices = engine.paths().transport().choices().cloned().collect();
         member.reporter().report(Report::Paths(choices))?;
-        let progress = Progress::start(engine, member.commands()?, member.reporter())?;
+        let pace = Pace { warn: config.warn(), again: config.heartbeat() };
+        let progress = Progress::start(engine, member.commands()?, member.reporter(), pace)?;
         Ok((layout, lanes, buffers, progress))
     }
 
@@ -127,6 +128,7 @@ impl Worker {
     fn first_parameters(&mut self) -> Result<()> {
         let time = connect_time(self.config());
         let deadline = Instant::now() + time;
+        self.progress.set_waiting(true);
         while !self.attached {
             self.take_events(deadline)?;
             if !self.attached && Instant::now() >= deadline {
@@ -230,8 +232,10 @@ impl Worker {
             self.decide_reply(wants_reply)?;
             self.close_clock(wants_reply);
             self.closed = true;
+            self.progress.set_waiting(true);
         }
         self.until(time, Buffers::all_home)?;
+        self.progress.set_waiting(false);
         self.buffers.begin_clock();
         self.wants_reply = None;
         self.closed = false;
@@ -285,8 +289,11 @@ impl Worker {
             }
         }
         self.progress.command(commands);
+        self.progress.set_waiting(true);
         // The server answers in time even if the version is not there; this allows for the way.
-        self.until(time + Duration::from_secs(5), Buffers::parameters_home)?;
+        let answered = self.until(time + Duration::from_secs(5), Buffers::parameters_home);
+        self.progress.set_waiting(false);
+        answered?;
         match self.buffers.chunks.iter().find(|chunk| chunk.version < min_version) {
             None => Ok(()),
             Some(chunk) => Err(Error::Deadline {
@@ -338,6 +345,7 @@ impl Worker {
             self.wait()?;
         }
         self.progress.command([Command::Finish]);
+        self.progress.set_waiting(true);
         let time = self.wait_time();
         let deadline = Instant::now() + time;
         while !self.finished {

@@ -37,6 +37,8 @@ struct State {
     commands: VecDeque<Command>,
     events: VecDeque<Event>,
     failure: Option<Failure>,
+    /// Since when the program has waited; `None` while it computes.
+    waiting: Option<Instant>,
     ending: bool,
 }
 
@@ -71,14 +73,22 @@ pub(super) struct Progress {
 
 impl Progress {
     /// Starts the thread.
-    pub fn start<T>(engine: Engine<T>, commands: Commands, reporter: Reporter) -> Result<Progress>
+    pub fn start<T>(engine: Engine<T>, commands: Commands, reporter: Reporter, pace: Pace) -> Result<Progress>
     where
         T: Transport + Wakeup + Send + 'static,
     {
         let shared = Arc::new(Shared::default());
         let waiter = Waiter::new()?;
         let wake = waiter.handle();
-        let mut thread = ProgressThread { shared: shared.clone(), engine, waiter, launcher: Launcher(commands) };
+        let mut thread = ProgressThread {
+            shared: shared.clone(),
+            engine,
+            waiter,
+            launcher: Launcher(commands),
+            reporter: reporter.clone(),
+            pace,
+            told: Some(Instant::now()),
+        };
         let run = move || {
             if let Err(error) = thread.run() {
                 let failure = match error {
@@ -96,6 +106,12 @@ impl Progress {
         let handle = std::thread::Builder::new().name("gradwire".into()).spawn(run);
         let thread = handle.map_err(|error| Error::os("pthread_create", "the progress thread", error))?;
         Ok(Progress { shared, wake, thread: Some(thread) })
+    }
+
+    /// The program begins to wait, or goes on.
+    pub fn set_waiting(&self, waits: bool) {
+        let mut state = self.shared.lock();
+        state.waiting = waits.then(|| state.waiting.unwrap_or_else(Instant::now));
     }
 
     /// Gives commands.
@@ -189,6 +205,19 @@ struct ProgressThread<T> {
     engine: Engine<T>,
     waiter: Waiter,
     launcher: Launcher,
+    reporter: Reporter,
+    pace: Pace,
+    /// When the launcher was last told what is waited for; `None` if it has asked since.
+    told: Option<Instant>,
+}
+
+/// When waits are reported.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Pace {
+    /// How long a wait may be before it is reported.
+    pub warn: Duration,
+    /// How often it is reported then.
+    pub again: Duration,
 }
 
 impl<T: Transport + Wakeup> ProgressThread<T> {
@@ -196,13 +225,14 @@ impl<T: Transport + Wakeup> ProgressThread<T> {
         let (mut commands, mut events) = (VecDeque::new(), VecDeque::new());
         let mut idle = Idle::default();
         loop {
-            {
+            let waiting = {
                 let mut state = self.shared.lock();
                 if state.ending {
                     return Ok(());
                 }
                 std::mem::swap(&mut commands, &mut state.commands);
-            }
+                state.waiting
+            };
             self.obey()?;
             let now = Instant::now();
             let commanded = !commands.is_empty();
@@ -212,6 +242,7 @@ impl<T: Transport + Wakeup> ProgressThread<T> {
                 self.shared.notify();
             }
             let moved = turned.map_err(|error| self.explain(error))?;
+            self.report_waits(waiting, now)?;
             if moved || commanded {
                 idle.busy(now);
             } else if !idle.may_spin(now) {
@@ -219,6 +250,18 @@ impl<T: Transport + Wakeup> ProgressThread<T> {
                 self.waiter.wait_from(now, &mut [self.engine.paths().transport(), &mut self.launcher], until)?;
             }
         }
+    }
+
+    /// Says what the program waits for, or that it computes: when the launcher asks, and while it has waited for too long.
+    fn report_waits(&mut self, waiting: Option<Instant>, now: Instant) -> Result<()> {
+        let since = waiting.map(|since| now.saturating_duration_since(since));
+        let overdue = since.is_some_and(|since| since >= self.pace.warn);
+        if self.told.is_some_and(|told| !overdue || now < told + self.pace.again) {
+            return Ok(());
+        }
+        self.told = Some(now);
+        let waits = since.map_or_else(Vec::new, |since| self.engine.waits(since, now));
+        self.reporter.report(Report::Waits { lane: 0, waits })
     }
 
     /// When a job ends early the servers go too, and a path may break before the launcher's word is here: it is waited for, since
@@ -245,6 +288,7 @@ impl<T: Transport + Wakeup> ProgressThread<T> {
                 session::Command::Leave { clock } => return Err(Error::Preempted { clock }),
                 session::Command::JobFailed { text } => return Err(Error::JobFailed(text)),
                 session::Command::Stop { clock: None, reason, .. } => return Err(Error::JobFailed(reason)),
+                session::Command::TellWaits => self.told = None,
                 // The servers' business: they hold the workers at the checkpoint's clock.
                 session::Command::Stop { .. } | session::Command::Checkpoint { .. } | session::Command::End { .. } => {}
             }

@@ -14,7 +14,7 @@ use crate::{
 };
 
 /// The bits of an undisturbed run.
-fn undisturbed() -> std::collections::BTreeMap<String, Vec<u32>> {
+pub fn undisturbed() -> std::collections::BTreeMap<String, Vec<u32>> {
     let home = home();
     run(options(home.path(), "train"));
     stored(home.path(), &vec![model(); 2])

@@ -22,6 +22,7 @@ mod seccomp;
 mod surface;
 mod verbs_hosts;
 mod verbs_links;
+mod verdicts;
 
 /// Not a test: a worker of the jobs of these tests. Started by the test runner it does nothing.
 #[test]

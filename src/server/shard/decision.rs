@@ -257,19 +257,19 @@ impl Shard {
         }
     }
 
-    /// What is awaited of another shard, in words.
-    pub(super) fn awaited_from_lane(&self, lane: PeerId) -> Option<String> {
+    /// What is awaited of another shard, and for which clock: the norm of a chunk, or, without one, the decision.
+    pub(super) fn lacking_of_lane(&self, lane: PeerId) -> Option<(Option<ChunkId>, Clock)> {
         match &self.deciding {
             Deciding::Nothing => None,
             Deciding::Here(collector) => {
                 let shard = collector.shard_of(lane)?;
                 let open = |chunk: &&ChunkId| collector.measures[chunk.index()].is_none();
                 let chunk = collector.chunks[shard].iter().find(open)?;
-                Some(format!("the norm of its chunk {} of clock {}", chunk.0, collector.clock))
+                Some((Some(*chunk), collector.clock))
             }
             Deciding::There { .. } => {
-                let reduced = self.chunks.iter().find_map(|chunk| chunk.reduced)?;
-                Some(format!("the decision about clock {}", reduced.0))
+                let (clock, _) = self.chunks.iter().find_map(|chunk| chunk.reduced)?;
+                Some((None, clock))
             }
         }
     }

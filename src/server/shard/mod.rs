@@ -13,6 +13,7 @@ mod reply;
 mod step;
 #[cfg(test)]
 mod tests;
+mod waiting;
 mod work;
 
 use std::{collections::VecDeque, sync::Arc, time::Instant};
@@ -32,6 +33,7 @@ use decision::Deciding;
 pub use decision::{Decision, DecisionConfig, DecisionRules};
 use reply::{PendingPull, PendingReply};
 use step::Arrival;
+pub use waiting::Lacking;
 pub use work::{Contribution, Task, Work};
 
 /// What a shard is told at birth.
@@ -330,28 +332,6 @@ impl Shard {
     /// Version and id of every chunk, in shard order.
     pub fn versions(&self) -> impl Iterator<Item = (ChunkId, Version)> + '_ {
         self.chunks.iter().map(|chunk| (chunk.id, chunk.version))
-    }
-
-    /// What the shard waits for from `peer`, if anything, in words: of a worker the first chunk and clock that it lacks.
-    pub fn awaited_from(&self, peer: PeerId) -> Option<String> {
-        if peer.rank.role == Role::Server {
-            return self.awaited_from_lane(peer);
-        }
-        let worker = peer.rank.index;
-        let contributor = &self.contributors[usize::from(worker)];
-        if contributor.finished {
-            return None;
-        }
-        let mut lacking: Option<(Clock, u32, ChunkId)> = None;
-        for (place, chunk) in self.chunks.iter().enumerate() {
-            let Ok(index) = chunk.contributors.binary_search(&worker) else { continue };
-            let waits = !chunk.replies.is_empty() || self.config.consistency.aggregates();
-            let clock = chunk.gate.clock_of(index);
-            if waits && lacking.is_none_or(|(least, at, _)| (clock, place as u32) < (least, at)) {
-                lacking = Some((clock, place as u32, chunk.id));
-            }
-        }
-        lacking.map(|(clock, _, chunk)| format!("its chunk {} of clock {clock}", chunk.0))
     }
 
     /// Whether the path of `peer` may end without harm.

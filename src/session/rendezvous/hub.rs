@@ -23,7 +23,7 @@ use super::{
     Address, VERSION, auth,
     connection::{Connection, Stage},
     message::{
-        Answer, Challenge, FromLauncher, LINE_BYTES_MAX, LineBuffer, Purpose, STRANGER_BYTES_MAX, Verdict, decode,
+        Admission, Answer, Challenge, FromLauncher, LINE_BYTES_MAX, LineBuffer, Purpose, STRANGER_BYTES_MAX, decode,
         encode,
     },
     notice::Notice,
@@ -363,7 +363,7 @@ impl Hub {
         let controls = self.connections.values().filter(|c| matches!(c.stage, Stage::Control)).count();
         let Some(connection) = self.connections.get_mut(&id) else { return };
         let Stage::Stranger { nonce, .. } = &connection.stage else { return };
-        let proof = Verdict::Accepted(auth::launcher_mac(&self.token, nonce, &answer.nonce));
+        let proof = Admission::Accepted(auth::launcher_mac(&self.token, nonce, &answer.nonce));
         connection.outgoing.extend(encode(&proof));
         match (answer.purpose, answer.role) {
             (Purpose::Control, _) if controls < CONTROLS_MAX => connection.stage = Stage::Control,
@@ -388,7 +388,7 @@ impl Hub {
                 self.roster.protocol_failure(rank, text);
             }
             Stage::Stranger { .. } => {
-                connection.outgoing.extend(encode(&Verdict::Refused(text.clone())));
+                connection.outgoing.extend(encode(&Admission::Refused(text.clone())));
                 self.leave(id, &text);
             }
             _ => self.refuse(id, text),

@@ -124,10 +124,15 @@ impl Link {
         for subscriber in &state.subscribers {
             // Under the lock, so that whoever finds the queue empty knows that the fd is not readable for a command's sake.
             let mut commands = subscriber.lock();
-            commands.push_back(command.clone());
+            // Whoever does not listen hears it once.
+            if command != Command::TellWaits || commands.back() != Some(&command) {
+                commands.push_back(command.clone());
+            }
             subscriber.notify.wake();
         }
-        state.past.push(command);
+        if command != Command::TellWaits {
+            state.past.push(command);
+        }
         self.changed.notify_all();
     }
 }

@@ -9,7 +9,7 @@ use serde_json::Value;
 use crate::{
     Error,
     layout::TensorSpec,
-    session::JobConfig,
+    session::{JobConfig, Verdict, Wait},
     transport::{Endpoint, PathChoice},
     types::{Clock, PeerId, Rank, Role, ShardId},
 };
@@ -62,7 +62,7 @@ pub(super) struct Answer {
 /// The launcher's second line.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub(super) enum Verdict {
+pub(super) enum Admission {
     /// The caller is known; this is the launcher's own proof, in hexadecimal.
     Accepted(String),
     /// And why.
@@ -133,6 +133,13 @@ pub enum Report {
         /// In which tensor.
         tensor: String,
     },
+    /// What a thread of this rank waits for, as it was asked or because it has waited for long; nothing if it waits for nobody.
+    Waits {
+        /// Which thread: the lane of a server's shard, 0 of a worker.
+        lane: u16,
+        /// At most [`crate::session::WAITS_MAX`].
+        waits: Vec<Wait>,
+    },
     /// This rank cannot go on.
     Failed {
         /// Why, in the words of its error.
@@ -185,6 +192,8 @@ pub enum Command {
         /// Whether the state is to be stored.
         checkpoint: bool,
     },
+    /// Say what you wait for.
+    TellWaits,
     /// Another part of the job failed: end at once.
     JobFailed {
         /// Who, and why.
@@ -232,6 +241,8 @@ pub struct Status {
     pub checkpoint: Option<Clock>,
     /// Clocks at which a gradient was not finite, where that is looked at; the steps that were skipped, where they are.
     pub not_finite: u64,
+    /// Who keeps the job waiting, if somebody has been waited for longer than `warn_ms`.
+    pub verdict: Option<Verdict>,
 }
 
 /// What every rank knows once all workers have declared their tensors.
@@ -303,7 +314,7 @@ pub fn decode_lines(bytes: &[u8]) -> Result<usize, String> {
         while let Some(line) = buffer.next_line(STRANGER_BYTES_MAX)? {
             read += usize::from(decode::<Challenge>(&line).is_ok());
             read += usize::from(decode::<Answer>(&line).is_ok());
-            read += usize::from(decode::<Verdict>(&line).is_ok());
+            read += usize::from(decode::<Admission>(&line).is_ok());
             read += usize::from(decode::<ToLauncher>(&line).is_ok());
             if let Ok(message) = decode::<FromLauncher>(&line) {
                 read += 1;

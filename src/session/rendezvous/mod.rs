@@ -19,6 +19,7 @@ mod roster;
 mod roster_tests;
 #[cfg(test)]
 mod tests;
+mod waiting;
 
 use std::{fmt, net::SocketAddr, net::ToSocketAddrs, str::FromStr, time::Duration};
 

@@ -3,6 +3,7 @@
 //! Invariant: every notice speaks of a rank that has proved itself, or of the job as a whole.
 
 use crate::{
+    session::Verdict,
     transport::PathChoice,
     types::{Clock, Rank},
 };
@@ -41,6 +42,8 @@ pub enum Notice {
         /// At how many clocks that has been so until now.
         count: u64,
     },
+    /// Somebody has been waited for too long; told again when it has lasted twice as long, or when it is somebody else.
+    Waiting(Box<Verdict>),
     /// A rank's connection ended before it had finished.
     Lost(Rank),
     /// A rank has done its part.

@@ -14,7 +14,7 @@ use serde::de::DeserializeOwned;
 
 use super::{
     Address, VERSION, auth,
-    message::{Answer, Challenge, LineBuffer, Purpose, STRANGER_BYTES_MAX, Verdict, decode, encode},
+    message::{Admission, Answer, Challenge, LineBuffer, Purpose, STRANGER_BYTES_MAX, decode, encode},
 };
 use crate::{Error, Result, types::Role, wire::JobToken};
 
@@ -97,12 +97,12 @@ impl Connection {
         answer.mac = auth::caller_mac(token, &challenge.nonce, &answer);
         self.stream.write_all(&encode(&answer)).map_err(|e| Error::os("write", address.to_string(), e))?;
         match self.line(address, deadline)? {
-            Verdict::Accepted(mac) if auth::launcher_holds(token, &challenge.nonce, &answer.nonce, &mac) => Ok(()),
-            Verdict::Accepted(_) => Err(Error::Refused {
+            Admission::Accepted(mac) if auth::launcher_holds(token, &challenge.nonce, &answer.nonce, &mac) => Ok(()),
+            Admission::Accepted(_) => Err(Error::Refused {
                 who: "this process".into(),
                 why: format!("who answers at {address} does not hold the job's token; check the address"),
             }),
-            Verdict::Refused(why) => Err(refused(why)),
+            Admission::Refused(why) => Err(refused(why)),
         }
     }
 

@@ -3,6 +3,8 @@
 //! Invariant: no I/O and no clock in here; time is an argument. A refusal changes nothing: the job goes on as if the caller had
 //! never come.
 
+mod missing;
+
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
     time::{Duration, Instant},
@@ -14,12 +16,13 @@ use super::{
     names,
     notice::Notice,
     seconds,
+    waiting::Waiting,
 };
 use crate::{
     layout::{Layout, TensorSpec},
     session::JobConfig,
     transport::PathChoice,
-    types::{Clock, Rank, Role},
+    types::{Clock, PeerId, Rank, Role},
 };
 
 /// A connection of the launcher's, numbered in the order in which they came.
@@ -75,6 +78,9 @@ pub(super) struct Roster {
     /// The last clock at which a gradient was not finite, and how many there were.
     not_finite: (Option<Clock>, u64),
     checkpoints: Checkpoints,
+    waiting: Waiting,
+    /// When a wait of the job's beginning was looked at last.
+    warned: Option<Instant>,
     layout: Option<Layout>,
     /// A host and the bytes of memory that it has to give.
     room: Option<(String, u64)>,
@@ -89,6 +95,8 @@ impl Roster {
         let seats = config.ranks().map(|rank| (rank, Seat::default())).collect();
         let checkpoints = Checkpoints::new(config.shard_count());
         Roster {
+            waiting: Waiting::new(&config),
+            warned: None,
             config,
             reserved,
             seats,
@@ -164,7 +172,7 @@ impl Roster {
     /// A rank's message.
     pub fn handle(&mut self, connection: ConnectionId, message: ToLauncher, now: Instant) {
         if let ToLauncher::Control(control) = message {
-            return self.control(connection, control);
+            return self.control(connection, control, now);
         }
         let Some(&rank) = self.by_connection.get(&connection) else {
             return self.send(vec![connection], FromLauncher::Refused("only a rank of the job may say that".into()));
@@ -173,7 +181,7 @@ impl Roster {
             ToLauncher::Declare(specs) => self.declare(rank, specs, now),
             ToLauncher::Offer(offers) => self.offer(rank, offers, now),
             ToLauncher::Barrier(name) => self.barrier(rank, name, now),
-            ToLauncher::Report(report) => self.report(rank, report),
+            ToLauncher::Report(report) => self.report(rank, report, now),
             ToLauncher::Control(_) => unreachable!("answered above"),
         };
         if let Err(text) = outcome {
@@ -268,7 +276,7 @@ impl Roster {
         Ok(())
     }
 
-    fn report(&mut self, rank: Rank, report: Report) -> Result<(), String> {
+    fn report(&mut self, rank: Rank, report: Report, now: Instant) -> Result<(), String> {
         match report {
             Report::Progress { clock } => {
                 let seat = self.seat(rank);
@@ -296,6 +304,7 @@ impl Roster {
                     self.notice(Notice::NotFinite { clock, worker, tensor, count });
                 }
             }
+            Report::Waits { lane, waits } => self.on_waits(PeerId { rank, lane }, waits, now),
             Report::Failed { text, elsewhere } => self.notice(Notice::Failed { rank, text, elsewhere }),
             Report::Finished { summary } => {
                 self.seat(rank).finished = true;
@@ -318,10 +327,10 @@ impl Roster {
         self.send(self.everybody(), FromLauncher::Command(Command::End { clock, checkpoint }));
     }
 
-    fn control(&mut self, connection: ConnectionId, control: Control) {
+    fn control(&mut self, connection: ConnectionId, control: Control, now: Instant) {
         match control {
             Control::Status => {
-                let status = self.status();
+                let status = self.status(now);
                 self.send(vec![connection], FromLauncher::Status(status));
             }
             Control::Checkpoint => {
@@ -408,51 +417,7 @@ impl Roster {
         }
     }
 
-    /// Looks whether somebody has been waited for too long.
-    pub fn handle_timeout(&mut self, now: Instant) {
-        if self.ended {
-            return;
-        }
-        if let Some((_, text)) = self.waits().into_iter().find(|(deadline, _)| *deadline <= now) {
-            self.ended = true;
-            self.notice(Notice::TimedOut(text));
-        }
-    }
-
-    /// When `handle_timeout` must be called.
-    pub fn next_deadline(&self) -> Option<Instant> {
-        if self.ended { None } else { self.waits().into_iter().map(|(deadline, _)| deadline).min() }
-    }
-
-    /// Every wait that is open: its deadline and what to say when it passes.
-    fn waits(&self) -> Vec<(Instant, String)> {
-        let mut waits = Vec::new();
-        let missing = |here: &dyn Fn(Rank, &Seat) -> bool| -> String {
-            names(self.seats.iter().filter(|(rank, seat)| !here(**rank, seat)).map(|(rank, _)| *rank))
-        };
-        let setup = Duration::from_millis(self.config.setup_ms);
-        if self.seats.values().any(|seat| !seat.taken) {
-            let join = Duration::from_millis(self.config.join_ms);
-            let who = missing(&|_, seat| seat.taken);
-            waits.push((self.started + join, format!("{who} not joined within {}", seconds(join))));
-        }
-        if let Some(gathering) = &self.declaring {
-            let who = missing(&|rank, seat| rank.role == Role::Server || seat.declared.is_some());
-            waits.push((gathering.since + setup, format!("{who} not declared any tensors within {}", seconds(setup))));
-        }
-        if let Some(gathering) = &self.offering {
-            let who = missing(&|rank, _| gathering.here.contains(&rank));
-            waits.push((gathering.since + setup, format!("{who} not offered any endpoints within {}", seconds(setup))));
-        }
-        for (name, gathering) in &self.barriers {
-            let who = missing(&|rank, _| gathering.here.contains(&rank));
-            let text = format!("{who} not reached barrier `{name}` within {}", seconds(setup));
-            waits.push((gathering.since + setup, text));
-        }
-        waits
-    }
-
-    fn status(&self) -> Status {
+    fn status(&self, now: Instant) -> Status {
         let ranks = self.seats.iter().map(|(rank, seat)| RankStatus {
             rank: *rank,
             state: self.state_of(seat).into(),
@@ -467,6 +432,7 @@ impl Roster {
             ranks: ranks.collect(),
             checkpoint: self.checkpoints.last(),
             not_finite: self.not_finite.1,
+            verdict: self.waiting.verdict(now).cloned(),
         }
     }
 

@@ -1,0 +1,139 @@
+//! Whom the job waits for: ranks that do not come while it is put together, and those that keep others waiting while it runs.
+//!
+//! Invariant: every wait has a deadline, and its end names all who are missing.
+
+use super::*;
+use crate::session::{Owed, Verdict, Wait};
+
+/// A wait of the job's beginning, or at a barrier.
+struct SetupWait {
+    since: Instant,
+    limit: Duration,
+    owed: Owed,
+    missing: Vec<Rank>,
+    /// Those that wait.
+    here: Vec<Rank>,
+    /// What the missing have not done, after their names.
+    undone: String,
+}
+
+impl Roster {
+    /// Looks whether somebody has been waited for too long.
+    pub fn handle_timeout(&mut self, now: Instant) {
+        if self.ended {
+            return;
+        }
+        let waits = self.waits();
+        if let Some(wait) = waits.iter().find(|wait| wait.since + wait.limit <= now) {
+            let has = names(wait.missing.iter().copied());
+            let text = format!("{has} not {} within {}", wait.undone, seconds(wait.limit));
+            self.ended = true;
+            return self.notice(Notice::TimedOut(text));
+        }
+        self.warn_of_setup(&waits, now);
+        self.judge(now);
+    }
+
+    /// When `handle_timeout` must be called.
+    pub fn next_deadline(&self) -> Option<Instant> {
+        if self.ended {
+            return None;
+        }
+        let waits = self.waits();
+        let warned = self.warned.map(|at| at + self.waiting.warn());
+        let warning = |wait: &SetupWait| warned.unwrap_or(wait.since + self.waiting.warn());
+        let setup = waits.iter().flat_map(|wait| {
+            let watched = !wait.here.is_empty();
+            [Some(wait.since + wait.limit), watched.then(|| warning(wait))].into_iter().flatten()
+        });
+        setup.chain(self.waiting.next_deadline()).min()
+    }
+
+    /// A thread of a rank says what it waits for.
+    pub(super) fn on_waits(&mut self, from: PeerId, waits: Vec<Wait>, now: Instant) {
+        if self.waiting.heard(from, waits, now) {
+            self.send(self.everybody(), FromLauncher::Command(Command::TellWaits));
+        }
+        self.judge(now);
+    }
+
+    fn judge(&mut self, now: Instant) {
+        let shards = self.config.shards_per_server;
+        let present = self.seats.iter().filter(|(_, seat)| seat.connection.is_some() && !seat.finished);
+        let expected = present.flat_map(|(rank, _)| {
+            let lanes = if rank.role == Role::Server { shards } else { 1 };
+            (0..lanes).map(|lane| PeerId { rank: *rank, lane })
+        });
+        let verdict = self.waiting.poll(now, expected, &self.hosts());
+        self.tell(verdict);
+    }
+
+    /// The waits of the beginning, as if those that are there had reported them.
+    fn warn_of_setup(&mut self, waits: &[SetupWait], now: Instant) {
+        let due = |wait: &&SetupWait| !wait.here.is_empty() && wait.since + self.waiting.warn() <= now;
+        let Some(wait) = waits.iter().find(due) else { return };
+        if self.warned.is_some_and(|at| now < at + self.waiting.warn()) {
+            return;
+        }
+        self.warned = Some(now);
+        let since_ms = now.saturating_duration_since(wait.since).as_millis() as u64;
+        let of = |rank: &Rank| Wait {
+            of: PeerId { rank: *rank, lane: 0 },
+            owed: wait.owed,
+            chunk: None,
+            clock: None,
+            since_ms,
+            fabric: String::new(),
+            silence_ms: None,
+        };
+        let reports =
+            wait.here.iter().map(|rank| (PeerId { rank: *rank, lane: 0 }, wait.missing.iter().map(of).collect()));
+        let verdict = self.waiting.judge_setup(&reports.collect(), &self.hosts(), now);
+        self.tell(verdict);
+    }
+
+    fn tell(&mut self, verdict: Option<Verdict>) {
+        if let Some(verdict) = verdict {
+            self.notice(Notice::Waiting(Box::new(verdict)));
+        }
+    }
+
+    fn hosts(&self) -> BTreeMap<Rank, String> {
+        let taken = self.seats.iter().filter(|(_, seat)| seat.taken);
+        taken.map(|(rank, seat)| (*rank, seat.host.clone())).collect()
+    }
+
+    /// Every wait that is open.
+    fn waits(&self) -> Vec<SetupWait> {
+        let mut waits = Vec::new();
+        let setup = Duration::from_millis(self.config.setup_ms);
+        let mut add = |since, limit, owed, undone: String, is_here: &dyn Fn(Rank, &Seat) -> bool| {
+            let (mut here, mut missing) = (Vec::new(), Vec::new());
+            for (rank, seat) in &self.seats {
+                if is_here(*rank, seat) { here.push(*rank) } else { missing.push(*rank) }
+            }
+            // Servers are there at once: that programs take a while to begin is no news.
+            if !here.iter().any(|rank| rank.role == Role::Worker) {
+                here.clear();
+            }
+            waits.push(SetupWait { since, limit, owed, missing, here, undone });
+        };
+        if self.seats.values().any(|seat| !seat.taken) {
+            let join = Duration::from_millis(self.config.join_ms);
+            add(self.started, join, Owed::Join, "joined".into(), &|_, seat| seat.taken);
+        }
+        if let Some(gathering) = &self.declaring {
+            let here = |rank: Rank, seat: &Seat| rank.role == Role::Server || seat.declared.is_some();
+            add(gathering.since, setup, Owed::Declaration, "declared any tensors".into(), &here);
+        }
+        if let Some(gathering) = &self.offering {
+            let here = |rank, _: &Seat| gathering.here.contains(&rank);
+            add(gathering.since, setup, Owed::Endpoints, "offered any endpoints".into(), &here);
+        }
+        for (name, gathering) in &self.barriers {
+            let here = |rank, _: &Seat| gathering.here.contains(&rank);
+            add(gathering.since, setup, Owed::Barrier, format!("reached barrier `{name}`"), &here);
+        }
+        waits
+    }
+}
