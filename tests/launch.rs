@@ -161,7 +161,7 @@ fn serve() -> gradwire::Result<i32> {
                 return Ok(0);
             }
             Some(session::Command::JobFailed { .. }) => return Ok(1),
-            Some(session::Command::TellWaits) => {}
+            Some(_) => {}
             None => std::thread::sleep(Duration::from_millis(5)),
         }
     }

@@ -6,6 +6,9 @@
 //!
 //! `GRADWIRE_SEEDS` sets the number of seeds of each test, `GRADWIRE_SEED` runs one alone.
 
+#[path = "simulation/live.rs"]
+mod live;
+
 use std::{collections::HashMap, time::Duration};
 
 use gradwire::{
@@ -150,6 +153,8 @@ fn options(seed: u64) -> WorldOptions {
         uneven: false,
         hasty: false,
         requests: false,
+        change_from: None,
+        change_live: None,
         separate_pull: random.once_in(4),
         checkpoint_every: random.once_in(3).then(|| 1 + random.below(3)),
         chaos: Chaos::Calm,

@@ -1,4 +1,4 @@
-//! The command line: `gradwire run`, `node`, `status`, `checkpoint`, `bench`, `plan`, `info`, `doctor`.
+//! The command line: `gradwire run`, `node`, `status`, `set`, `checkpoint`, `bench`, `plan`, `info`, `doctor`.
 //!
 //! Invariant: what a command prints for machines goes to standard output, everything else to standard error; a failure ends with
 //! one line that says what happened, to whom, and what to do.
@@ -12,6 +12,7 @@ mod info;
 mod node;
 mod plan;
 mod run;
+mod set;
 mod status;
 
 use std::{path::PathBuf, process::ExitCode};
@@ -31,6 +32,7 @@ use crate::Result;
   gradwire run -s 1 -n 4 --consistency ssp:3 -- ./train
   gradwire status                                   what runs here
   gradwire status myjob                             who has joined, and how far they are
+  gradwire set myjob lr=0.0003                      change a setting while it runs
   gradwire checkpoint now myjob                     write a checkpoint now
   gradwire checkpoint export ckpt model.safetensors the parameters, for other tools
   gradwire bench push-pull --bytes 64..64M          how fast it is here, beside what the machine can do
@@ -58,6 +60,8 @@ enum Command {
     Doctor(doctor::DoctorArguments),
     /// List the running jobs, or say who has joined one and how far it is.
     Status(status::StatusArguments),
+    /// Change settings of a running job, at one clock on every server.
+    Set(set::SetArguments),
     /// Have a running job write a checkpoint; list, verify and export what has been written.
     Checkpoint(checkpoint::CheckpointArguments),
     /// Measure, beside what the machine itself reaches in the same run.
@@ -89,6 +93,7 @@ pub fn main() -> ExitCode {
         Command::Info(arguments) => info::run(&arguments),
         Command::Doctor(arguments) => doctor::run(&arguments),
         Command::Status(arguments) => status::status(&arguments),
+        Command::Set(arguments) => set::set(&arguments),
         Command::Checkpoint(arguments) => checkpoint::run(&arguments),
         Command::Bench(arguments) => bench::run(arguments),
         Command::Gpu(arguments) => gpu::run(&arguments),

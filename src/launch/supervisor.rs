@@ -209,6 +209,10 @@ impl Supervisor {
             Notice::Waiting(verdict) => {
                 self.processes.say(&format!("gradwire: job {}: {verdict}", self.options.config.name));
             }
+            Notice::Changed { clock, change } => {
+                self.processes
+                    .say(&format!("gradwire: job {}: {change} from clock {clock} on", self.options.config.name));
+            }
             Notice::NotFinite { clock, worker, tensor, count } => self.not_finite(clock, worker, &tensor, count),
             Notice::Failed { rank, text, elsewhere } => self.see(Sight::Reported { rank, text, elsewhere }),
             // Of a rank that we started, its exit tells more, and when the job is ending it was told to leave.

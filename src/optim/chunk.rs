@@ -206,7 +206,7 @@ impl ChunkStep {
 
     fn plan(&self, parts: &ChunkParts<'_>, group: u16, scale: f32) -> SpanStep {
         let StepArguments { step, clock, .. } = self.arguments;
-        let plan = parts.config.span_step(group, step, parts.rates.rate(group, clock), self.mean());
+        let plan = parts.config.span_step_at(parts.rates, (group, clock), step, self.mean());
         SpanStep { scale, ..plan }
     }
 

@@ -11,7 +11,7 @@ use super::{
     form::OptimizerForm,
     plan::{SpanStep, StepScalars},
 };
-use crate::{Error, Result};
+use crate::{Error, Result, types::Clock};
 
 /// The name by which messages and [`OptimizerConfig::group_index`] call group 0.
 const DEFAULT_GROUP: &str = "default";
@@ -258,8 +258,25 @@ impl OptimizerConfig {
     ///
     /// If there is no such group, or `step` is 0.
     pub fn span_step(&self, group: u16, step: u64, learning_rate: f64, mean: f32) -> SpanStep {
+        self.span_step_of(step, (learning_rate, self.weight_decay(group)), mean)
+    }
+
+    /// The same at a clock, with the rate and the weight decay that hold there.
+    ///
+    /// # Panics
+    ///
+    /// As [`OptimizerConfig::span_step`].
+    pub fn span_step_at(&self, rates: &LearningRates, at: (u16, Clock), step: u64, mean: f32) -> SpanStep {
+        let (group, clock) = at;
+        let own = group.checked_sub(1).is_some_and(|i| self.groups[usize::from(i)].weight_decay.is_some());
+        let live = rates.weight_decay(clock).filter(|_| !own);
+        let decay = live.unwrap_or_else(|| self.weight_decay(group));
+        self.span_step_of(step, (rates.rate(group, clock), decay), mean)
+    }
+
+    fn span_step_of(&self, step: u64, (learning_rate, weight_decay): (f64, f64), mean: f32) -> SpanStep {
         SpanStep {
-            scalars: StepScalars::new(&self.kind, step, learning_rate, self.weight_decay(group)),
+            scalars: StepScalars::new(&self.kind, step, learning_rate, weight_decay),
             mean,
             scale: 1.0,
             clip_value: self.clip.per_value,

@@ -12,6 +12,7 @@ mod form;
 pub mod gpu;
 mod isa;
 mod kernel;
+mod live;
 mod norm;
 pub mod oracle;
 mod plan;
@@ -21,6 +22,7 @@ pub use chunk::{ChunkParts, ChunkStep, Pass, StepArguments, clip_coefficient, cl
 pub use config::{Clip, GroupConfig, OptimizerConfig, OptimizerKind};
 pub use isa::{Isa, isa};
 pub use kernel::{Contributions, Gradients, Kernels, StateMut, Wire};
+pub use live::LiveChange;
 pub use norm::{SquaredNorm, squared_norm};
 pub use plan::{Reduction, SpanStep, StepScalars};
 pub use schedule::{LearningRates, Schedule};

@@ -83,7 +83,15 @@ struct Change {
     learning_rate: f64,
 }
 
-/// The learning rate of every group at every clock: base rates, schedule, and live changes. Serialisable as a whole.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct DecayChange {
+    from_clock: Clock,
+    weight_decay: f64,
+}
+
+/// The learning rate of every group at every clock: base rates, schedule, and live changes, those of the weight decay with them.
+/// Serialisable as a whole.
 ///
 /// The rule of a live change: from its clock on, the base rate of the default group is the new one, and every other group keeps
 /// its proportion to the default group; the schedule goes on multiplying. The latest change at or before a clock decides.
@@ -93,11 +101,14 @@ pub struct LearningRates {
     base: Vec<f64>,
     schedule: Schedule,
     changes: Vec<Change>,
+    /// In the order of their clocks.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    decays: Vec<DecayChange>,
 }
 
 impl LearningRates {
     pub(super) fn new(base: Vec<f64>, schedule: Schedule) -> LearningRates {
-        LearningRates { base, schedule, changes: Vec::new() }
+        LearningRates { base, schedule, changes: Vec::new(), decays: Vec::new() }
     }
 
     /// Makes `learning_rate` the default group's base rate from clock `from_clock` on; a change already stored for that very
@@ -130,6 +141,31 @@ impl LearningRates {
         Ok(())
     }
 
+    /// Makes `weight_decay` that of the default group, and of every group without one of its own, from clock `from_clock` on; changes
+    /// stored for that clock and later ones are replaced.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Config`] if it is negative or not finite, or if 4096 changes are stored already.
+    pub fn set_weight_decay(&mut self, weight_decay: f64, from_clock: Clock) -> Result<()> {
+        let good = (0.0..=f64::from(f32::MAX)).contains(&weight_decay);
+        check("weight_decay", weight_decay, good, "a number from 0 to 3.4e38")?;
+        self.decays.retain(|change| change.from_clock < from_clock);
+        if self.decays.len() == CHANGES_MAX {
+            return Err(Error::Config(format!(
+                "more than {CHANGES_MAX} changes of the weight decay wait for their clock"
+            )));
+        }
+        self.decays.push(DecayChange { from_clock, weight_decay });
+        Ok(())
+    }
+
+    /// The weight decay that was set live and holds at a clock; `None` for the configuration's.
+    pub fn weight_decay(&self, clock: Clock) -> Option<f64> {
+        let latest = self.decays.partition_point(|change| change.from_clock <= clock).checked_sub(1)?;
+        Some(self.decays[latest].weight_decay)
+    }
+
     /// How many parameter groups there are, the default group included.
     pub fn groups(&self) -> usize {
         self.base.len()
@@ -140,6 +176,8 @@ impl LearningRates {
     pub fn forget_before(&mut self, clock: Clock) {
         let seen = self.changes.partition_point(|change| change.from_clock <= clock);
         self.changes.drain(..seen.saturating_sub(1));
+        let seen = self.decays.partition_point(|change| change.from_clock <= clock);
+        self.decays.drain(..seen.saturating_sub(1));
     }
 
     /// The learning rate of a group at a clock.

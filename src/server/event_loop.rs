@@ -19,7 +19,7 @@ use crate::{
     Error, Result,
     layout::Layout,
     mem::RegionOptions,
-    optim::LearningRates,
+    optim::{LearningRates, LiveChange},
     session::{Paths, WAITS_MAX, Wait},
     transport::{Completion, Endpoint, Transport, Wakeup},
     types::{Clock, PeerId, Role, Version},
@@ -181,6 +181,43 @@ impl<T: Transport> EventLoop<T> {
     /// See [`Shard::request_checkpoint`].
     pub fn request_checkpoint(&mut self, clock: Clock, stop: bool) -> Result<(), Clock> {
         self.shard.request_checkpoint(clock, stop)
+    }
+
+    /// See [`Shard::prepare_change`].
+    pub fn prepare_change(&mut self, number: u64, clock: Clock) -> Clock {
+        self.shard.prepare_change(number, clock)
+    }
+
+    /// A change that was prepared takes effect from a clock on, or, without one, is given up.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Config`] for values that the job cannot take; whoever asks for a change has checked them.
+    pub fn settle_change(&mut self, number: u64, change: Option<(Clock, LiveChange)>) -> Result<()> {
+        if let Some((clock, change)) = change {
+            self.change_from(clock, change)?;
+        }
+        self.shard.settle_change(number);
+        Ok(())
+    }
+
+    /// What the shard goes by changes from a clock on that has not begun.
+    ///
+    /// # Errors
+    ///
+    /// As [`EventLoop::settle_change`].
+    pub fn change_from(&mut self, clock: Clock, change: LiveChange) -> Result<()> {
+        let done = self.shard.clock_done();
+        if let Some(rate) = change.learning_rate {
+            self.memory.set_learning_rate(rate, clock, done)?;
+        }
+        if let Some(decay) = change.weight_decay {
+            self.memory.set_weight_decay(decay, clock, done)?;
+        }
+        if let Some(limit) = change.clip_norm {
+            self.shard.limit_norm(limit, clock);
+        }
+        Ok(())
     }
 
     /// The oldest snapshot that nobody has taken.

@@ -160,6 +160,11 @@ impl Lane {
             Command::Stop { .. } => return Ok(true),
             Command::Leave { clock } => self.leaving = Some((clock, Instant::now() + LEAVE_TIME)),
             Command::TellWaits => self.told = None,
+            Command::Prepare { number, clock } => {
+                let from = self.event_loop.prepare_change(number, clock);
+                self.reporter.report(Report::Prepared { number, lane: self.lane, from })?;
+            }
+            Command::Change { number, change } => self.event_loop.settle_change(number, change)?,
             Command::End { clock, checkpoint } => self.end = Some((clock, checkpoint)),
             Command::JobFailed { text } => return Err(Error::JobFailed(text)),
         }

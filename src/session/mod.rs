@@ -4,6 +4,7 @@
 //! Invariant: every rank holds the same settings and the same view before the first gradient moves.
 #![forbid(unsafe_code)]
 
+mod changes;
 mod device;
 pub(crate) mod fabrics;
 mod footprint;
@@ -16,6 +17,7 @@ mod setting;
 mod settings;
 mod verdict;
 
+pub use changes::Changes;
 pub use device::{DeviceChoice, device_of};
 pub use footprint::{ShardMemory, ShardShape, memory_available};
 pub use job::{CheckpointConfig, Fabric, JobConfig, PortRange, RANKS_MAX, check_name};

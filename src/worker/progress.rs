@@ -290,7 +290,11 @@ impl<T: Transport + Wakeup> ProgressThread<T> {
                 session::Command::Stop { clock: None, reason, .. } => return Err(Error::JobFailed(reason)),
                 session::Command::TellWaits => self.told = None,
                 // The servers' business: they hold the workers at the checkpoint's clock.
-                session::Command::Stop { .. } | session::Command::Checkpoint { .. } | session::Command::End { .. } => {}
+                session::Command::Stop { .. }
+                | session::Command::Checkpoint { .. }
+                | session::Command::Prepare { .. }
+                | session::Command::Change { .. }
+                | session::Command::End { .. } => {}
             }
         }
         Ok(())

@@ -6,6 +6,7 @@
 //! Invariant: no protocol code here; nothing is decided by anything but the seed.
 #![forbid(unsafe_code)]
 
+mod changes;
 mod trainer;
 
 use std::{
@@ -18,7 +19,7 @@ use crate::{
     consistency::Consistency,
     layout::{Layout, LayoutOptions, TensorSpec},
     mem::{HugePages, Locking, RegionOptions},
-    optim::{OptimizerConfig, Reduction},
+    optim::{LiveChange, OptimizerConfig, Reduction},
     server::{
         DecisionConfig, DecisionRules, EventLoop, Memory, MemoryOptions, Progress, Seeded, ShardConfig, Snapshot,
     },
@@ -29,6 +30,7 @@ use crate::{
     },
     types::{ChunkId, Clock, Dtype, PeerId, ShardId, Version},
 };
+use changes::Changing;
 use trainer::Trainer;
 
 /// Where a training program is.
@@ -101,6 +103,10 @@ pub struct WorldOptions {
     pub requests: bool,
     /// Push and pull apart, instead of asking for the reply with the push.
     pub separate_pull: bool,
+    /// A change that holds from a clock on, known to every shard from the start.
+    pub change_from: Option<(Clock, LiveChange)>,
+    /// A change that somebody makes at a random moment.
+    pub change_live: Option<LiveChange>,
     /// A snapshot every so many clocks.
     pub checkpoint_every: Option<u64>,
     /// What goes wrong.
@@ -140,6 +146,8 @@ pub struct Outcome {
     pub finals: Vec<Snapshot>,
     /// By shard: what was stored on the way.
     pub snapshots: Vec<Vec<Snapshot>>,
+    /// The clock from which on the change of `change_live` holds; `None` if the job had ended before.
+    pub changed: Option<Clock>,
     /// Simulated time.
     pub elapsed: Duration,
 }
@@ -167,6 +175,7 @@ struct World<'a> {
     chaos_at: Option<u64>,
     /// Requests for checkpoints on their way: the round in which a server hears of one, the server, the clock.
     orders: Vec<(u64, usize, Clock)>,
+    changing: Option<Changing>,
     progressed: Instant,
 }
 
@@ -185,6 +194,7 @@ pub fn run(options: &WorldOptions, program: &mut dyn Program) -> Result<Outcome,
         victims: world.victims,
         finals,
         snapshots: world.snapshots,
+        changed: world.changing.and_then(|changing| changing.clock),
         elapsed: world.now - world.start,
     })
 }
@@ -208,6 +218,7 @@ impl<'a> World<'a> {
             _ => Some(1 + random.below(400)),
         };
         let snapshots = vec![Vec::new(); servers.len()];
+        let changing = options.change_live.map(|change| Changing::new(change, servers.len(), &mut random));
         let mut world = World {
             options,
             layout,
@@ -222,6 +233,7 @@ impl<'a> World<'a> {
             victims: None,
             chaos_at,
             orders: Vec::new(),
+            changing,
             progressed: start,
         };
         world.connect()?;
@@ -250,6 +262,7 @@ impl<'a> World<'a> {
             self.network.advance(self.now);
             self.wreak(round);
             self.request(round);
+            self.change(round)?;
             let mut busy = false;
             let nodes = self.servers.len() + self.trainers.len();
             let first = self.random.below(nodes as u64) as usize;
@@ -448,7 +461,11 @@ fn build_server(
     };
     let memory = Memory::new(memory, layout.clone(), ShardId(server), &Seeded(options.seed), None)?;
     let paths = Paths::new(network.transport(me), 0, HEARTBEAT, DEADLINE);
-    EventLoop::new(config, layout.clone(), memory, paths, &region, None)
+    let mut server = EventLoop::new(config, layout.clone(), memory, paths, &region, None)?;
+    if let Some((clock, change)) = options.change_from {
+        server.change_from(clock, change)?;
+    }
+    Ok(server)
 }
 
 /// Small regions that ask the machine for nothing special.

@@ -40,6 +40,8 @@ pub fn world_options(declarations: Vec<Vec<TensorSpec>>) -> WorldOptions {
         uneven: false,
         hasty: false,
         requests: false,
+        change_from: None,
+        change_live: None,
         separate_pull: false,
         checkpoint_every: None,
         chaos: Chaos::Calm,

@@ -14,6 +14,7 @@ mod idle;
 mod io_uring;
 mod jobs;
 mod leaving;
+mod live;
 mod namespaces;
 mod program;
 mod random_faults;

@@ -171,7 +171,7 @@ impl Batch {
         let is_update = matches!(self.kernel, GpuKernel::Update(..));
         for run in spans.chunk_by(|a, b| !is_update || a.group == b.group) {
             let (start, end, group) = (run[0].start, run[run.len() - 1].end(), run[0].group);
-            let plan = config.span_step(group, arguments.step, rates.rate(group, arguments.clock), mean);
+            let plan = config.span_step_at(rates, (group, arguments.clock), arguments.step, mean);
             if let Err(full) = self.push(chunk, start, end - start, Some(&SpanStep { scale, ..plan })) {
                 self.segments.truncate(before.0);
                 self.addresses.truncate(before.1);

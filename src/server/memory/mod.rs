@@ -251,6 +251,15 @@ impl Memory {
         self.plan.rates.set(rate, clock)
     }
 
+    /// The weight decay changes from a clock on; otherwise as [`Memory::set_learning_rate`].
+    pub fn set_weight_decay(&mut self, decay: f64, clock: Clock, done: Clock) -> Result<()> {
+        if self.plan.chunks.is_empty() {
+            return Ok(());
+        }
+        self.plan.rates.forget_before(done);
+        self.plan.rates.set_weight_decay(decay, clock)
+    }
+
     /// Whether a computation may be started.
     pub fn has_room(&self) -> bool {
         match &self.place {

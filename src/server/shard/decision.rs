@@ -95,6 +95,8 @@ pub(super) enum Deciding {
 pub(super) struct Collector {
     config: DecisionConfig,
     clock: Clock,
+    /// Limits of the norm that were set while the job runs, each with its first clock; the clocks ascend.
+    limits: Vec<(Clock, f32)>,
     /// By chunk.
     measures: Vec<Option<f64>>,
     /// By shard.
@@ -112,7 +114,7 @@ impl Collector {
         let chunks = layout.shards.clone();
         let finished = chunks.iter().map(Vec::is_empty).collect();
         let (missing, measures) = (layout.chunks.len(), vec![None; layout.chunks.len()]);
-        Collector { config, clock, measures, chunks, finished, missing, recorded: 0 }
+        Collector { config, clock, limits: Vec::new(), measures, chunks, finished, missing, recorded: 0 }
     }
 
     fn shard_of(&self, lane: PeerId) -> Option<usize> {
@@ -156,8 +158,10 @@ impl Collector {
         let squared_norm = self.measures.iter_mut().map(|measure| measure.take().unwrap_or(0.0)).sum();
         let unfinished = self.chunks.iter().zip(&self.finished).filter(|(_, finished)| !**finished);
         (self.missing, self.recorded) = (unfinished.map(|(chunks, _)| chunks.len()).sum(), 0);
+        let live = self.limits.iter().rev().find(|(from, _)| *from <= self.clock).map(|(_, limit)| *limit);
+        let rules = DecisionRules { norm_limit: live.or(self.config.rules.norm_limit), ..self.config.rules };
         self.clock += 1;
-        Some((self.clock - 1, self.config.rules.decide(squared_norm)))
+        Some((self.clock - 1, rules.decide(squared_norm)))
     }
 }
 
@@ -294,9 +298,28 @@ impl Shard {
         }
     }
 
+    /// The first clock about which nothing has been decided here.
+    pub(super) fn decided_here(&self) -> Clock {
+        if let Deciding::Here(collector) = &self.deciding { collector.clock } else { 0 }
+    }
+
+    /// The limit of the norm changes from a clock on, which lies ahead of all that has been decided.
+    pub fn limit_norm(&mut self, limit: f32, clock: Clock) {
+        if let Deciding::Here(collector) = &mut self.deciding {
+            let next = collector.clock;
+            let seen = collector.limits.partition_point(|(from, _)| *from <= next);
+            collector.limits.drain(..seen.saturating_sub(1));
+            collector.limits.push((clock, limit));
+        }
+    }
+
     /// Decides what can be decided.
-    fn decide(&mut self) {
+    pub(super) fn decide(&mut self) {
+        let held = self.is_held(self.decided_here());
         let Deciding::Here(collector) = &mut self.deciding else { return };
+        if held {
+            return; // settling the change decides
+        }
         let Some((clock, decision)) = collector.poll() else { return };
         let others = collector.config.lanes.iter().zip(&collector.finished);
         let others = others.filter(|(lane, finished)| **lane != self.config.me && !**finished);

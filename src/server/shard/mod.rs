@@ -6,6 +6,7 @@
 //! Invariant: a contribution takes part in exactly one step, a chunk is in at most one computation at a time, and a reply is
 //! posted only when the gate releases it.
 
+mod changing;
 mod checkpointing;
 mod contributor;
 mod decision;
@@ -156,6 +157,8 @@ pub struct Shard {
     request_next: u64,
     credits_dirty: bool,
     checkpointing: Checkpointing,
+    /// A change that is being made: its number, and the first clock of which nothing may begin.
+    held: Option<(u64, Clock)>,
     clock_max: Clock,
     /// The number of clocks to which anybody has pushed.
     clocks_pushed: Clock,
@@ -212,6 +215,7 @@ impl Shard {
             request_next: 0,
             credits_dirty: false,
             checkpointing: Checkpointing::new(config.checkpoint_every, start, chunks.len()),
+            held: None,
             clock_max: start,
             clocks_pushed: start,
             pull_deadline: None,
@@ -315,6 +319,7 @@ impl Shard {
             && self.computing == 0
             && self.effects.is_empty()
             && self.dirty.is_empty()
+            && self.held.is_none()
             && self.deciding.is_over()
     }
 

@@ -109,8 +109,8 @@ impl Shard {
         let Some(at) = self.chunks[index].complete.iter().position(|complete| *complete == position) else {
             return Turn::Idle;
         };
-        if self.checkpointing.holds(clock) {
-            return Turn::Idle; // touched again when the checkpoint has been taken
+        if self.checkpointing.holds(clock) || self.is_held(clock) {
+            return Turn::Idle; // touched again when the checkpoint has been taken, or the change been settled
         }
         let workers = usize::from(self.config.workers);
         let first = self.window.slot(position) * workers;
@@ -142,10 +142,11 @@ impl Shard {
     }
 
     fn start_immediate(&mut self, index: usize) -> Turn {
+        let held = self.held.map_or(Clock::MAX, |(_, from)| from);
         let chunk = &mut self.chunks[index];
         let in_turn = |arrival: &Arrival| {
             let contributor = chunk.contributors.binary_search(&arrival.worker).expect("checked by own_chunk");
-            chunk.gate.clock_of(contributor) == arrival.clock
+            chunk.gate.clock_of(contributor) == arrival.clock && arrival.clock < held
         };
         let Some(at) = chunk.arrived.iter().position(in_turn) else { return Turn::Idle };
         let arrival = chunk.arrived.remove(at).expect("just found");

@@ -130,7 +130,9 @@ impl Link {
             }
             subscriber.notify.wake();
         }
-        if command != Command::TellWaits {
+        // Every lane listens before the job runs, and no change is made before.
+        let passes = matches!(command, Command::TellWaits | Command::Prepare { .. } | Command::Change { .. });
+        if !passes {
             state.past.push(command);
         }
         self.changed.notify_all();
@@ -428,6 +430,8 @@ pub(crate) enum ControlAnswer {
     Status(Status),
     /// A checkpoint of this clock is complete.
     CheckpointWritten(crate::types::Clock),
+    /// A change holds from this clock on.
+    Changed(crate::types::Clock),
 }
 
 /// Asks or orders something of a running job and waits at most `time` for the answer.
@@ -440,6 +444,7 @@ pub(crate) fn control(address: &Address, token: &JobToken, order: Control, time:
     match next_message(&stream, &mut buffer) {
         Ok(FromLauncher::Status(status)) => Ok(ControlAnswer::Status(status)),
         Ok(FromLauncher::CheckpointWritten { clock }) => Ok(ControlAnswer::CheckpointWritten(clock)),
+        Ok(FromLauncher::Changed { clock }) => Ok(ControlAnswer::Changed(clock)),
         Ok(FromLauncher::Refused(why)) => Err(Error::Refused { who: "the launcher".into(), why }),
         Ok(other) => Err(unexpected(&format!("{other:?}"))),
         Err(why) => {

@@ -9,6 +9,7 @@ use serde_json::Value;
 use crate::{
     Error,
     layout::TensorSpec,
+    optim::LiveChange,
     session::{JobConfig, Verdict, Wait},
     transport::{Endpoint, PathChoice},
     types::{Clock, PeerId, Rank, Role, ShardId},
@@ -95,6 +96,7 @@ pub(super) enum FromLauncher {
     Refused(String),
     Status(Status),
     CheckpointWritten { clock: Clock },
+    Changed { clock: Clock },
 }
 
 /// What a rank tells the launcher while the job runs.
@@ -123,6 +125,15 @@ pub enum Report {
         clock: Clock,
         /// The clock that has been reached.
         reached: Clock,
+    },
+    /// A lane begins nothing of a clock and later ones until a change is settled.
+    Prepared {
+        /// The change.
+        number: u64,
+        /// The lane.
+        lane: u16,
+        /// The first clock that is held there.
+        from: Clock,
     },
     /// A gradient was not finite.
     NotFinite {
@@ -163,7 +174,7 @@ impl Report {
 }
 
 /// What the launcher tells ranks while the job runs.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Command {
     /// Write a checkpoint of this clock when it is complete, and go on.
@@ -192,6 +203,20 @@ pub enum Command {
         /// Whether the state is to be stored.
         checkpoint: bool,
     },
+    /// Begin nothing of this clock and later ones, of the next that is possible if it has begun, and say which.
+    Prepare {
+        /// The change for which.
+        number: u64,
+        /// From which clock on.
+        clock: Clock,
+    },
+    /// Every lane has prepared: go on.
+    Change {
+        /// The change that was prepared.
+        number: u64,
+        /// From which clock on it holds, and what it is; nothing if it is given up.
+        change: Option<(Clock, LiveChange)>,
+    },
     /// Say what you wait for.
     TellWaits,
     /// Another part of the job failed: end at once.
@@ -202,13 +227,15 @@ pub enum Command {
 }
 
 /// What is asked or ordered from outside, over the rendezvous port.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Control {
     /// Who has joined, and how far they are.
     Status,
     /// Write a checkpoint; the answer comes when it is complete.
     Checkpoint,
+    /// Change settings; the answer comes when the clock is known from which on they hold.
+    Change(LiveChange),
 }
 
 /// One rank, as the launcher sees it.

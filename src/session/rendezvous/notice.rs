@@ -3,6 +3,7 @@
 //! Invariant: every notice speaks of a rank that has proved itself, or of the job as a whole.
 
 use crate::{
+    optim::LiveChange,
     session::Verdict,
     transport::PathChoice,
     types::{Clock, Rank},
@@ -44,6 +45,13 @@ pub enum Notice {
     },
     /// Somebody has been waited for too long; told again when it has lasted twice as long, or when it is somebody else.
     Waiting(Box<Verdict>),
+    /// Settings change, on every shard at the same clock.
+    Changed {
+        /// From which clock on.
+        clock: Clock,
+        /// What.
+        change: LiveChange,
+    },
     /// A rank's connection ended before it had finished.
     Lost(Rank),
     /// A rank has done its part.

@@ -3,6 +3,7 @@
 //! Invariant: no I/O and no clock in here; time is an argument. A refusal changes nothing: the job goes on as if the caller had
 //! never come.
 
+mod changing;
 mod missing;
 
 use std::{
@@ -20,7 +21,7 @@ use super::{
 };
 use crate::{
     layout::{Layout, TensorSpec},
-    session::JobConfig,
+    session::{Changes, JobConfig},
     transport::PathChoice,
     types::{Clock, PeerId, Rank, Role},
 };
@@ -79,6 +80,11 @@ pub(super) struct Roster {
     not_finite: (Option<Clock>, u64),
     checkpoints: Checkpoints,
     waiting: Waiting,
+    changes: Changes,
+    /// Who asked for the change that is being made.
+    changing_for: Option<ConnectionId>,
+    /// When the first worker was seen.
+    first_worker: Option<Instant>,
     /// When a wait of the job's beginning was looked at last.
     warned: Option<Instant>,
     layout: Option<Layout>,
@@ -96,7 +102,10 @@ impl Roster {
         let checkpoints = Checkpoints::new(config.shard_count());
         Roster {
             waiting: Waiting::new(&config),
+            changes: Changes::new(config.shard_count() as usize),
+            changing_for: None,
             warned: None,
+            first_worker: None,
             config,
             reserved,
             seats,
@@ -305,6 +314,7 @@ impl Roster {
                 }
             }
             Report::Waits { lane, waits } => self.on_waits(PeerId { rank, lane }, waits, now),
+            Report::Prepared { number, lane, from } => self.on_prepared(PeerId { rank, lane }, number, from),
             Report::Failed { text, elsewhere } => self.notice(Notice::Failed { rank, text, elsewhere }),
             Report::Finished { summary } => {
                 self.seat(rank).finished = true;
@@ -322,6 +332,7 @@ impl Roster {
             return; // a job that is to stop at a clock which nobody has reached ends here too
         }
         (self.ended, self.dismissed) = (true, true);
+        self.give_up_change();
         let checkpoint = self.config.checkpoint.at_end && self.config.checkpoint.dir.is_some();
         let clock = self.clock_reached();
         self.send(self.everybody(), FromLauncher::Command(Command::End { clock, checkpoint }));
@@ -333,6 +344,7 @@ impl Roster {
                 let status = self.status(now);
                 self.send(vec![connection], FromLauncher::Status(status));
             }
+            Control::Change(change) => self.begin_change(connection, change),
             Control::Checkpoint => {
                 if let Err(text) = self.request_checkpoint(None, Some(connection)) {
                     self.send(vec![connection], FromLauncher::Refused(text));

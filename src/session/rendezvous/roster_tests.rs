@@ -14,7 +14,8 @@ use super::{
 };
 use crate::{
     layout::TensorSpec,
-    session::JobConfig,
+    optim::LiveChange,
+    session::{JobConfig, Owed, Wait},
     transport::Endpoint,
     types::{PeerId, Rank, Role, ShardId},
 };
@@ -96,6 +97,17 @@ impl Stage {
     }
 }
 
+impl Stage {
+    /// The verdicts that were told.
+    fn verdicts(&self) -> Vec<String> {
+        let told = self.notices.iter().filter_map(|notice| match notice {
+            Notice::Waiting(verdict) => Some(verdict.to_string()),
+            _ => None,
+        });
+        told.collect()
+    }
+}
+
 const S: fn(u64) -> Duration = Duration::from_secs;
 
 #[test]
@@ -130,7 +142,15 @@ fn the_missing_are_named_in_time() {
     stage.join(SERVER, Role::Server, Some(0)).unwrap();
     stage.join(WORKERS[0], Role::Worker, Some(0)).unwrap();
     assert_eq!(stage.roster.next_deadline(), Some(stage.start + S(30)));
-    assert_eq!(stage.timed_out(S(29)), None);
+    assert_eq!(stage.timed_out(S(1)), None);
+    // From the first worker on it is worth telling that others are not there, and told again when it has lasted twice as long.
+    assert_eq!(stage.roster.next_deadline(), Some(stage.start + S(6)));
+    for (after, told) in [(5, 0), (6, 1), (7, 1), (11, 2), (16, 2), (29, 3)] {
+        assert_eq!(stage.timed_out(S(after)), None);
+        let verdicts = stage.verdicts();
+        assert_eq!(verdicts.len(), told, "after {after} s: {verdicts:?}");
+        assert!(verdicts.iter().all(|text| text.starts_with("worker 1 has not joined; 2 others wait")), "{verdicts:?}");
+    }
     assert_eq!(stage.timed_out(S(30)).unwrap(), "worker 1 has not joined within 30 s");
     assert_eq!(stage.roster.next_deadline(), None, "said once");
 }
@@ -374,4 +394,92 @@ fn a_job_that_does_not_fit_into_the_host_is_refused_before_anybody_allocates() {
             assert!(text.contains(&format!("1 servers take {} bytes", 4 << 20 | (8 + 8 + 8) << 20)), "{text}");
         }
     }
+}
+
+fn wait(of: PeerId, owed: Owed, since_ms: u64, silence_ms: u64) -> Wait {
+    let silence_ms = Some(silence_ms);
+    Wait { of, owed, chunk: None, clock: Some(3), since_ms, fabric: "tcp".into(), silence_ms }
+}
+
+fn waits(waits: &[Wait]) -> ToLauncher {
+    ToLauncher::Report(Report::Waits { lane: 0, waits: waits.to_vec() })
+}
+
+#[test]
+fn all_are_asked_once_somebody_has_waited_for_long_and_one_verdict_is_told() {
+    let mut stage = Stage::new(|_| {});
+    stage.run();
+    let parameters = |since| waits(&[wait(PeerId::server(0, 0), Owed::Parameters, since, 10)]);
+    stage.say(WORKERS[0], parameters(4000));
+    assert!(stage.take().is_empty(), "not for long yet");
+    stage.say(WORKERS[0], parameters(5000));
+    let asked = stage.take();
+    assert_eq!(asked.len(), 3, "{asked:?}");
+    assert!(asked.iter().all(|(_, message)| matches!(message, FromLauncher::Command(Command::TellWaits))));
+    stage.say(WORKERS[0], parameters(5001));
+    assert!(stage.verdicts().is_empty(), "not all have answered");
+    stage.say(SERVER, waits(&[wait(PeerId::worker(1), Owed::Push, 5002, 10)]));
+    assert!(stage.take().is_empty() && stage.verdicts().is_empty(), "one has not");
+    stage.say(WORKERS[1], waits(&[]));
+    let [verdict] = &stage.verdicts()[..] else { panic!("{:?}", stage.notices) };
+    assert!(
+        verdict.starts_with("worker 1 (host host) has not pushed clock 3") && verdict.contains("alive"),
+        "{verdict}"
+    );
+    stage.say(99, ToLauncher::Control(Control::Status));
+    let told = stage.take().pop();
+    let Some((99, FromLauncher::Status(status))) = told else { panic!("{told:?}") };
+    assert_eq!(status.verdict.map(|verdict| verdict.ranks), Some(vec![Rank::worker(1)]));
+}
+
+#[test]
+fn nobody_waits_for_the_answer_of_one_who_is_silent() {
+    let mut stage = Stage::new(|_| {});
+    stage.run();
+    stage.say(WORKERS[0], waits(&[wait(PeerId::server(0, 0), Owed::Parameters, 6000, 10)]));
+    stage.say(SERVER, waits(&[wait(PeerId::worker(1), Owed::Push, 6000, 6500)]));
+    let [verdict] = &stage.verdicts()[..] else { panic!("{:?}", stage.notices) };
+    assert!(verdict.contains("worker 1") && verdict.contains("no sign of life for 6.5 s"), "{verdict}");
+}
+
+/// Were it said as if it were news, a job with long steps would say nothing else.
+#[test]
+fn that_all_workers_compute_is_shown_and_not_told() {
+    let mut stage = Stage::new(|_| {});
+    stage.run();
+    stage.say(SERVER, waits(&[0, 1].map(|worker| wait(PeerId::worker(worker), Owed::Push, 6000, 10))));
+    WORKERS.into_iter().for_each(|worker| stage.say(worker, waits(&[])));
+    assert!(stage.verdicts().is_empty(), "{:?}", stage.notices);
+    stage.say(99, ToLauncher::Control(Control::Status));
+    let told = stage.take().pop();
+    assert!(matches!(told, Some((99, FromLauncher::Status(status))) if status.verdict.is_some()));
+}
+
+#[test]
+fn a_change_is_prepared_by_all_lanes_and_given_up_at_the_end() {
+    let mut stage = Stage::new(|_| {});
+    let change = LiveChange { learning_rate: Some(0.5), ..LiveChange::default() };
+    let ask = || ToLauncher::Control(Control::Change(change));
+    stage.say(99, ask());
+    assert!(matches!(stage.take()[..], [(99, FromLauncher::Refused(_))]), "it does not run yet");
+    stage.run();
+    stage.say(99, ToLauncher::Control(Control::Change(LiveChange { clip_norm: Some(1.0), ..change })));
+    assert!(matches!(stage.take()[..], [(99, FromLauncher::Refused(_))]), "nothing is clipped");
+    stage.say(99, ask());
+    assert_eq!(stage.take().len(), 3);
+    let prepared = |number, from| ToLauncher::Report(Report::Prepared { number, lane: 0, from });
+    stage.say(SERVER, prepared(1, 8));
+    let sent = stage.take();
+    assert!(matches!(sent.last(), Some((99, FromLauncher::Changed { clock: 8 }))), "{sent:?}");
+    assert_eq!(stage.notices.last(), Some(&Notice::Changed { clock: 8, change }));
+    stage.say(99, ask());
+    stage.take();
+    for worker in WORKERS {
+        stage.say(worker, ToLauncher::Report(Report::Finished { summary: serde_json::Value::Null }));
+    }
+    let sent = stage.take();
+    let given_up = |(to, message): &(ConnectionId, FromLauncher)| {
+        *to == SERVER && matches!(message, FromLauncher::Command(Command::Change { number: 2, change: None }))
+    };
+    assert!(sent.iter().any(given_up), "{sent:?}");
 }

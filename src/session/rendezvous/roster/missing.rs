@@ -9,6 +9,8 @@ use crate::session::{Owed, Verdict, Wait};
 struct SetupWait {
     since: Instant,
     limit: Duration,
+    /// Since when it is worth telling: servers are there at once, and programs take a while to begin.
+    watched: Option<Instant>,
     owed: Owed,
     missing: Vec<Rank>,
     /// Those that wait.
@@ -22,6 +24,10 @@ impl Roster {
     pub fn handle_timeout(&mut self, now: Instant) {
         if self.ended {
             return;
+        }
+        let is_here = |(rank, seat): (&Rank, &Seat)| rank.role == Role::Worker && seat.taken;
+        if self.first_worker.is_none() && self.seats.iter().any(is_here) {
+            self.first_worker = Some(now);
         }
         let waits = self.waits();
         if let Some(wait) = waits.iter().find(|wait| wait.since + wait.limit <= now) {
@@ -41,12 +47,9 @@ impl Roster {
         }
         let waits = self.waits();
         let warned = self.warned.map(|at| at + self.waiting.warn());
-        let warning = |wait: &SetupWait| warned.unwrap_or(wait.since + self.waiting.warn());
-        let setup = waits.iter().flat_map(|wait| {
-            let watched = !wait.here.is_empty();
-            [Some(wait.since + wait.limit), watched.then(|| warning(wait))].into_iter().flatten()
-        });
-        setup.chain(self.waiting.next_deadline()).min()
+        let warning = |wait: &SetupWait| Some(warned.unwrap_or(wait.watched? + self.waiting.warn()));
+        let setup = waits.iter().flat_map(|wait| [Some(wait.since + wait.limit), warning(wait)]);
+        setup.flatten().chain(self.waiting.next_deadline()).min()
     }
 
     /// A thread of a rank says what it waits for.
@@ -70,13 +73,14 @@ impl Roster {
 
     /// The waits of the beginning, as if those that are there had reported them.
     fn warn_of_setup(&mut self, waits: &[SetupWait], now: Instant) {
-        let due = |wait: &&SetupWait| !wait.here.is_empty() && wait.since + self.waiting.warn() <= now;
+        let due = |wait: &&SetupWait| wait.watched.is_some_and(|since| since + self.waiting.warn() <= now);
         let Some(wait) = waits.iter().find(due) else { return };
+        let since = wait.watched.unwrap_or(now);
         if self.warned.is_some_and(|at| now < at + self.waiting.warn()) {
             return;
         }
         self.warned = Some(now);
-        let since_ms = now.saturating_duration_since(wait.since).as_millis() as u64;
+        let since_ms = now.saturating_duration_since(since).as_millis() as u64;
         let of = |rank: &Rank| Wait {
             of: PeerId { rank: *rank, lane: 0 },
             owed: wait.owed,
@@ -107,32 +111,47 @@ impl Roster {
     fn waits(&self) -> Vec<SetupWait> {
         let mut waits = Vec::new();
         let setup = Duration::from_millis(self.config.setup_ms);
-        let mut add = |since, limit, owed, undone: String, is_here: &dyn Fn(Rank, &Seat) -> bool| {
+        let mut add = |(since, watched), limit, owed, undone: String, is_here: &dyn Fn(Rank, &Seat) -> bool| {
             let (mut here, mut missing) = (Vec::new(), Vec::new());
             for (rank, seat) in &self.seats {
                 if is_here(*rank, seat) { here.push(*rank) } else { missing.push(*rank) }
             }
-            // Servers are there at once: that programs take a while to begin is no news.
-            if !here.iter().any(|rank| rank.role == Role::Worker) {
-                here.clear();
-            }
-            waits.push(SetupWait { since, limit, owed, missing, here, undone });
+            let watched = Some(watched).flatten().filter(|_| !here.is_empty());
+            waits.push(SetupWait { since, watched, limit, owed, missing, here, undone });
         };
         if self.seats.values().any(|seat| !seat.taken) {
             let join = Duration::from_millis(self.config.join_ms);
-            add(self.started, join, Owed::Join, "joined".into(), &|_, seat| seat.taken);
+            add((self.started, self.first_worker), join, Owed::Join, "joined".into(), &|_, seat| seat.taken);
         }
         if let Some(gathering) = &self.declaring {
             let here = |rank: Rank, seat: &Seat| rank.role == Role::Server || seat.declared.is_some();
-            add(gathering.since, setup, Owed::Declaration, "declared any tensors".into(), &here);
+            add(
+                (gathering.since, Some(gathering.since)),
+                setup,
+                Owed::Declaration,
+                "declared any tensors".into(),
+                &here,
+            );
         }
         if let Some(gathering) = &self.offering {
             let here = |rank, _: &Seat| gathering.here.contains(&rank);
-            add(gathering.since, setup, Owed::Endpoints, "offered any endpoints".into(), &here);
+            add(
+                (gathering.since, Some(gathering.since)),
+                setup,
+                Owed::Endpoints,
+                "offered any endpoints".into(),
+                &here,
+            );
         }
         for (name, gathering) in &self.barriers {
             let here = |rank, _: &Seat| gathering.here.contains(&rank);
-            add(gathering.since, setup, Owed::Barrier, format!("reached barrier `{name}`"), &here);
+            add(
+                (gathering.since, Some(gathering.since)),
+                setup,
+                Owed::Barrier,
+                format!("reached barrier `{name}`"),
+                &here,
+            );
         }
         waits
     }

@@ -1,0 +1,91 @@
+//! A change of a setting while the job runs, from the launcher's side: it takes effect at one clock on every shard.
+//!
+//! First every lane is asked to prepare: it begins nothing of a clock ahead, and says which. The latest of their clocks is one that
+//! nobody has begun; then every lane is told to change at it, and goes on.
+//!
+//! Invariant: pure; a change is settled once, when every lane has prepared, at a clock that none of them has begun.
+#![forbid(unsafe_code)]
+
+use std::collections::BTreeMap;
+
+use crate::{
+    optim::LiveChange,
+    types::{Clock, PeerId},
+};
+
+/// How far ahead of the last reported clock the first question lies: reports lag by about one clock.
+const MARGIN: Clock = 2;
+
+#[derive(Debug)]
+struct Open {
+    change: LiveChange,
+    prepared: BTreeMap<PeerId, Clock>,
+}
+
+/// The changes of one job, one at a time.
+#[derive(Debug)]
+pub struct Changes {
+    lanes: usize,
+    open: Option<Open>,
+    /// The number of the change that is open, or of the last one.
+    number: u64,
+}
+
+impl Changes {
+    /// Of a job with so many lanes.
+    pub fn new(lanes: usize) -> Changes {
+        Changes { lanes, open: None, number: 0 }
+    }
+
+    /// Begins a change: its number, and the clock for which every lane is to prepare. `reached` is the furthest clock reported.
+    ///
+    /// # Errors
+    ///
+    /// In words, while another change is under way.
+    pub fn begin(&mut self, change: LiveChange, reached: Clock) -> Result<(u64, Clock), String> {
+        if self.open.is_some() {
+            return Err("another change is being made; try again in a moment".into());
+        }
+        self.number += 1;
+        self.open = Some(Open { change, prepared: BTreeMap::new() });
+        Ok((self.number, reached.saturating_add(MARGIN)))
+    }
+
+    /// A lane begins nothing of `from` and later clocks: the change and its clock, if it was the last lane.
+    pub fn prepared(&mut self, number: u64, lane: PeerId, from: Clock) -> Option<(Clock, LiveChange)> {
+        let open = self.open.as_mut().filter(|_| number == self.number)?;
+        open.prepared.insert(lane, from);
+        if open.prepared.len() < self.lanes {
+            return None;
+        }
+        let clock = open.prepared.values().copied().max()?;
+        self.open.take().map(|open| (clock, open.change))
+    }
+
+    /// Gives up the change that is open: its number, by which every lane goes on without it.
+    pub fn cancel(&mut self) -> Option<u64> {
+        self.open.take().map(|_| self.number)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_change_is_settled_at_the_latest_clock_and_once() {
+        let change = LiveChange { learning_rate: Some(0.5), ..LiveChange::default() };
+        let mut changes = Changes::new(2);
+        let (one, two) = (PeerId::server(0, 0), PeerId::server(1, 0));
+        assert_eq!(changes.begin(change, 7), Ok((1, 9)));
+        assert!(changes.begin(change, 7).unwrap_err().contains("another change"));
+        assert_eq!(changes.prepared(1, one, 12), None);
+        assert_eq!(changes.prepared(1, one, 12), None, "the same lane twice");
+        assert_eq!(changes.prepared(0, two, 9), None, "an older change");
+        assert_eq!(changes.prepared(1, two, 9), Some((12, change)));
+        assert_eq!(changes.prepared(1, two, 9), None);
+        changes.begin(change, 20).unwrap();
+        assert_eq!(changes.cancel(), Some(2));
+        assert_eq!((changes.cancel(), changes.prepared(2, one, 22)), (None, None));
+    }
+}

@@ -1,0 +1,48 @@
+//! Settings that are changed while the job runs, as the launcher's end of the rendezvous sees it.
+//!
+//! Invariant: a lane that was told to prepare is always told to go on, with the change or without it.
+
+use super::*;
+use crate::optim::LiveChange;
+
+impl Roster {
+    /// Somebody wants settings changed; answered when every lane has prepared.
+    pub(super) fn begin_change(&mut self, connection: ConnectionId, change: LiveChange) {
+        let begun = self.may_change(&change).and_then(|()| self.changes.begin(change, self.clock_reached()));
+        match begun {
+            Ok((number, clock)) => {
+                self.changing_for = Some(connection);
+                self.send(self.everybody(), FromLauncher::Command(Command::Prepare { number, clock }));
+            }
+            Err(text) => self.send(vec![connection], FromLauncher::Refused(text)),
+        }
+    }
+
+    fn may_change(&self, change: &LiveChange) -> Result<(), String> {
+        change.check(&self.config.optimizer).map_err(|error| error.to_string())?;
+        match (self.running, self.ended) {
+            (true, false) => Ok(()),
+            (_, true) => Err("nothing can be changed any more: the job is ending".into()),
+            _ => Err("nothing can be changed yet: the job has not begun to train".into()),
+        }
+    }
+
+    /// A lane begins nothing of `from` and later clocks.
+    pub(super) fn on_prepared(&mut self, lane: PeerId, number: u64, from: Clock) {
+        let Some((clock, change)) = self.changes.prepared(number, lane, from) else { return };
+        let command = Command::Change { number, change: Some((clock, change)) };
+        self.send(self.everybody(), FromLauncher::Command(command));
+        let asker = self.changing_for.take();
+        self.send(asker.into_iter().collect(), FromLauncher::Changed { clock });
+        self.notice(Notice::Changed { clock, change });
+    }
+
+    /// The job ends: lanes that have prepared go on as they were.
+    pub(super) fn give_up_change(&mut self) {
+        let Some(number) = self.changes.cancel() else { return };
+        self.send(self.everybody(), FromLauncher::Command(Command::Change { number, change: None }));
+        let text = "the job ended before the change could be made".into();
+        let asker = self.changing_for.take();
+        self.send(asker.into_iter().collect(), FromLauncher::Refused(text));
+    }
+}

@@ -1,0 +1,51 @@
+//! Settings that are changed while a job runs: at the clock that `gradwire set` prints, on every server and fabric.
+//!
+//! Invariant: what is right is what the simulator makes of a job that knew of the change from the start.
+
+use std::process::{Command, Output};
+
+use gradwire::{launch::Job, optim::LiveChange, session::Fabric, types::Clock, world::WorldOptions};
+
+use crate::{
+    bits::{same, simulate, world_options},
+    jobs::{end, home, options, stored, wait_for_text, with_variable},
+    program::{STEPS, gradient, model},
+};
+
+fn set(home: &std::path::Path, settings: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_gradwire"));
+    command.args(["set", "test"]).args(settings).env("GRADWIRE_HOME", home).output().unwrap()
+}
+
+#[test]
+fn a_changed_setting_gives_the_bits_of_a_schedule_that_had_it_from_the_start() {
+    let all = vec![model(); 2];
+    for (fabric, shards) in [(Fabric::Shm, 1), (Fabric::Tcp, 2)] {
+        let home = home();
+        let mut options = options(home.path(), "train");
+        options.config.transports = vec![fabric];
+        options.config.shards_per_server = shards;
+        options.config.optimizer.clip.global_norm = Some(3.0);
+        with_variable(&mut options, "WORKER_PAUSE_MS", 30);
+        let mut job = Job::start(options).unwrap();
+        wait_for_text(&job, "at clock 10");
+        let refused = set(home.path(), &["learning=1"]);
+        let text = String::from_utf8_lossy(&refused.stderr);
+        assert!(refused.status.code() == Some(2) && text.contains("lr, weight-decay, clip-norm"), "{text}");
+        let refused = set(home.path(), &["lr=-1"]);
+        let text = String::from_utf8_lossy(&refused.stderr);
+        assert!(refused.status.code() == Some(1) && text.contains("`learning_rate` is -1"), "{text}");
+        let told = set(home.path(), &["lr=0.003", "weight-decay=0.05", "clip-norm=1.5"]);
+        let text = String::from_utf8_lossy(&told.stdout).into_owned() + &String::from_utf8_lossy(&told.stderr);
+        let outcome = end(&mut job);
+        assert_eq!(outcome.code, 0, "{:?}\n{}", outcome.reason, job.output());
+        let clock = text.strip_prefix("lr = 0.003, weight-decay = 0.05, clip-norm = 1.5 from clock ").expect(&text);
+        assert!(job.output().contains(&format!("gradwire: job test: {}", text.trim())), "{}", job.output());
+        let clock: Clock = clock.trim().strip_suffix(" on").expect(&text).parse().expect(&text);
+        assert!(clock > 10 && clock < STEPS, "{text}");
+        let change = LiveChange { learning_rate: Some(0.003), weight_decay: Some(0.05), clip_norm: Some(1.5) };
+        let mut world = WorldOptions { change_from: Some((clock, change)), ..world_options(all.clone()) };
+        world.optimizer.clip.global_norm = Some(3.0);
+        same(&simulate(world, gradient), &stored(home.path(), &all), fabric.name());
+    }
+}
