@@ -4,6 +4,8 @@
 
 #[path = "tidy/source.rs"]
 mod source;
+#[path = "tidy/waits.rs"]
+mod waits;
 
 use source::{Import, Source, is_word, read_all};
 
@@ -43,16 +45,6 @@ const UNSAFE_ALLOWED: &[&str] = &[
     "transport::shm",
     "transport::tcp",
     "transport::verbs",
-];
-
-/// Waits without a deadline of their own, and why each is right.
-const WAITS_ALLOWED: &[(&str, &str)] = &[
-    ("src/launch/sweep.rs", "polls /proc for processes that end, between two looks, under a deadline"),
-    ("src/server/lane.rs", "the writer waits for snapshots of its own process; the lane's end closes the channel"),
-    (
-        "src/server/node.rs",
-        "the process waits for its own threads; each sends how it ended, and its end closes the channel",
-    ),
 ];
 
 const FILE_LINES_MAX: usize = 500;
@@ -265,28 +257,6 @@ fn nothing_is_left_unfinished() {
         broken.extend(lines.iter().map(|line| format!("{}:{line}: a test is ignored without a reason", source.path)));
     }
     complain("nothing unfinished is left lying about", broken);
-}
-
-#[test]
-fn every_wait_has_a_deadline() {
-    let mut broken = Vec::new();
-    let mut excused = Vec::new();
-    for source in read_all(&["src"]) {
-        let of_tests = source.path.ends_with("tests.rs") || source.path.contains("/tests/");
-        let inner = source.test_lines();
-        let endless: &[&[&str]] =
-            &[&["thread", ":", ":", "sleep", "("], &["thread", ":", ":", "park", "("], &[".", "recv", "(", ")"]];
-        let lines = endless.iter().flat_map(|words| source.lines_with(words));
-        for line in lines.filter(|line| !of_tests && !inner.iter().any(|range| range.contains(line))) {
-            match WAITS_ALLOWED.iter().find(|(path, _)| *path == source.path) {
-                Some((path, _)) => excused.push(*path),
-                None => broken.push(format!("{}:{line}", source.path)),
-            }
-        }
-    }
-    complain("a thread that sleeps or waits on a channel does so with a deadline", broken);
-    let needless = WAITS_ALLOWED.iter().filter(|(path, _)| !excused.contains(path));
-    complain("an excuse that nobody needs any more", needless.map(|(path, why)| format!("{path}: {why}")).collect());
 }
 
 /// The scanner itself: what it must not be fooled by.
