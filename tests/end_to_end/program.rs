@@ -126,9 +126,7 @@ pub fn play(part: &str) -> Result<()> {
             "slow" if rank == 1 => std::thread::sleep(Duration::from_millis(3)),
             "schedule" => worker.set_learning_rate(1.0 / (clock + 1) as f64)?,
             "forget" if clock == 10 && rank == 1 => return Ok(()),
-            "nap" if clock == 10 && rank == 1 => {
-                std::thread::sleep(Duration::from_millis(number("WORKER_NAP_MS").unwrap()))
-            }
+            "nap" if clock == 10 && rank == 1 => std::thread::sleep(Duration::from_secs(3)),
             "hang" if clock == 10 && rank == 1 => std::thread::sleep(Duration::from_secs(3600)),
             _ => {}
         }

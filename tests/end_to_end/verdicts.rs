@@ -2,7 +2,7 @@
 //!
 //! Invariant: every verdict that is told names the victim, whatever moment it was given at.
 
-use std::{process::Command, time::Duration};
+use std::process::Command;
 
 use gradwire::{
     launch::{Job, JobOptions},
@@ -128,9 +128,7 @@ fn a_host_that_is_gone_is_told_as_one() {
 #[test]
 fn a_worker_that_computes_for_long_is_told_from_one_that_is_silent() {
     let home = home();
-    let mut options = watched(home.path(), "nap");
-    with_variable(&mut options, "WORKER_NAP_MS", Duration::from_secs(3).as_millis());
-    let mut job = Job::start(options).unwrap();
+    let mut job = Job::start(watched(home.path(), "nap")).unwrap();
     let outcome = end(&mut job);
     let output = job.output();
     assert_eq!(outcome.code, 0, "{:?}\n{output}", outcome.reason);

@@ -427,7 +427,7 @@ impl Reporter {
 #[derive(Debug)]
 pub(crate) enum ControlAnswer {
     /// The job's state.
-    Status(Status),
+    Status(Box<Status>),
     /// A checkpoint of this clock is complete.
     CheckpointWritten(crate::types::Clock),
     /// A change holds from this clock on.
@@ -442,7 +442,7 @@ pub(crate) fn control(address: &Address, token: &JobToken, order: Control, time:
     stream.set_read_timeout(Some(time)).map_err(failed)?;
     stream.write_all(&encode(&ToLauncher::Control(order))).map_err(failed)?;
     match next_message(&stream, &mut buffer) {
-        Ok(FromLauncher::Status(status)) => Ok(ControlAnswer::Status(status)),
+        Ok(FromLauncher::Status(status)) => Ok(ControlAnswer::Status(Box::new(status))),
         Ok(FromLauncher::CheckpointWritten { clock }) => Ok(ControlAnswer::CheckpointWritten(clock)),
         Ok(FromLauncher::Changed { clock }) => Ok(ControlAnswer::Changed(clock)),
         Ok(FromLauncher::Refused(why)) => Err(Error::Refused { who: "the launcher".into(), why }),
