@@ -34,6 +34,8 @@ pub(super) struct ChunkBuffer {
 pub(super) struct TensorBuffer {
     pub name: String,
     pub len: usize,
+    /// Its first element in the worker's flat buffers, where it lies in one piece: its chunks follow one another there too.
+    pub start: usize,
     /// The worker's own chunk and the piece in it.
     pub pieces: Vec<(usize, Piece)>,
     /// Whether this clock's gradient has been written.
@@ -90,19 +92,21 @@ impl Buffers {
         }
         let mut buffers =
             Buffers { chunks, tensors: Vec::new(), own, kernels: Kernels::best(), gradient_dtype, parameter_dtype };
-        names.iter().for_each(|name| buffers.add_tensor(layout, name));
+        names.iter().for_each(|name| buffers.add_tensor(layout, &view, name));
         Ok((buffers, parameters, gradients))
     }
 
-    fn add_tensor(&mut self, layout: &Layout, name: &str) {
+    fn add_tensor(&mut self, layout: &Layout, view: &WorkerView, name: &str) {
         let tensor = layout.tensor(name).expect("the layout holds every declared tensor");
         let pieces: Vec<(usize, Piece)> = layout
             .pieces(tensor)
             .map(|piece| (self.own[piece.chunk.index()].expect("a declared tensor's chunks are ours"), piece))
             .collect();
         pieces.iter().for_each(|(chunk, _)| self.chunks[*chunk].tensors += 1);
-        let name = name.to_string();
-        self.tensors.push(TensorBuffer { name, len: tensor.len as usize, pieces, written: false });
+        let first = pieces[0].1;
+        let start = view.start(first.chunk).expect("a declared tensor's chunks are ours") as usize;
+        let (name, start) = (name.to_string(), start + first.chunk_start as usize);
+        self.tensors.push(TensorBuffer { name, len: tensor.len as usize, start, pieces, written: false });
     }
 
     /// This worker's own chunk of the layout's `id`.
@@ -111,12 +115,10 @@ impl Buffers {
         &mut self.chunks[index]
     }
 
-    /// Writes a tensor's gradient into its chunks; gives the chunks that are complete thereby.
-    pub fn write(&mut self, tensor: usize, gradient: &[f32], complete: &mut Vec<usize>) {
-        let TensorBuffer { pieces, written, .. } = &mut self.tensors[tensor];
-        *written = true;
+    /// Writes a tensor's gradient into its chunks.
+    pub fn write(&mut self, tensor: usize, gradient: &[f32]) {
         let size = self.gradient_dtype.size();
-        for (index, piece) in pieces {
+        for (index, piece) in &self.tensors[tensor].pieces {
             let chunk = &mut self.chunks[*index];
             let lease = chunk.gradient.as_mut().expect("gradients are at home before they are written");
             let start = piece.chunk_start as usize * size;
@@ -124,11 +126,22 @@ impl Buffers {
             let from = piece.tensor_start as usize;
             let values = &gradient[from..from + piece.len as usize];
             self.kernels.encode(values, Wire { bytes, dtype: self.gradient_dtype });
+        }
+    }
+
+    /// A tensor's gradient lies in its chunks; gives those that are complete thereby.
+    pub fn mark_written(&mut self, tensor: usize) -> Vec<usize> {
+        let TensorBuffer { pieces, written, .. } = &mut self.tensors[tensor];
+        *written = true;
+        let mut complete = Vec::new();
+        for (index, _) in pieces {
+            let chunk = &mut self.chunks[*index];
             chunk.written += 1;
             if chunk.written == chunk.tensors {
                 complete.push(*index);
             }
         }
+        complete
     }
 
     /// A tensor that was not pushed gives zeros to the chunks that it shares with one that was: a chunk is pushed whole. Chunks in

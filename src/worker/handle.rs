@@ -2,6 +2,8 @@
 //!
 //! Invariant: every wait has a deadline, and its error names the server, the chunk and the clock that it waited for.
 
+mod in_place;
+
 use std::{
     collections::VecDeque,
     os::fd::BorrowedFd,
@@ -9,14 +11,17 @@ use std::{
     time::{Duration, Instant},
 };
 
+pub use in_place::FlatView;
+
 use super::{
     ClientConfig, Command, Engine, Event,
-    buffers::Buffers,
+    buffers::{Buffers, ChunkBuffer, TensorBuffer},
     progress::{Progress, connect_time},
 };
 use crate::{
     Error, Result,
     layout::{Layout, TensorSpec},
+    mem::Region,
     session::{JobConfig, Member, Paths, Report, fabrics},
     types::{Clock, PeerId, Role, Version},
 };
@@ -34,6 +39,7 @@ pub struct Worker {
     layout: Arc<Layout>,
     lanes: Vec<PeerId>,
     buffers: Buffers,
+    regions: Regions,
     progress: Progress,
     clock: Clock,
     /// Whether this clock's pushes want parameters back; decided by its first push.
@@ -44,6 +50,13 @@ pub struct Worker {
     attached: bool,
     finished: bool,
     reported: Instant,
+}
+
+/// The memory behind the two flat buffers.
+#[derive(Debug)]
+struct Regions {
+    gradients: Region,
+    parameters: Region,
 }
 
 impl Worker {
@@ -62,13 +75,14 @@ impl Worker {
         let reporter = member.reporter();
         let joined = Worker::set_up(&mut member, tensors);
         match joined {
-            Ok((layout, lanes, buffers, progress)) => {
+            Ok((layout, lanes, (buffers, regions), progress)) => {
                 let mut worker = Worker {
                     clock: member.config().start_clock,
                     member,
                     layout,
                     lanes,
                     buffers,
+                    regions,
                     progress,
                     wants_reply: None,
                     closed: false,
@@ -87,7 +101,10 @@ impl Worker {
         }
     }
 
-    fn set_up(member: &mut Member, tensors: Vec<TensorSpec>) -> Result<(Arc<Layout>, Vec<PeerId>, Buffers, Progress)> {
+    fn set_up(
+        member: &mut Member,
+        tensors: Vec<TensorSpec>,
+    ) -> Result<(Arc<Layout>, Vec<PeerId>, (Buffers, Regions), Progress)> {
         let rank = member.rank();
         if rank.role != Role::Worker {
             return Err(Error::Config(format!("this process is {rank}: only a worker pushes and pulls")));
@@ -120,7 +137,7 @@ impl Worker {
         let choices = engine.paths().transport().choices().cloned().collect();
         member.reporter().report(Report::Paths(choices))?;
         let progress = Progress::start(engine, member.commands()?, member.reporter())?;
-        Ok((layout, lanes, buffers, progress))
+        Ok((layout, lanes, (buffers, Regions { gradients, parameters }), progress))
     }
 
     /// Waits until all lanes are there, then pulls what they start with.
@@ -191,25 +208,6 @@ impl Worker {
     /// As [`push_pull`](Worker::push_pull).
     pub fn push(&mut self, tensor: usize, gradient: &[f32]) -> Result<()> {
         self.give(tensor, gradient, false)
-    }
-
-    /// Pushes, with push_pull, whatever lies in the gradient buffers of all tensors: for benchmarks, and for programs that write
-    /// their gradients there.
-    ///
-    /// # Errors
-    ///
-    /// As [`push_pull`](Worker::push_pull).
-    pub fn push_pull_all(&mut self) -> Result<()> {
-        self.give_all(true)
-    }
-
-    /// The same with [`push`](Worker::push): nothing comes back.
-    ///
-    /// # Errors
-    ///
-    /// As [`push`](Worker::push).
-    pub fn push_all(&mut self) -> Result<()> {
-        self.give_all(false)
     }
 
     /// Ends the clock: tensors that were not pushed are absent. Waits for the new parameters (after `push_pull`), or until the
@@ -354,25 +352,25 @@ impl Worker {
 
     fn give(&mut self, tensor: usize, gradient: &[f32], wants_reply: bool) -> Result<()> {
         self.check_tensor(tensor, gradient.len())?;
+        self.begin_push(tensor, wants_reply)?;
+        self.buffers.write(tensor, gradient);
+        self.push_written(tensor, wants_reply);
+        Ok(())
+    }
+
+    fn begin_push(&mut self, tensor: usize, wants_reply: bool) -> Result<()> {
         self.decide_reply(wants_reply)?;
         if self.buffers.tensors[tensor].written {
             let name = &self.buffers.tensors[tensor].name;
             return Err(Error::Config(format!("the gradient of `{name}` was pushed twice in clock {}", self.clock)));
         }
-        let mut complete = Vec::new();
-        self.buffers.write(tensor, gradient, &mut complete);
-        self.push_chunks(&complete, wants_reply);
         Ok(())
     }
 
-    fn give_all(&mut self, wants_reply: bool) -> Result<()> {
-        self.decide_reply(wants_reply)?;
-        for tensor in &mut self.buffers.tensors {
-            tensor.written = true;
-        }
-        let all: Vec<usize> = (0..self.buffers.chunks.len()).filter(|i| !self.buffers.chunks[*i].pushed).collect();
-        self.push_chunks(&all, wants_reply);
-        Ok(())
+    /// Pushes the chunks that are complete now that this tensor's gradient is in its place.
+    fn push_written(&mut self, tensor: usize, wants_reply: bool) {
+        let complete = self.buffers.mark_written(tensor);
+        self.push_chunks(&complete, wants_reply);
     }
 
     fn decide_reply(&mut self, wants_reply: bool) -> Result<()> {
@@ -430,7 +428,7 @@ impl Worker {
     }
 
     fn deadline_error(&self, waited: Duration) -> Error {
-        let away = |chunk: &&super::buffers::ChunkBuffer| chunk.parameters.is_none();
+        let away = |chunk: &&ChunkBuffer| chunk.parameters.is_none();
         let (chunk, awaited) = match self.buffers.chunks.iter().find(away) {
             Some(chunk) => (Some(chunk.id), "parameters"),
             None => {
@@ -469,16 +467,17 @@ impl Worker {
     }
 
     fn check_tensor(&self, tensor: usize, len: usize) -> Result<()> {
-        match self.buffers.tensors.get(tensor) {
-            Some(known) if known.len == len => Ok(()),
-            Some(known) => {
-                Err(Error::Config(format!("`{}` has {} elements, and {len} were given", known.name, known.len)))
-            }
-            None => Err(Error::Config(format!(
-                "there is no tensor {tensor}: this worker declared {}",
-                self.buffers.tensors.len()
-            ))),
+        let known = self.known(tensor)?;
+        if known.len == len {
+            return Ok(());
         }
+        Err(Error::Config(format!("`{}` has {} elements, and {len} were given", known.name, known.len)))
+    }
+
+    fn known(&self, tensor: usize) -> Result<&TensorBuffer> {
+        let count = self.buffers.tensors.len();
+        let none = || Error::Config(format!("there is no tensor {tensor}: this worker declared {count}"));
+        self.buffers.tensors.get(tensor).ok_or_else(none)
     }
 
     fn owner(&self, chunk: crate::types::ChunkId) -> PeerId {
