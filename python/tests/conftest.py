@@ -43,7 +43,9 @@ def run(tmp_path: Path) -> Run:
         line = [command, "run", "-s", str(servers), "-n", str(workers), *flags, "--", sys.executable, str(file)]
         home = tmp_path / "home"
         home.mkdir(mode=0o700, exist_ok=True)
-        environment = os.environ | {"GRADWIRE_HOME": str(home), "OMP_NUM_THREADS": "1"}
+        # What tests share (gpt2.py) is found by the programs too.
+        found = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = os.environ | {"GRADWIRE_HOME": str(home), "OMP_NUM_THREADS": "1", "PYTHONPATH": found}
         done = subprocess.run(
             line, env=environment, cwd=tmp_path, timeout=PATIENCE, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
