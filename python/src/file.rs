@@ -11,7 +11,7 @@ use std::{
 
 use gradwire::Error;
 use pyo3::{buffer::PyBuffer, prelude::*};
-use safetensors::{Dtype, SafeTensors, serialize_to_file, tensor::TensorView};
+use safetensors::{Dtype, serialize_to_file, tensor::TensorView};
 
 use crate::error::{exception, raised};
 
@@ -62,7 +62,7 @@ pub fn initial_file_job(py: Python<'_>, path: PathBuf) -> PyResult<Option<String
         let mut start = [0; 8];
         file.read_exact(&mut start)?;
         let length = u64::from_le_bytes(start).min(HEADER_BYTES_MAX);
-        let mut header = start.to_vec();
+        let mut header = Vec::new();
         file.take(length).read_to_end(&mut header)?;
         Ok(header)
     };
@@ -72,6 +72,6 @@ pub fn initial_file_job(py: Python<'_>, path: PathBuf) -> PyResult<Option<String
         Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => return Ok(Some(String::new())),
         Err(error) => return Err(raised(py, &Error::file("read", &path, error))),
     };
-    let metadata = SafeTensors::read_metadata(&header).ok().and_then(|(_, metadata)| metadata.metadata().clone());
-    Ok(Some(metadata.and_then(|mut all| all.remove(JOB)).unwrap_or_default()))
+    let header: serde_json::Value = serde_json::from_slice(&header).unwrap_or_default();
+    Ok(Some(header["__metadata__"][JOB].as_str().unwrap_or_default().to_owned()))
 }

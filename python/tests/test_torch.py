@@ -345,9 +345,9 @@ with Optimizer(model.named_parameters(), OPTIONS) as optimizer:
     )
     sgd = ("--optimizer", "sgd", "--lr", "0.5", "--checkpoint-dir", "checkpoints")
     ones = program.replace("FIRST", "torch.nn.init.ones_(model.weight)")
-    outcome = run(ones.replace("OPTIONS", ""), *sgd, *INITIAL, workers=1)
+    outcome = run(ones.replace("OPTIONS", ""), *sgd, *INITIAL, workers=1, servers=1)
     assert (outcome.values("start"), outcome.values("end")) == (["0 16.0"], ["1 8.0"])
-    outcome = run(ones.replace("OPTIONS", ""), *sgd, *INITIAL, "--resume", "checkpoints", workers=1)
+    outcome = run(ones.replace("OPTIONS", ""), *sgd, *INITIAL, "--resume", "checkpoints", workers=1, servers=1)
     assert (outcome.values("start"), outcome.values("end")) == (["1 8.0"], ["2 0.0"])
     # Another program's file: the same without our mark.
     file = tmp_path / "first.safetensors"

@@ -44,6 +44,9 @@ pub(super) struct TensorBuffer {
 
 #[derive(Debug)]
 pub(super) struct Buffers {
+    /// The memory of the two, to be registered; the chunks hold its leases.
+    pub gradients: Region,
+    pub parameters: Region,
     pub chunks: Vec<ChunkBuffer>,
     pub tensors: Vec<TensorBuffer>,
     /// By chunk of the layout: the index in `chunks`.
@@ -54,13 +57,13 @@ pub(super) struct Buffers {
 }
 
 impl Buffers {
-    /// Allocates both buffers; the regions (parameters, gradients) are to be registered.
+    /// Allocates both buffers.
     pub fn new(
         layout: &Arc<Layout>,
         worker: u16,
         names: &[String],
         (gradient_dtype, parameter_dtype): (Dtype, Dtype),
-    ) -> Result<(Buffers, Region, Region)> {
+    ) -> Result<Buffers> {
         let view = WorkerView::new(layout, worker);
         let options = |name: &str| RegionOptions {
             name: format!("worker-{worker}-{name}"),
@@ -90,10 +93,11 @@ impl Buffers {
                 pushed: false,
             });
         }
+        let (tensors, kernels) = (Vec::new(), Kernels::best());
         let mut buffers =
-            Buffers { chunks, tensors: Vec::new(), own, kernels: Kernels::best(), gradient_dtype, parameter_dtype };
+            Buffers { gradients, parameters, chunks, tensors, own, kernels, gradient_dtype, parameter_dtype };
         names.iter().for_each(|name| buffers.add_tensor(layout, &view, name));
-        Ok((buffers, parameters, gradients))
+        Ok(buffers)
     }
 
     fn add_tensor(&mut self, layout: &Layout, view: &WorkerView, name: &str) {

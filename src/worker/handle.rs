@@ -21,7 +21,6 @@ use super::{
 use crate::{
     Error, Result,
     layout::{Layout, TensorSpec},
-    mem::Region,
     session::{JobConfig, Member, Paths, Report, fabrics},
     types::{Clock, PeerId, Role, Version},
 };
@@ -39,7 +38,6 @@ pub struct Worker {
     layout: Arc<Layout>,
     lanes: Vec<PeerId>,
     buffers: Buffers,
-    regions: Regions,
     progress: Progress,
     clock: Clock,
     /// Whether this clock's pushes want parameters back; decided by its first push.
@@ -50,13 +48,6 @@ pub struct Worker {
     attached: bool,
     finished: bool,
     reported: Instant,
-}
-
-/// The memory behind the two flat buffers.
-#[derive(Debug)]
-struct Regions {
-    gradients: Region,
-    parameters: Region,
 }
 
 impl Worker {
@@ -75,14 +66,13 @@ impl Worker {
         let reporter = member.reporter();
         let joined = Worker::set_up(&mut member, tensors);
         match joined {
-            Ok((layout, lanes, (buffers, regions), progress)) => {
+            Ok((layout, lanes, buffers, progress)) => {
                 let mut worker = Worker {
                     clock: member.config().start_clock,
                     member,
                     layout,
                     lanes,
                     buffers,
-                    regions,
                     progress,
                     wants_reply: None,
                     closed: false,
@@ -101,10 +91,7 @@ impl Worker {
         }
     }
 
-    fn set_up(
-        member: &mut Member,
-        tensors: Vec<TensorSpec>,
-    ) -> Result<(Arc<Layout>, Vec<PeerId>, (Buffers, Regions), Progress)> {
+    fn set_up(member: &mut Member, tensors: Vec<TensorSpec>) -> Result<(Arc<Layout>, Vec<PeerId>, Buffers, Progress)> {
         let rank = member.rank();
         if rank.role != Role::Worker {
             return Err(Error::Config(format!("this process is {rank}: only a worker pushes and pulls")));
@@ -114,7 +101,7 @@ impl Worker {
         let config = member.config().clone();
         let layout = Arc::new(config.layout(&view.declarations)?);
         let dtypes = (config.gradient_dtype, config.parameter_dtype);
-        let (buffers, parameters, gradients) = Buffers::new(&layout, rank.index, &names, dtypes)?;
+        let buffers = Buffers::new(&layout, rank.index, &names, dtypes)?;
         let lanes: Vec<PeerId> = (0..config.servers)
             .flat_map(|server| (0..config.shards_per_server).map(move |lane| PeerId::server(server, lane)))
             .collect();
@@ -127,7 +114,7 @@ impl Worker {
             parameter_dtype: config.parameter_dtype,
         };
         let paths = Paths::new(fabrics::open(member, 0, false)?, 0, config.heartbeat(), config.deadline());
-        let mut engine = Engine::new(client, layout.clone(), paths, &parameters, &gradients)?;
+        let mut engine = Engine::new(client, layout.clone(), paths, &buffers.parameters, &buffers.gradients)?;
         let me = PeerId::worker(rank.index);
         let offers = lanes.iter().map(|lane| Ok((me, *lane, engine.paths().offer(*lane)?))).collect::<Result<_>>()?;
         let deadline = Instant::now() + connect_time(&config);
@@ -137,7 +124,7 @@ impl Worker {
         let choices = engine.paths().transport().choices().cloned().collect();
         member.reporter().report(Report::Paths(choices))?;
         let progress = Progress::start(engine, member.commands()?, member.reporter())?;
-        Ok((layout, lanes, (buffers, Regions { gradients, parameters }), progress))
+        Ok((layout, lanes, buffers, progress))
     }
 
     /// Waits until all lanes are there, then pulls what they start with.

@@ -51,7 +51,7 @@ impl Worker {
     ///
     /// [`Error::Config`](crate::Error::Config) if there is no such tensor.
     pub fn gradient_view(&self, tensor: usize) -> Result<FlatView> {
-        self.view(tensor, &self.regions.gradients, self.config().gradient_dtype)
+        self.view(tensor, &self.buffers.gradients, self.config().gradient_dtype)
     }
 
     /// Where a tensor's parameters land.
@@ -60,7 +60,7 @@ impl Worker {
     ///
     /// As [`gradient_view`](Worker::gradient_view).
     pub fn parameter_view(&self, tensor: usize) -> Result<FlatView> {
-        self.view(tensor, &self.regions.parameters, self.config().parameter_dtype)
+        self.view(tensor, &self.buffers.parameters, self.config().parameter_dtype)
     }
 
     fn view(&self, tensor: usize, region: &Region, dtype: Dtype) -> Result<FlatView> {
