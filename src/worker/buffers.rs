@@ -215,3 +215,31 @@ fn decode(dtype: Dtype, bytes: &[u8], out: &mut [f32]) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layout::{LayoutOptions, TensorSpec};
+
+    /// Views rely on it: worker 1 lacks a tensor in the middle, and the chunks are shorter than most tensors.
+    #[test]
+    fn a_tensor_lies_in_one_piece() {
+        let spec = |name: &str, len: u64| TensorSpec::new(name, [len]);
+        let all = vec![spec("a", 30), spec("b", 100), spec("c", 7), spec("d", 200), spec("e", 1)];
+        let part = vec![all[0].clone(), all[1].clone(), all[3].clone(), all[4].clone()];
+        let options = LayoutOptions { chunk_elements: 64, shards: 2 };
+        let layout = Arc::new(Layout::build(&[all, part.clone()], options).unwrap());
+        let names: Vec<String> = part.iter().map(|spec| spec.name.clone()).collect();
+        let buffers = Buffers::new(&layout, 1, &names, (Dtype::Bf16, Dtype::F32)).unwrap();
+        assert!(buffers.tensors.iter().any(|tensor| tensor.pieces.len() > 2));
+        for tensor in &buffers.tensors {
+            for (chunk, piece) in &tensor.pieces {
+                let chunk = &buffers.chunks[*chunk];
+                let element = tensor.start + piece.tensor_start as usize;
+                let place = |lease: &Option<Lease>| lease.as_ref().unwrap().offset();
+                assert_eq!(place(&chunk.gradient) + piece.chunk_start as usize * 2, element * 2, "{}", tensor.name);
+                assert_eq!(place(&chunk.parameters) + piece.chunk_start as usize * 4, element * 4, "{}", tensor.name);
+            }
+        }
+    }
+}
