@@ -52,7 +52,7 @@ const FILE_LINES_MAX: usize = 500;
 const GENERATED: &str = "src/sys/verbs/generated.rs";
 const FUNCTION_LINES_MAX: usize = 70;
 const ROOT_NAMES_MAX: usize = 20;
-const EVERYWHERE: &[&str] = &["src", "tests", "examples", "benches", "fuzz/fuzz_targets"];
+const EVERYWHERE: &[&str] = &["src", "tests", "examples", "benches", "fuzz/fuzz_targets", "python/src"];
 
 fn complain(rule: &str, broken: Vec<String>) {
     assert!(broken.is_empty(), "{rule}\n  {}", broken.join("\n  "));

@@ -46,7 +46,7 @@ pub unsafe extern "C" fn gw_set_log_level(level: *const c_char) -> Status {
 }
 
 /// Starts the log as the environment has it, unless there is one.
-pub(super) fn start_log() {
+pub fn start_log() {
     if LOG.get().is_none() {
         // A program that has a log of its own (this library linked into Rust) keeps it.
         let _ = log(EnvFilter::try_from_env("GRADWIRE_LOG").unwrap_or_else(|_| EnvFilter::new("warn")));

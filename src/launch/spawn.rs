@@ -11,13 +11,17 @@ use std::{
 use nix::{
     errno::Errno,
     sched::{CpuSet, sched_setaffinity},
-    sys::{prctl::set_pdeathsig, signal::Signal},
+    sys::{
+        prctl::set_pdeathsig,
+        signal::{SigSet, Signal},
+    },
     unistd::{Pid, getpid, getppid, setsid},
 };
 
 use crate::{Error, Result};
 
-/// Starts a process in a group of its own that is killed when the calling *thread* ends; with `cores`, it runs on these only.
+/// Starts a process in a group of its own that is killed when the calling *thread* ends; with `cores`, it runs on these only. No
+/// signal is blocked in it: the launcher waits for its own with them blocked, and a mask is inherited.
 pub(super) fn supervised(command: &mut Command, cores: Option<&[usize]>) -> Result<Child> {
     let launcher = getpid();
     let affinity = cores.map(cpu_set).transpose()?;
@@ -28,13 +32,14 @@ pub(super) fn supervised(command: &mut Command, cores: Option<&[usize]>) -> Resu
         if getppid() != launcher {
             return Err(Errno::ESRCH.into());
         }
+        SigSet::empty().thread_set_mask()?;
         if let Some(affinity) = &affinity {
             sched_setaffinity(Pid::from_raw(0), affinity)?;
         }
         Ok(())
     };
-    // SAFETY: the closure runs in the child between fork and exec, where only async-signal-safe calls are allowed; prctl, getppid
-    // and sched_setaffinity are such calls, and nothing in it allocates, locks or panics (this function upholds it).
+    // SAFETY: the closure runs in the child between fork and exec, where only async-signal-safe calls are allowed; prctl, getppid,
+    // sigprocmask and sched_setaffinity are such calls, and nothing in it allocates, locks or panics (this function upholds it).
     unsafe { command.pre_exec(before_exec) };
     start(command)
 }

@@ -34,6 +34,8 @@ pub(super) struct ChunkBuffer {
 pub(super) struct TensorBuffer {
     pub name: String,
     pub len: usize,
+    /// Its first element in the worker's flat buffers, where it lies in one piece: its chunks follow one another there too.
+    pub start: usize,
     /// The worker's own chunk and the piece in it.
     pub pieces: Vec<(usize, Piece)>,
     /// Whether this clock's gradient has been written.
@@ -42,6 +44,9 @@ pub(super) struct TensorBuffer {
 
 #[derive(Debug)]
 pub(super) struct Buffers {
+    /// The memory of the two, to be registered; the chunks hold its leases.
+    pub gradients: Region,
+    pub parameters: Region,
     pub chunks: Vec<ChunkBuffer>,
     pub tensors: Vec<TensorBuffer>,
     /// By chunk of the layout: the index in `chunks`.
@@ -52,13 +57,13 @@ pub(super) struct Buffers {
 }
 
 impl Buffers {
-    /// Allocates both buffers; the regions (parameters, gradients) are to be registered.
+    /// Allocates both buffers.
     pub fn new(
         layout: &Arc<Layout>,
         worker: u16,
         names: &[String],
         (gradient_dtype, parameter_dtype): (Dtype, Dtype),
-    ) -> Result<(Buffers, Region, Region)> {
+    ) -> Result<Buffers> {
         let view = WorkerView::new(layout, worker);
         let options = |name: &str| RegionOptions {
             name: format!("worker-{worker}-{name}"),
@@ -88,21 +93,24 @@ impl Buffers {
                 pushed: false,
             });
         }
+        let (tensors, kernels) = (Vec::new(), Kernels::best());
         let mut buffers =
-            Buffers { chunks, tensors: Vec::new(), own, kernels: Kernels::best(), gradient_dtype, parameter_dtype };
-        names.iter().for_each(|name| buffers.add_tensor(layout, name));
-        Ok((buffers, parameters, gradients))
+            Buffers { gradients, parameters, chunks, tensors, own, kernels, gradient_dtype, parameter_dtype };
+        names.iter().for_each(|name| buffers.add_tensor(layout, &view, name));
+        Ok(buffers)
     }
 
-    fn add_tensor(&mut self, layout: &Layout, name: &str) {
+    fn add_tensor(&mut self, layout: &Layout, view: &WorkerView, name: &str) {
         let tensor = layout.tensor(name).expect("the layout holds every declared tensor");
         let pieces: Vec<(usize, Piece)> = layout
             .pieces(tensor)
             .map(|piece| (self.own[piece.chunk.index()].expect("a declared tensor's chunks are ours"), piece))
             .collect();
         pieces.iter().for_each(|(chunk, _)| self.chunks[*chunk].tensors += 1);
-        let name = name.to_string();
-        self.tensors.push(TensorBuffer { name, len: tensor.len as usize, pieces, written: false });
+        let first = pieces[0].1;
+        let start = view.start(first.chunk).expect("a declared tensor's chunks are ours") as usize;
+        let (name, start) = (name.to_string(), start + first.chunk_start as usize);
+        self.tensors.push(TensorBuffer { name, len: tensor.len as usize, start, pieces, written: false });
     }
 
     /// This worker's own chunk of the layout's `id`.
@@ -111,12 +119,10 @@ impl Buffers {
         &mut self.chunks[index]
     }
 
-    /// Writes a tensor's gradient into its chunks; gives the chunks that are complete thereby.
-    pub fn write(&mut self, tensor: usize, gradient: &[f32], complete: &mut Vec<usize>) {
-        let TensorBuffer { pieces, written, .. } = &mut self.tensors[tensor];
-        *written = true;
+    /// Writes a tensor's gradient into its chunks.
+    pub fn write(&mut self, tensor: usize, gradient: &[f32]) {
         let size = self.gradient_dtype.size();
-        for (index, piece) in pieces {
+        for (index, piece) in &self.tensors[tensor].pieces {
             let chunk = &mut self.chunks[*index];
             let lease = chunk.gradient.as_mut().expect("gradients are at home before they are written");
             let start = piece.chunk_start as usize * size;
@@ -124,11 +130,22 @@ impl Buffers {
             let from = piece.tensor_start as usize;
             let values = &gradient[from..from + piece.len as usize];
             self.kernels.encode(values, Wire { bytes, dtype: self.gradient_dtype });
+        }
+    }
+
+    /// A tensor's gradient lies in its chunks; gives those that are complete thereby.
+    pub fn mark_written(&mut self, tensor: usize) -> Vec<usize> {
+        let TensorBuffer { pieces, written, .. } = &mut self.tensors[tensor];
+        *written = true;
+        let mut complete = Vec::new();
+        for (index, _) in pieces {
+            let chunk = &mut self.chunks[*index];
             chunk.written += 1;
             if chunk.written == chunk.tensors {
                 complete.push(*index);
             }
         }
+        complete
     }
 
     /// A tensor that was not pushed gives zeros to the chunks that it shares with one that was: a chunk is pushed whole. Chunks in
@@ -194,6 +211,34 @@ fn decode(dtype: Dtype, bytes: &[u8], out: &mut [f32]) {
                     Dtype::Bf16 => half::bf16::from_bits(bits).to_f32(),
                     _ => half::f16::from_bits(bits).to_f32(),
                 };
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layout::{LayoutOptions, TensorSpec};
+
+    /// Views rely on it: worker 1 lacks a tensor in the middle, and the chunks are shorter than most tensors.
+    #[test]
+    fn a_tensor_lies_in_one_piece() {
+        let spec = |name: &str, len: u64| TensorSpec::new(name, [len]);
+        let all = vec![spec("a", 30), spec("b", 100), spec("c", 7), spec("d", 200), spec("e", 1)];
+        let part = vec![all[0].clone(), all[1].clone(), all[3].clone(), all[4].clone()];
+        let options = LayoutOptions { chunk_elements: 64, shards: 2 };
+        let layout = Arc::new(Layout::build(&[all, part.clone()], options).unwrap());
+        let names: Vec<String> = part.iter().map(|spec| spec.name.clone()).collect();
+        let buffers = Buffers::new(&layout, 1, &names, (Dtype::Bf16, Dtype::F32)).unwrap();
+        assert!(buffers.tensors.iter().any(|tensor| tensor.pieces.len() > 2));
+        for tensor in &buffers.tensors {
+            for (chunk, piece) in &tensor.pieces {
+                let chunk = &buffers.chunks[*chunk];
+                let element = tensor.start + piece.tensor_start as usize;
+                let place = |lease: &Option<Lease>| lease.as_ref().unwrap().offset();
+                assert_eq!(place(&chunk.gradient) + piece.chunk_start as usize * 2, element * 2, "{}", tensor.name);
+                assert_eq!(place(&chunk.parameters) + piece.chunk_start as usize * 4, element * 4, "{}", tensor.name);
             }
         }
     }

@@ -2,6 +2,8 @@
 //!
 //! Invariant: every wait has a deadline, and its error names the server, the chunk and the clock that it waited for.
 
+mod in_place;
+
 use std::{
     collections::VecDeque,
     os::fd::BorrowedFd,
@@ -9,9 +11,11 @@ use std::{
     time::{Duration, Instant},
 };
 
+pub use in_place::FlatView;
+
 use super::{
     ClientConfig, Command, Engine, Event,
-    buffers::Buffers,
+    buffers::{Buffers, ChunkBuffer, TensorBuffer},
     progress::{Pace, Progress, connect_time},
 };
 use crate::{
@@ -97,7 +101,7 @@ impl Worker {
         let config = member.config().clone();
         let layout = Arc::new(config.layout(&view.declarations)?);
         let dtypes = (config.gradient_dtype, config.parameter_dtype);
-        let (buffers, parameters, gradients) = Buffers::new(&layout, rank.index, &names, dtypes)?;
+        let buffers = Buffers::new(&layout, rank.index, &names, dtypes)?;
         let lanes: Vec<PeerId> = (0..config.servers)
             .flat_map(|server| (0..config.shards_per_server).map(move |lane| PeerId::server(server, lane)))
             .collect();
@@ -110,7 +114,7 @@ impl Worker {
             parameter_dtype: config.parameter_dtype,
         };
         let paths = Paths::new(fabrics::open(member, 0, false)?, 0, config.heartbeat(), config.deadline());
-        let mut engine = Engine::new(client, layout.clone(), paths, &parameters, &gradients)?;
+        let mut engine = Engine::new(client, layout.clone(), paths, &buffers.parameters, &buffers.gradients)?;
         let me = PeerId::worker(rank.index);
         let offers = lanes.iter().map(|lane| Ok((me, *lane, engine.paths().offer(*lane)?))).collect::<Result<_>>()?;
         let deadline = Instant::now() + connect_time(&config);
@@ -193,25 +197,6 @@ impl Worker {
     /// As [`push_pull`](Worker::push_pull).
     pub fn push(&mut self, tensor: usize, gradient: &[f32]) -> Result<()> {
         self.give(tensor, gradient, false)
-    }
-
-    /// Pushes, with push_pull, whatever lies in the gradient buffers of all tensors: for benchmarks, and for programs that write
-    /// their gradients there.
-    ///
-    /// # Errors
-    ///
-    /// As [`push_pull`](Worker::push_pull).
-    pub fn push_pull_all(&mut self) -> Result<()> {
-        self.give_all(true)
-    }
-
-    /// The same with [`push`](Worker::push): nothing comes back.
-    ///
-    /// # Errors
-    ///
-    /// As [`push`](Worker::push).
-    pub fn push_all(&mut self) -> Result<()> {
-        self.give_all(false)
     }
 
     /// Ends the clock: tensors that were not pushed are absent. Waits for the new parameters (after `push_pull`), or until the
@@ -362,25 +347,25 @@ impl Worker {
 
     fn give(&mut self, tensor: usize, gradient: &[f32], wants_reply: bool) -> Result<()> {
         self.check_tensor(tensor, gradient.len())?;
+        self.begin_push(tensor, wants_reply)?;
+        self.buffers.write(tensor, gradient);
+        self.push_written(tensor, wants_reply);
+        Ok(())
+    }
+
+    fn begin_push(&mut self, tensor: usize, wants_reply: bool) -> Result<()> {
         self.decide_reply(wants_reply)?;
         if self.buffers.tensors[tensor].written {
             let name = &self.buffers.tensors[tensor].name;
             return Err(Error::Config(format!("the gradient of `{name}` was pushed twice in clock {}", self.clock)));
         }
-        let mut complete = Vec::new();
-        self.buffers.write(tensor, gradient, &mut complete);
-        self.push_chunks(&complete, wants_reply);
         Ok(())
     }
 
-    fn give_all(&mut self, wants_reply: bool) -> Result<()> {
-        self.decide_reply(wants_reply)?;
-        for tensor in &mut self.buffers.tensors {
-            tensor.written = true;
-        }
-        let all: Vec<usize> = (0..self.buffers.chunks.len()).filter(|i| !self.buffers.chunks[*i].pushed).collect();
-        self.push_chunks(&all, wants_reply);
-        Ok(())
+    /// Pushes the chunks that are complete now that this tensor's gradient is in its place.
+    fn push_written(&mut self, tensor: usize, wants_reply: bool) {
+        let complete = self.buffers.mark_written(tensor);
+        self.push_chunks(&complete, wants_reply);
     }
 
     fn decide_reply(&mut self, wants_reply: bool) -> Result<()> {
@@ -438,7 +423,7 @@ impl Worker {
     }
 
     fn deadline_error(&self, waited: Duration) -> Error {
-        let away = |chunk: &&super::buffers::ChunkBuffer| chunk.parameters.is_none();
+        let away = |chunk: &&ChunkBuffer| chunk.parameters.is_none();
         let (chunk, awaited) = match self.buffers.chunks.iter().find(away) {
             Some(chunk) => (Some(chunk.id), "parameters"),
             None => {
@@ -477,16 +462,17 @@ impl Worker {
     }
 
     fn check_tensor(&self, tensor: usize, len: usize) -> Result<()> {
-        match self.buffers.tensors.get(tensor) {
-            Some(known) if known.len == len => Ok(()),
-            Some(known) => {
-                Err(Error::Config(format!("`{}` has {} elements, and {len} were given", known.name, known.len)))
-            }
-            None => Err(Error::Config(format!(
-                "there is no tensor {tensor}: this worker declared {}",
-                self.buffers.tensors.len()
-            ))),
+        let known = self.known(tensor)?;
+        if known.len == len {
+            return Ok(());
         }
+        Err(Error::Config(format!("`{}` has {} elements, and {len} were given", known.name, known.len)))
+    }
+
+    fn known(&self, tensor: usize) -> Result<&TensorBuffer> {
+        let count = self.buffers.tensors.len();
+        let none = || Error::Config(format!("there is no tensor {tensor}: this worker declared {count}"));
+        self.buffers.tensors.get(tensor).ok_or_else(none)
     }
 
     fn owner(&self, chunk: crate::types::ChunkId) -> PeerId {

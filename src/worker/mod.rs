@@ -14,4 +14,4 @@ mod progress;
 
 pub use client::{Awaited, Client, ClientConfig, Effect, Event};
 pub use engine::{Command, Engine};
-pub use handle::Worker;
+pub use handle::{FlatView, Worker};

@@ -1,0 +1,63 @@
+"""A small GPT-2 (Radford et al. 2019) in torch.nn: pre-norm blocks, learned positions, the output tied to the embedding; and its
+batches, which are the same for whoever asks."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+VOCABULARY, CONTEXT, WIDTH, HEADS, BATCH = 61, 16, 32, 4, 4
+
+
+class Block(nn.Module):
+    """Attention and a perceptron, each on a normalised input and added to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm_1, self.norm_2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.attend, self.project = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.perceptron = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(approximate="tanh"), nn.Linear(4 * WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = [part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in self.attend(self.norm_1(x)).chunk(3, dim=-1)]
+        mixed = functional.scaled_dot_product_attention(*heads, is_causal=True)
+        x = x + self.project(mixed.transpose(1, 2).flatten(2))
+        return x + self.perceptron(self.norm_2(x))
+
+
+class Gpt2(nn.Module):
+    """Two blocks."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.tokens, self.positions = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(CONTEXT, WIDTH)
+        self.blocks = nn.Sequential(Block(), Block())
+        self.norm = nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+        self.head.weight = self.tokens.weight
+        for name, parameter in self.named_parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.02)
+
+    def loss(self, batch: Tensor) -> Tensor:
+        """Mean cross entropy of the next token; ``batch`` has CONTEXT + 1 tokens a row."""
+        inputs, targets = batch[:, :-1], batch[:, 1:]
+        x = self.tokens(inputs) + self.positions.weight
+        return functional.cross_entropy(self.head(self.norm(self.blocks(x))).flatten(0, 1), targets.flatten())
+
+
+def batch(step: int) -> Tensor:
+    """The step's tokens: runs that a model can learn."""
+    generator = torch.Generator().manual_seed(step)
+    first = torch.randint(VOCABULARY, (BATCH, 1), generator=generator)
+    stride = torch.randint(1, 4, (BATCH, 1), generator=generator)
+    return (first + stride * torch.arange(CONTEXT + 1)) % VOCABULARY
+
+
+def groups(model: nn.Module) -> list[dict[str, object]]:
+    """Matrices decay, vectors do not."""
+    named = list(model.named_parameters())
+    return [
+        {"params": [(name, parameter) for name, parameter in named if parameter.dim() > 1]},
+        {"params": [(name, parameter) for name, parameter in named if parameter.dim() == 1]},
+    ]
