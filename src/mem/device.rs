@@ -3,7 +3,7 @@
 //! Invariant: the bytes of a region on a device are never read or written by the processor; a pinned region is unpinned before it
 //! is unmapped.
 
-use std::{os::fd::BorrowedFd, sync::Arc};
+use std::{os::fd::BorrowedFd, ptr::NonNull, sync::Arc};
 
 use super::{
     Lease, Region,
@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     Error, Result,
-    cuda::{Context, DeviceBuffer, HostPin},
+    cuda::{Context, DeviceBuffer, HostPin, Stream},
 };
 
 /// A region on a device, for a NIC that is to reach it.
@@ -31,6 +31,84 @@ pub struct PinnedRegion {
     /// Dropped before the region.
     _pin: HostPin,
     _region: Region,
+}
+
+/// A worker's memory on a device: regions that a NIC may be given, and copies out of and into their leases, each of which is waited
+/// for.
+pub struct DeviceMemory {
+    stream: Stream,
+    context: Context,
+    needs_flush: bool,
+}
+
+impl DeviceMemory {
+    /// Of this device.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Gpu`] if the driver refuses a stream.
+    pub fn new(context: &Context) -> Result<DeviceMemory> {
+        let (stream, needs_flush) = (Stream::new(context)?, context.needs_flush()?);
+        Ok(DeviceMemory { stream, context: context.clone(), needs_flush })
+    }
+
+    /// A region of `bytes` zeros, and the lease that covers it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Gpu`] if the device has not so much left.
+    pub fn allocate(&self, bytes: usize) -> Result<(Region, Lease)> {
+        let buffer = DeviceBuffer::exportable(&self.context, bytes)?;
+        // SAFETY: the buffer is as long, and nobody else has it yet.
+        unsafe { self.stream.fill(buffer.address(), 0, bytes) }?;
+        self.stream.synchronize()?;
+        Region::on_device(buffer)
+    }
+
+    /// Writes `bytes` into a lease, from its byte `start` on.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Gpu`] if the device fails.
+    ///
+    /// # Panics
+    ///
+    /// Here and in `get`: if the lease is none of a device, or too short.
+    pub fn put(&self, lease: &mut Lease, start: usize, bytes: &[u8]) -> Result<()> {
+        assert!(start + bytes.len() <= lease.len(), "{} bytes at {start} of {}", bytes.len(), lease.len());
+        let address = lease.device_address().expect("a lease of a device") + start as u64;
+        // SAFETY: within the lease, which is ours alone; the bytes stay until the stream is done, below.
+        unsafe { self.stream.copy_to_device(address, NonNull::from(bytes).cast(), bytes.len()) }?;
+        self.stream.synchronize()
+    }
+
+    /// Reads out of a lease, from its byte `start` on.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Gpu`] if the device fails.
+    pub fn get(&self, lease: &Lease, start: usize, out: &mut [u8]) -> Result<()> {
+        assert!(start + out.len() <= lease.len(), "{} bytes at {start} of {}", out.len(), lease.len());
+        let address = lease.device_address().expect("a lease of a device") + start as u64;
+        // SAFETY: within the lease, whom nobody writes to while it is borrowed; `out` is borrowed until the stream is done, below.
+        unsafe { self.stream.copy_to_host(NonNull::from(&mut *out).cast(), address, out.len()) }?;
+        self.stream.synchronize()
+    }
+
+    /// Has kernels and copies from now on see what NICs have written.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Gpu`] if the device fails.
+    pub fn settle(&self) -> Result<()> {
+        if self.needs_flush { self.context.flush_direct_writes() } else { Ok(()) }
+    }
+}
+
+impl std::fmt::Debug for DeviceMemory {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "memory of {}", self.context.info())
+    }
 }
 
 impl Mapping {

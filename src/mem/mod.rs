@@ -11,7 +11,7 @@ mod region;
 mod shared;
 pub mod topology;
 
-pub use device::{DeviceRange, PinnedRegion};
+pub use device::{DeviceMemory, DeviceRange, PinnedRegion};
 pub use lease::{Lease, SharedLease};
 pub use region::{HugePages, Locking, Region, RegionId, RegionOptions, RegionReport};
 pub use shared::SharedMapping;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use crate::{
     Error, Result,
     layout::{Layout, Piece, WorkerView},
-    mem::{Lease, Region, RegionOptions},
+    mem::{DeviceMemory, Lease, Region, RegionOptions},
     optim::{Kernels, Wire},
     types::{ChunkId, Dtype, Version},
 };
@@ -52,6 +52,8 @@ pub(super) struct Buffers {
     /// By chunk of the layout: the index in `chunks`.
     own: Vec<Option<usize>>,
     kernels: Kernels,
+    /// The device that holds both; none for the host.
+    pub device: Option<DeviceMemory>,
     gradient_dtype: Dtype,
     parameter_dtype: Dtype,
 }
@@ -63,6 +65,7 @@ impl Buffers {
         worker: u16,
         names: &[String],
         (gradient_dtype, parameter_dtype): (Dtype, Dtype),
+        device: Option<DeviceMemory>,
     ) -> Result<Buffers> {
         let view = WorkerView::new(layout, worker);
         let options = |name: &str| RegionOptions {
@@ -71,9 +74,12 @@ impl Buffers {
             ..RegionOptions::default()
         };
         let elements = view.elements as usize;
-        let (parameters, mut parameter_rest) =
-            Region::allocate(elements * parameter_dtype.size(), &options("parameters"))?;
-        let (gradients, mut gradient_rest) = Region::allocate(elements * gradient_dtype.size(), &options("gradients"))?;
+        let allocate = |name: &str, dtype: Dtype| match &device {
+            Some(device) => device.allocate(elements * dtype.size()),
+            None => Region::allocate(elements * dtype.size(), &options(name)),
+        };
+        let (parameters, mut parameter_rest) = allocate("parameters", parameter_dtype)?;
+        let (gradients, mut gradient_rest) = allocate("gradients", gradient_dtype)?;
         let mut own = vec![None; layout.chunks.len()];
         let mut chunks = Vec::with_capacity(view.chunks.len());
         for id in &view.chunks {
@@ -95,7 +101,7 @@ impl Buffers {
         }
         let (tensors, kernels) = (Vec::new(), Kernels::best());
         let mut buffers =
-            Buffers { gradients, parameters, chunks, tensors, own, kernels, gradient_dtype, parameter_dtype };
+            Buffers { gradients, parameters, chunks, tensors, own, kernels, device, gradient_dtype, parameter_dtype };
         names.iter().for_each(|name| buffers.add_tensor(layout, &view, name));
         Ok(buffers)
     }
@@ -120,17 +126,24 @@ impl Buffers {
     }
 
     /// Writes a tensor's gradient into its chunks.
-    pub fn write(&mut self, tensor: usize, gradient: &[f32]) {
-        let size = self.gradient_dtype.size();
+    pub fn write(&mut self, tensor: usize, gradient: &[f32]) -> Result<()> {
+        let dtype = self.gradient_dtype;
         for (index, piece) in &self.tensors[tensor].pieces {
             let chunk = &mut self.chunks[*index];
             let lease = chunk.gradient.as_mut().expect("gradients are at home before they are written");
-            let start = piece.chunk_start as usize * size;
-            let bytes = &mut lease.bytes_mut()[start..start + piece.len as usize * size];
+            let (start, len) = (piece.chunk_start as usize * dtype.size(), piece.len as usize * dtype.size());
             let from = piece.tensor_start as usize;
             let values = &gradient[from..from + piece.len as usize];
-            self.kernels.encode(values, Wire { bytes, dtype: self.gradient_dtype });
+            match &self.device {
+                None => self.kernels.encode(values, Wire { bytes: &mut lease.bytes_mut()[start..start + len], dtype }),
+                Some(device) => {
+                    let mut bytes = vec![0; len];
+                    self.kernels.encode(values, Wire { bytes: &mut bytes, dtype });
+                    device.put(lease, start, &bytes)?;
+                }
+            }
         }
+        Ok(())
     }
 
     /// A tensor's gradient lies in its chunks; gives those that are complete thereby.
@@ -150,18 +163,22 @@ impl Buffers {
 
     /// A tensor that was not pushed gives zeros to the chunks that it shares with one that was: a chunk is pushed whole. Chunks in
     /// which nothing was pushed stay as they are.
-    pub fn fill_gaps(&mut self) {
+    pub fn fill_gaps(&mut self) -> Result<()> {
         let size = self.gradient_dtype.size();
         for tensor in self.tensors.iter().filter(|tensor| !tensor.written) {
             for (index, piece) in &tensor.pieces {
                 let chunk = &mut self.chunks[*index];
                 if chunk.written > 0 {
                     let lease = chunk.gradient.as_mut().expect("a chunk that is not complete has not been pushed");
-                    let start = piece.chunk_start as usize * size;
-                    lease.bytes_mut()[start..start + piece.len as usize * size].fill(0);
+                    let (start, len) = (piece.chunk_start as usize * size, piece.len as usize * size);
+                    match &self.device {
+                        None => lease.bytes_mut()[start..start + len].fill(0),
+                        Some(device) => device.put(lease, start, &vec![0; len])?,
+                    }
                 }
             }
         }
+        Ok(())
     }
 
     /// Copies a tensor's parameters out.
@@ -174,9 +191,18 @@ impl Buffers {
                 Error::Config(format!("the parameters of `{name}` are on their way: call wait() before reading them"))
             })?;
             let start = piece.chunk_start as usize * size;
-            let bytes = &lease.bytes()[start..start + piece.len as usize * size];
-            let from = piece.tensor_start as usize;
-            decode(self.parameter_dtype, bytes, &mut out[from..from + piece.len as usize]);
+            let len = piece.len as usize * size;
+            let out = &mut out[piece.tensor_start as usize..][..piece.len as usize];
+            match &self.device {
+                None => decode(self.parameter_dtype, &lease.bytes()[start..start + len], out),
+                Some(device) => {
+                    // As long as the elements are wide, so that they are aligned.
+                    let mut words = vec![0u32; len.div_ceil(4)];
+                    let bytes = &mut bytemuck::cast_slice_mut(&mut words)[..len];
+                    device.get(lease, start, bytes)?;
+                    decode(self.parameter_dtype, bytes, out);
+                }
+            }
         }
         Ok(())
     }
@@ -230,7 +256,7 @@ mod tests {
         let options = LayoutOptions { chunk_elements: 64, shards: 2 };
         let layout = Arc::new(Layout::build(&[all, part.clone()], options).unwrap());
         let names: Vec<String> = part.iter().map(|spec| spec.name.clone()).collect();
-        let buffers = Buffers::new(&layout, 1, &names, (Dtype::Bf16, Dtype::F32)).unwrap();
+        let buffers = Buffers::new(&layout, 1, &names, (Dtype::Bf16, Dtype::F32), None).unwrap();
         assert!(buffers.tensors.iter().any(|tensor| tensor.pieces.len() > 2));
         for tensor in &buffers.tensors {
             for (chunk, piece) in &tensor.pieces {

@@ -86,7 +86,16 @@ impl<T: Transport> Engine<T> {
 
     /// Begins the path to a lane.
     pub fn connect(&mut self, lane: PeerId, remote: &Endpoint, deadline: Instant) -> Result<()> {
-        self.paths.connect(lane, remote, deadline)
+        self.paths.connect(lane, remote, deadline)?;
+        let fabric = self.paths.fabric(lane);
+        if self.parameters.rkey(fabric) == 0 {
+            return Err(Error::Config(format!(
+                "{} has its gradients and parameters in a GPU's memory, which {fabric}, over which it reaches {lane}, does not: use \
+                 --transport verbs alone, or keep them in the host's memory",
+                self.me
+            )));
+        }
+        Ok(())
     }
 
     /// Whether every lane has said where gradients land.

@@ -20,7 +20,9 @@ use super::{
 };
 use crate::{
     Error, Result,
+    cuda::Context,
     layout::{Layout, TensorSpec},
+    mem::DeviceMemory,
     session::{JobConfig, Member, Paths, Report, fabrics},
     types::{Clock, PeerId, Role, Version},
 };
@@ -62,9 +64,25 @@ impl Worker {
     }
 
     /// The same with a seat that has been taken already.
-    pub fn with_member(mut member: Member, tensors: Vec<TensorSpec>) -> Result<Worker> {
+    pub fn with_member(member: Member, tensors: Vec<TensorSpec>) -> Result<Worker> {
+        Worker::place(member, tensors, None)
+    }
+
+    /// The same with gradients and parameters in a GPU's memory, from which gradients leave and to which parameters come without
+    /// passing through the host's. Programs reach them by their addresses ([`gradient_view`](Worker::gradient_view)) and push in
+    /// place, when what writes a gradient has ended; `push_pull` and `parameters` copy, and wait for the copy.
+    ///
+    /// # Errors
+    ///
+    /// As [`join`](Worker::join); [`Error::Config`] naming the fabric, if a server is reached over one whose device does not
+    /// reach the GPU's memory; [`Error::Gpu`].
+    pub fn on_gpu(member: Member, tensors: Vec<TensorSpec>, context: &Context) -> Result<Worker> {
+        Worker::place(member, tensors, Some(DeviceMemory::new(context)?))
+    }
+
+    fn place(mut member: Member, tensors: Vec<TensorSpec>, device: Option<DeviceMemory>) -> Result<Worker> {
         let reporter = member.reporter();
-        let joined = Worker::set_up(&mut member, tensors);
+        let joined = Worker::set_up(&mut member, tensors, device);
         match joined {
             Ok((layout, lanes, buffers, progress)) => {
                 let mut worker = Worker {
@@ -91,7 +109,11 @@ impl Worker {
         }
     }
 
-    fn set_up(member: &mut Member, tensors: Vec<TensorSpec>) -> Result<(Arc<Layout>, Vec<PeerId>, Buffers, Progress)> {
+    fn set_up(
+        member: &mut Member,
+        tensors: Vec<TensorSpec>,
+        device: Option<DeviceMemory>,
+    ) -> Result<(Arc<Layout>, Vec<PeerId>, Buffers, Progress)> {
         let rank = member.rank();
         if rank.role != Role::Worker {
             return Err(Error::Config(format!("this process is {rank}: only a worker pushes and pulls")));
@@ -101,7 +123,7 @@ impl Worker {
         let config = member.config().clone();
         let layout = Arc::new(config.layout(&view.declarations)?);
         let dtypes = (config.gradient_dtype, config.parameter_dtype);
-        let buffers = Buffers::new(&layout, rank.index, &names, dtypes)?;
+        let buffers = Buffers::new(&layout, rank.index, &names, dtypes, device)?;
         let lanes: Vec<PeerId> = (0..config.servers)
             .flat_map(|server| (0..config.shards_per_server).map(move |lane| PeerId::server(server, lane)))
             .collect();
@@ -215,7 +237,7 @@ impl Worker {
         if !self.closed {
             let wants_reply = self.wants_reply.unwrap_or(true);
             self.decide_reply(wants_reply)?;
-            self.close_clock(wants_reply);
+            self.close_clock(wants_reply)?;
             self.closed = true;
             self.progress.set_waiting(true);
         }
@@ -348,7 +370,7 @@ impl Worker {
     fn give(&mut self, tensor: usize, gradient: &[f32], wants_reply: bool) -> Result<()> {
         self.check_tensor(tensor, gradient.len())?;
         self.begin_push(tensor, wants_reply)?;
-        self.buffers.write(tensor, gradient);
+        self.buffers.write(tensor, gradient)?;
         self.push_written(tensor, wants_reply);
         Ok(())
     }
@@ -382,8 +404,8 @@ impl Worker {
     }
 
     /// Tensors that were not pushed: zeros beside others in their chunk, absence where a chunk has nothing at all.
-    fn close_clock(&mut self, wants_reply: bool) {
-        self.buffers.fill_gaps();
+    fn close_clock(&mut self, wants_reply: bool) -> Result<()> {
+        self.buffers.fill_gaps()?;
         let clock = self.clock;
         let mut commands = Vec::new();
         for chunk in self.buffers.chunks.iter_mut().filter(|chunk| !chunk.pushed) {
@@ -397,6 +419,7 @@ impl Worker {
             commands.push(command);
         }
         self.progress.command(commands);
+        Ok(())
     }
 
     fn push_chunks(&mut self, indices: &[usize], wants_reply: bool) {
@@ -419,7 +442,7 @@ impl Worker {
                 return Err(self.deadline_error(time));
             }
         }
-        Ok(())
+        self.buffers.device.as_ref().map_or(Ok(()), DeviceMemory::settle)
     }
 
     fn deadline_error(&self, waited: Duration) -> Error {

@@ -139,21 +139,44 @@ fn verbs_write_into_the_memory_of_gpus_and_give_the_processors_bits() {
     let (expected, _) = contents_of(STEPS, &|_| {}, None);
     let flushes = |log: &BTreeMap<String, usize>| log.get("flush").copied().unwrap_or(0);
     let all = expected.len() * STEPS as usize;
-    // Every worker over verbs; one of two; none, since the servers are told not to.
-    for (index, count) in [(0, all), (1, all), (2, 0)] {
+    // Every worker over verbs; one of two; none, since the servers are told not to; and from the workers' own GPUs.
+    for (index, count) in [(0, all), (1, all), (2, 0), (3, all)] {
         let change = |options: &mut JobOptions| {
             options.config.transports = vec![Fabric::Verbs, Fabric::Tcp];
             options.config.gpu_direct = index != 2;
             match index {
                 0 => options.config.transports = vec![Fabric::Verbs],
+                3 => {
+                    options.config.transports = vec![Fabric::Verbs];
+                    workers_on_gpu(options);
+                }
                 1 => restrict(options, "worker", 1, "tcp"),
                 _ => {}
             }
         };
         let (found, log) = contents_of(STEPS, &change, Some(&[]));
         assert!(found == expected, "run {index} gave other bits");
+        // Workers on a GPU flush too, and log elsewhere.
         assert_eq!(flushes(&log), count, "steps with gradients that had landed on the GPU, run {index}: {log:?}");
     }
+}
+
+fn workers_on_gpu(options: &mut JobOptions) {
+    with_variable(options, "WORKER_ON_GPU", 1);
+    with_variable(options, "GRADWIRE_CUDA_LIBRARY", soft_cuda().display());
+}
+
+#[test]
+fn a_worker_on_a_gpu_is_refused_by_fabrics_that_do_not_reach_it() {
+    let home = home();
+    let mut options = options(home.path(), "train");
+    options.config.transports = vec![Fabric::Tcp];
+    workers_on_gpu(&mut options);
+    let mut job = Job::start(options).unwrap();
+    let outcome = end(&mut job);
+    assert_ne!(outcome.code, 0);
+    let told = format!("{:?} {}", outcome.reason, job.output());
+    assert!(told.contains("device memory, which the fabric tcp cannot reach"), "{told}");
 }
 
 #[test]

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use gradwire::{
     Init, Result, TensorSpec, Worker,
+    cuda::Context,
     session::Member,
     transport::sim::SimRandom,
     types::Clock,
@@ -116,7 +117,10 @@ pub fn play(part: &str) -> Result<()> {
         "conflict" if rank == 1 => vec![TensorSpec::new("layer0", [4])],
         _ => model(),
     };
-    let mut worker = Worker::with_member(member, tensors.clone())?;
+    let mut worker = match std::env::var_os("WORKER_ON_GPU") {
+        Some(_) => Worker::on_gpu(member, tensors.clone(), &Context::open(0)?)?,
+        None => Worker::with_member(member, tensors.clone())?,
+    };
     println!("\ntraining from clock {}", worker.clock());
     let mut quiet = 0;
     while worker.clock() < steps {

@@ -24,8 +24,18 @@ impl FlatView {
     /// Whoever reads or writes there owes what a lease enforces elsewhere. Nobody may use the bytes during a call of the worker.
     /// A gradient is not to be written from the push of its tensor until the clock has ended; parameters are not to be written at
     /// all, and may change from the push until the clock has ended.
+    ///
+    /// # Panics
+    ///
+    /// If the bytes lie on a device.
     pub fn pointer(&self) -> NonNull<u8> {
+        assert!(self.region.device_range().is_none(), "{} lies on a device", self.region.id());
         self.region.start().map_addr(|address| address.saturating_add(self.start_bytes))
+    }
+
+    /// Where a GPU has the first byte, for a worker whose buffers lie on one ([`Worker::on_gpu`]); owed as with `pointer`.
+    pub fn device_address(&self) -> Option<u64> {
+        self.region.device_range().map(|range| range.address + self.start_bytes as u64)
     }
 
     /// How many elements.
