@@ -62,9 +62,7 @@ impl FrameHeader {
         if bytes[..PREFIX] != NO_TARGET && u32_at(bytes, 12) != crc32c::crc32c(&bytes[..12]) {
             return Err(WireError::Checksum("frame prefix"));
         }
-        let mut note = [0; Note::SIZE];
-        note.copy_from_slice(&bytes[PREFIX..]);
-        let note = Note::decode(&note)?;
+        let note = Note::decode(bytes[PREFIX..].try_into().expect("a header is a prefix and a note"))?;
         let target = FrameTarget { rkey: u32_at(bytes, 0), offset: u64_at(bytes, 4) };
         if note.kind.has_payload() {
             if target.rkey == 0 {

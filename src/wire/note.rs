@@ -61,10 +61,9 @@ impl TryFrom<u8> for NoteKind {
     type Error = WireError;
 
     fn try_from(value: u8) -> Result<NoteKind, WireError> {
-        NoteKind::ALL
-            .into_iter()
-            .find(|kind| *kind as u8 == value)
-            .ok_or(WireError::Unassigned { field: "note kind", value: value.into() })
+        // In the order of their numbers, from 1 on.
+        let kind = NoteKind::ALL.get(usize::from(value).wrapping_sub(1)).copied();
+        kind.ok_or(WireError::Unassigned { field: "note kind", value: value.into() })
     }
 }
 

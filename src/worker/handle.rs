@@ -20,7 +20,6 @@ use super::{
 };
 use crate::{
     Error, Result,
-    cuda::Context,
     layout::{Layout, TensorSpec},
     mem::DeviceMemory,
     session::{JobConfig, Member, Paths, Report, fabrics},
@@ -66,18 +65,6 @@ impl Worker {
     /// The same with a seat that has been taken already.
     pub fn with_member(member: Member, tensors: Vec<TensorSpec>) -> Result<Worker> {
         Worker::place(member, tensors, None)
-    }
-
-    /// The same with gradients and parameters in a GPU's memory, from which gradients leave and to which parameters come without
-    /// passing through the host's. Programs reach them by their addresses ([`gradient_view`](Worker::gradient_view)) and push in
-    /// place, when what writes a gradient has ended; `push_pull` and `parameters` copy, and wait for the copy.
-    ///
-    /// # Errors
-    ///
-    /// As [`join`](Worker::join); [`Error::Config`] naming the fabric, if a server is reached over one whose device does not
-    /// reach the GPU's memory; [`Error::Gpu`].
-    pub fn on_gpu(member: Member, tensors: Vec<TensorSpec>, context: &Context) -> Result<Worker> {
-        Worker::place(member, tensors, Some(DeviceMemory::new(context)?))
     }
 
     fn place(mut member: Member, tensors: Vec<TensorSpec>, device: Option<DeviceMemory>) -> Result<Worker> {

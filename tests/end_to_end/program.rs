@@ -105,6 +105,13 @@ fn wait_in_poll(worker: &mut Worker, quiet: &mut u32) -> Result<()> {
     Ok(())
 }
 
+fn join(member: Member, tensors: Vec<TensorSpec>) -> Result<Worker> {
+    match std::env::var_os("WORKER_ON_GPU") {
+        Some(_) => Worker::on_gpu(member, tensors, &Context::open(0)?),
+        None => Worker::with_member(member, tensors),
+    }
+}
+
 /// Plays a part; `WORKER_STEPS` and `WORKER_PAUSE_MS` change the usual run.
 pub fn play(part: &str) -> Result<()> {
     let number = |name: &str| std::env::var(name).ok().map(|text| text.parse::<u64>().unwrap());
@@ -117,10 +124,7 @@ pub fn play(part: &str) -> Result<()> {
         "conflict" if rank == 1 => vec![TensorSpec::new("layer0", [4])],
         _ => model(),
     };
-    let mut worker = match std::env::var_os("WORKER_ON_GPU") {
-        Some(_) => Worker::on_gpu(member, tensors.clone(), &Context::open(0)?)?,
-        None => Worker::with_member(member, tensors.clone())?,
-    };
+    let mut worker = join(member, tensors.clone())?;
     println!("\ntraining from clock {}", worker.clock());
     let mut quiet = 0;
     while worker.clock() < steps {

@@ -6,7 +6,14 @@
 use std::ptr::NonNull;
 
 use super::Worker;
-use crate::{Result, mem::Region, types::Dtype};
+use crate::{
+    Result,
+    cuda::Context,
+    layout::TensorSpec,
+    mem::{DeviceMemory, Region},
+    session::Member,
+    types::Dtype,
+};
 
 /// Where a tensor's gradient, or its parameters, lie in one of a worker's flat buffers: in one piece, in the layout's order, in
 /// the number format that travels.
@@ -55,6 +62,18 @@ impl FlatView {
 }
 
 impl Worker {
+    /// A worker, as [`with_member`](Worker::with_member), with gradients and parameters in a GPU's memory, from which gradients leave and to which parameters come without
+    /// passing through the host's. Programs reach them by their addresses ([`gradient_view`](Worker::gradient_view)) and push in
+    /// place, when what writes a gradient has ended; `push_pull` and `parameters` copy, and wait for the copy.
+    ///
+    /// # Errors
+    ///
+    /// As [`join`](Worker::join); [`Error::Config`] naming the fabric, if a server is reached over one whose device does not
+    /// reach the GPU's memory; [`Error::Gpu`].
+    pub fn on_gpu(member: Member, tensors: Vec<TensorSpec>, context: &Context) -> Result<Worker> {
+        Worker::place(member, tensors, Some(DeviceMemory::new(context)?))
+    }
+
     /// Where a tensor's gradient lies until it is pushed with [`push_pull_in_place`](Worker::push_pull_in_place).
     ///
     /// # Errors
