@@ -62,14 +62,15 @@ impl FlatView {
 }
 
 impl Worker {
-    /// A worker, as [`with_member`](Worker::with_member), with gradients and parameters in a GPU's memory, from which gradients leave and to which parameters come without
-    /// passing through the host's. Programs reach them by their addresses ([`gradient_view`](Worker::gradient_view)) and push in
-    /// place, when what writes a gradient has ended; `push_pull` and `parameters` copy, and wait for the copy.
+    /// A worker, as [`with_member`](Worker::with_member), with gradients and parameters in a GPU's memory, from which gradients
+    /// leave and to which parameters come without passing through the host's. Programs reach them by their addresses
+    /// ([`gradient_view`](Worker::gradient_view)) and push in place, when what writes a gradient has ended; `push_pull` and
+    /// `parameters` copy, and wait for the copy.
     ///
     /// # Errors
     ///
-    /// As [`join`](Worker::join); [`Error::Config`] naming the fabric, if a server is reached over one whose device does not
-    /// reach the GPU's memory; [`Error::Gpu`].
+    /// As [`join`](Worker::join); [`Error::Config`](crate::Error::Config) naming the fabric, if a server is reached over one whose
+    /// device does not reach the GPU's memory; [`Error::Gpu`](crate::Error::Gpu).
     pub fn on_gpu(member: Member, tensors: Vec<TensorSpec>, context: &Context) -> Result<Worker> {
         Worker::place(member, tensors, Some(DeviceMemory::new(context)?))
     }
