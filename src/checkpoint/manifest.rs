@@ -126,7 +126,7 @@ pub struct Manifest {
     pub state: JobState,
     /// How the model lay.
     pub layout: LayoutTable,
-    /// The files, by shard.
+    /// The files, by shard, of those that have chunks.
     pub files: Vec<ShardWritten>,
 }
 
@@ -181,13 +181,12 @@ impl Manifest {
             return Err(format!("its clock {} is beyond {CLOCK_MAX}", self.state.clock));
         }
         self.layout.check()?;
-        let shards = usize::from(self.layout.shards);
-        if self.files.len() != shards {
-            return Err(format!("it lists {} files for {shards} shards", self.files.len()));
-        }
+        // A shard without chunks has no file; which shard has which chunk is seen in the files alone.
+        let mut shards = 0..self.layout.shards;
         let mut held = vec![false; self.layout.chunks.len()];
         for (index, file) in self.files.iter().enumerate() {
-            if usize::from(file.shard.0) != index || file.name != paths::shard_file(file.shard) {
+            let follows = shards.any(|shard| shard == file.shard.0);
+            if !follows || file.name != paths::shard_file(file.shard) {
                 return Err(format!("its file {index} is `{}` of shard {}", file.name, file.shard.0));
             }
             for entry in &file.chunks {

@@ -18,7 +18,7 @@ mod status;
 use std::{path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::{layer::SubscriberExt, util::SubscriberInitExt};
 
 use crate::Result;
 
@@ -115,8 +115,8 @@ fn finish(outcome: Result<ExitCode>) -> ExitCode {
 }
 
 fn start_log() {
-    let filter = EnvFilter::try_from_env("GRADWIRE_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+    let log = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_target(false).without_time();
+    let log = log.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()));
     // Fails only if a log is there already, which then serves.
-    let _ = log.without_time().with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).try_init();
+    let _ = tracing_subscriber::registry().with(log).with(crate::observe::log_filter()).try_init();
 }

@@ -4,9 +4,10 @@
 
 use std::{ffi::c_char, sync::OnceLock};
 
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::{filter::Targets, layer::SubscriberExt, reload, util::SubscriberInitExt};
 
 use super::status::{Answer, Fault, Status, guard, last_error, text};
+use crate::observe::log_filter;
 
 /// The version of the library, such as "0.1.0". The text is static. Any thread.
 #[unsafe(no_mangle)]
@@ -41,7 +42,7 @@ pub unsafe extern "C" fn gw_set_log_level(level: *const c_char) -> Status {
         let level = unsafe { text(level, "the level") }?;
         let wrong = |_| Fault::invalid(format!("`{level}` is no level: off, error, warn, info, debug or trace"));
         let filter = level.parse::<tracing_subscriber::filter::LevelFilter>().map_err(wrong)?;
-        log(EnvFilter::default().add_directive(filter.into()))
+        log(Targets::new().with_default(filter))
     })
 }
 
@@ -49,21 +50,21 @@ pub unsafe extern "C" fn gw_set_log_level(level: *const c_char) -> Status {
 pub fn start_log() {
     if LOG.get().is_none() {
         // A program that has a log of its own (this library linked into Rust) keeps it.
-        let _ = log(EnvFilter::try_from_env("GRADWIRE_LOG").unwrap_or_else(|_| EnvFilter::new("warn")));
+        let _ = log(log_filter());
     }
 }
 
-type Reload = Box<dyn Fn(EnvFilter) -> bool + Send + Sync>;
+type Reload = Box<dyn Fn(Targets) -> bool + Send + Sync>;
 
 static LOG: OnceLock<Option<Reload>> = OnceLock::new();
 
-fn log(filter: EnvFilter) -> Answer {
+fn log(filter: Targets) -> Answer {
     let mut first = Some(filter);
     let start = || {
-        let log = tracing_subscriber::fmt().with_env_filter(first.take()?).with_writer(std::io::stderr);
-        let log = log.with_target(false).without_time().with_ansi(false).with_filter_reloading();
-        let handle = log.reload_handle();
-        log.try_init().ok()?;
+        let (filter, handle) = reload::Layer::new(first.take()?);
+        let log = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+        let log = log.with_target(false).without_time().with_ansi(false);
+        tracing_subscriber::registry().with(log).with(filter).try_init().ok()?;
         Some(Box::new(move |filter| handle.reload(filter).is_ok()) as Reload)
     };
     let reload = LOG.get_or_init(start);

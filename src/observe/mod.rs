@@ -3,6 +3,8 @@
 //! Invariant: counting never decides anything; a count is one relaxed addition a system call or payload, and never goes down.
 #![forbid(unsafe_code)]
 
+mod log;
+
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::sys::{
@@ -10,6 +12,8 @@ use nix::sys::{
     time::TimeValLike,
 };
 use serde::{Deserialize, Serialize};
+
+pub use log::log_filter;
 
 static SENT: AtomicU64 = AtomicU64::new(0);
 static COPIED: AtomicU64 = AtomicU64::new(0);

@@ -161,7 +161,8 @@ fn a_commit_names_the_shard_that_is_missing() {
         let manifest = Manifest::new(state(1), &layout, written);
         commit(root.path(), &manifest).unwrap_err().to_string()
     };
-    assert!(said(written[..1].to_vec()).contains("1 files for 2 shards"));
+    let first = written[1].chunks[0].chunk.0;
+    assert!(said(written[..1].to_vec()).contains(&format!("no file holds chunk {first}")));
     assert!(said(vec![written[0].clone(); 2]).contains("file 1 is `shard-00000.safetensors`"));
     let mut moved = written.clone();
     let chunk = moved[1].chunks.pop().unwrap();
@@ -175,6 +176,20 @@ fn a_commit_names_the_shard_that_is_missing() {
     let error = said(written);
     assert!(error.contains("shard-00001") && error.contains("share"), "{error}");
     assert!(latest(root.path()).unwrap().checkpoint.is_none());
+}
+
+#[test]
+fn a_shard_without_chunks_has_no_file() {
+    let tensors = vec![TensorSpec::new("w", [4, 4])];
+    let layout = Layout::build(&[tensors], LayoutOptions { chunk_elements: 32, shards: 2 }).unwrap();
+    let root = tempfile::tempdir().unwrap();
+    begin(root.path(), 1).unwrap();
+    let full = layout.shards.iter().position(|chunks| !chunks.is_empty()).unwrap();
+    let contents = Contents::at(&layout, 1, layout.shards[full][0], 0);
+    let written = write_shard(root.path(), 1, ShardId(full as u16), std::iter::once(contents.state())).unwrap();
+    let path = commit(root.path(), &Manifest::new(state(1), &layout, vec![written])).unwrap();
+    let checkpoint = Checkpoint::open(&path).unwrap();
+    assert_eq!(checkpoint.chunk(contents.state().chunk).unwrap().master, contents.state().master);
 }
 
 /// The bug: JSON has no infinity, so such a checkpoint was complete and could never be opened.

@@ -13,9 +13,11 @@ use crate::{
 
 /// A list of requests.
 pub(super) struct Chain {
-    requests: Vec<IbvSendWr>,
-    ranges: Vec<IbvSge>,
-    headers: Vec<[u8; FrameHeader::SIZE]>,
+    /// As many as it was made for; the first `len` are the list. What is never set stays zero, so a request costs what it says.
+    requests: Box<[IbvSendWr]>,
+    ranges: Box<[IbvSge]>,
+    headers: Box<[[u8; FrameHeader::SIZE]]>,
+    len: usize,
     /// What all of them are called in completions.
     wr_id: u64,
     /// Bytes of the longest write.
@@ -36,9 +38,10 @@ impl Chain {
     /// An empty chain for up to `capacity` requests to a port whose longest message has `message_bytes`.
     pub(super) fn new(capacity: usize, message_bytes: u32) -> Chain {
         Chain {
-            requests: Vec::with_capacity(capacity),
-            ranges: Vec::with_capacity(capacity),
-            headers: Vec::with_capacity(capacity),
+            requests: (0..capacity).map(|_| IbvSendWr::default()).collect(),
+            ranges: (0..capacity).map(|_| IbvSge::default()).collect(),
+            headers: vec![[0; FrameHeader::SIZE]; capacity].into(),
+            len: 0,
             wr_id: 0,
             message_bytes,
         }
@@ -47,37 +50,36 @@ impl Chain {
     /// Begins a new list, whose requests complete under `wr_id`.
     pub(super) fn begin(&mut self, wr_id: u64) {
         self.wr_id = wr_id;
-        self.requests.clear();
-        self.ranges.clear();
-        self.headers.clear();
+        self.len = 0;
     }
 
     pub(super) fn len(&self) -> usize {
-        self.requests.len()
+        self.len
     }
 
     /// A write of registered bytes.
     pub(super) fn write(&mut self, range: IbvSge, target: Target) {
         // Soft-RDMA takes longer ones, and does something else.
         assert!(range.length <= self.message_bytes, "a write of {} bytes, above {}", range.length, self.message_bytes);
-        self.push(v::WR_RDMA_WRITE, None, Some(range), target, [0; FrameHeader::SIZE]);
+        self.push(v::WR_RDMA_WRITE, 0, Some(range), target);
     }
 
     /// A note: its bytes into the peer's ring, and 32 bits with the completion there.
-    pub(super) fn note(&mut self, header: [u8; FrameHeader::SIZE], immediate: u32, target: Target) {
+    pub(super) fn note(&mut self, header: &[u8; FrameHeader::SIZE], immediate: u32, target: Target) {
         let range = IbvSge { addr: 0, length: FrameHeader::SIZE as u32, lkey: 0 };
-        self.push(v::WR_RDMA_WRITE_WITH_IMM, Some(immediate), Some(range), target, header);
+        self.push(v::WR_RDMA_WRITE_WITH_IMM, immediate, Some(range), target);
+        self.headers[self.len - 1] = *header;
         self.last().send_flags |= v::SEND_INLINE;
     }
 
     /// 32 bits alone.
     pub(super) fn word(&mut self, immediate: u32, target: Target) {
-        self.push(v::WR_RDMA_WRITE_WITH_IMM, Some(immediate), None, target, [0; FrameHeader::SIZE]);
+        self.push(v::WR_RDMA_WRITE_WITH_IMM, immediate, None, target);
     }
 
     /// A write of nothing: its acknowledgement is all that is wanted.
     pub(super) fn probe(&mut self, target: Target) {
-        self.push(v::WR_RDMA_WRITE, None, None, target, [0; FrameHeader::SIZE]);
+        self.push(v::WR_RDMA_WRITE, 0, None, target);
     }
 
     /// Has the last request complete when it is done, not only when it fails.
@@ -87,18 +89,18 @@ impl Chain {
 
     /// The list, for one call.
     pub(super) fn link(&mut self) -> *mut IbvSendWr {
-        for at in 0..self.requests.len() {
+        for at in 0..self.len {
             if self.requests[at].send_flags & v::SEND_INLINE != 0 {
                 self.ranges[at].addr = self.headers[at].as_ptr().expose_provenance() as u64;
             }
         }
         let (first, ranges) = (self.requests.as_mut_ptr(), self.ranges.as_mut_ptr());
-        for (at, request) in self.requests.iter_mut().enumerate() {
+        for (at, request) in self.requests[..self.len].iter_mut().enumerate() {
             // Within the arrays: they have as many elements each.
             request.sg_list = ranges.wrapping_add(at);
             request.next = first.wrapping_add(at + 1);
         }
-        match self.requests.last_mut() {
+        match self.requests[..self.len].last_mut() {
             Some(last) => last.next = ptr::null_mut(),
             None => return ptr::null_mut(),
         }
@@ -106,37 +108,26 @@ impl Chain {
     }
 
     fn last(&mut self) -> &mut IbvSendWr {
-        self.requests.last_mut().expect("there is a request")
+        self.requests[..self.len].last_mut().expect("there is a request")
     }
 
-    fn push(
-        &mut self,
-        opcode: u32,
-        immediate: Option<u32>,
-        range: Option<IbvSge>,
-        target: Target,
-        header: [u8; FrameHeader::SIZE],
-    ) {
-        assert!(self.requests.len() < self.requests.capacity(), "a chain longer than the send queue");
-        self.requests.push(IbvSendWr {
-            wr_id: self.wr_id,
-            next: ptr::null_mut(),
-            sg_list: ptr::null_mut(),
-            num_sge: i32::from(range.is_some()),
-            opcode,
-            send_flags: 0,
-            __bindgen_anon_1: IbvSendData { imm_data: immediate.unwrap_or(0).to_be() },
-            wr: IbvSendTarget { rdma: IbvRdma { remote_addr: target.offset, rkey: target.rkey } },
-            ..Default::default()
-        });
-        self.ranges.push(range.unwrap_or_default());
-        self.headers.push(header);
+    fn push(&mut self, opcode: u32, immediate: u32, range: Option<IbvSge>, target: Target) {
+        assert!(self.len < self.requests.len(), "a chain longer than the send queue");
+        let request = &mut self.requests[self.len];
+        request.wr_id = self.wr_id;
+        request.num_sge = i32::from(range.is_some());
+        request.opcode = opcode;
+        request.send_flags = 0;
+        request.__bindgen_anon_1 = IbvSendData { imm_data: immediate.to_be() };
+        request.wr = IbvSendTarget { rdma: IbvRdma { remote_addr: target.offset, rkey: target.rkey } };
+        self.ranges[self.len] = range.unwrap_or_default();
+        self.len += 1;
     }
 }
 
 impl fmt::Debug for Chain {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Chain").field("requests", &self.requests.len()).finish_non_exhaustive()
+        f.debug_struct("Chain").field("requests", &self.len).finish_non_exhaustive()
     }
 }
 
@@ -151,7 +142,7 @@ mod tests {
         assert!(chain.link().is_null());
         chain.begin(77);
         chain.write(IbvSge { addr: 4096, length: 9, lkey: 3 }, target);
-        chain.note([7; FrameHeader::SIZE], 0x0102_0304, target);
+        chain.note(&[7; FrameHeader::SIZE], 0x0102_0304, target);
         chain.signal();
         chain.word(1, target);
         let mut at = chain.link();

@@ -92,10 +92,16 @@ impl<T> Departures<T> {
         Departures { waiting: VecDeque::new(), first: 0 }
     }
 
+    /// The number of the next one.
+    pub(super) fn upcoming(&self) -> u64 {
+        self.first + self.waiting.len() as u64
+    }
+
     /// Counts one more; gives its number.
     pub(super) fn push(&mut self, what: T) -> u64 {
+        let number = self.upcoming();
         self.waiting.push_back((what, false));
-        self.first + self.waiting.len() as u64 - 1
+        number
     }
 
     /// Its rail is done with the one of that number.

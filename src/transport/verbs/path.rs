@@ -195,20 +195,21 @@ impl Path {
             let able = self.rails.iter().enumerate();
             let able = able.filter(|(_, rail)| rail.takes(&ports[rail.number].chain, payload, room));
             let Some((at, _)) = able.min_by_key(|(_, rail)| rail.bytes()) else { break };
-            let Queued { id, header, payload } = self.queue.pop_front().expect("looked at above");
-            let (source, payload) = payload.unzip();
             let rail = &mut self.rails[at];
             let port = &mut ports[rail.number];
             let share = shares[at].as_mut().expect("a rail that takes something was begun");
-            let at = self.departures.push((id, source));
-            if payload.is_none() {
-                self.departures.done(at);
-            }
-            let numbers = (self.number, at);
-            rail.add((&mut port.chain, share), header, payload.as_ref(), numbers, room);
+            let numbers = (self.number, self.departures.upcoming());
+            rail.add((&mut port.chain, share), &next.header, payload, numbers, room);
             self.number = order::next(self.number);
             port.carried.notes += 1;
             port.carried.bytes += payload.map_or(0, |payload| payload.length.into());
+            // Looked at where it lies until here: what is queued is long.
+            let Queued { id, payload, .. } = self.queue.pop_front().expect("looked at above");
+            let has_source = payload.is_some();
+            let at = self.departures.push((id, payload.map(|(source, _)| source)));
+            if !has_source {
+                self.departures.done(at);
+            }
         }
         for (rail, share) in self.rails.iter_mut().zip(shares) {
             let Some(share) = share else { continue };

@@ -274,7 +274,7 @@ impl Rail {
     pub(super) fn add(
         &mut self,
         (chain, share): (&mut Chain, &mut Share),
-        header: [u8; FrameHeader::SIZE],
+        header: &[u8; FrameHeader::SIZE],
         payload: Option<&Payload>,
         (number, at): (u16, u64),
         room: Room,
