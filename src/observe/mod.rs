@@ -1,4 +1,5 @@
-//! What this process has used so far: processor time, payload bytes sent, bytes copied on their way. Plain counts for benchmarks.
+//! What this process has used so far: processor time, payload bytes sent, bytes copied on their way; plain counts for benchmarks. And
+//! how much it logs.
 //!
 //! Invariant: counting never decides anything; a count is one relaxed addition a system call or payload, and never goes down.
 #![forbid(unsafe_code)]
