@@ -119,6 +119,16 @@ pub(super) struct RunArguments {
     /// The ports for data, such as 20000-20100.
     #[arg(long, value_name = "FIRST-LAST")]
     ports: Option<String>,
+    /// Have every process answer with its metrics, in the format of Prometheus, at this address [without one: 127.0.0.1, any port];
+    /// `gradwire status` shows where.
+    #[arg(long, value_name = "ADDRESS", num_args = 0..=1, default_missing_value = "127.0.0.1:0")]
+    metrics: Option<String>,
+    /// Write a timeline of the job, for Perfetto or chrome://tracing, when it ends.
+    #[arg(long, value_name = "FILE")]
+    timeline: Option<PathBuf>,
+    /// The steps that it shows, such as 100..110 [default: the last ones that there is room for].
+    #[arg(long, value_name = "A..B", requires = "timeline")]
+    timeline_steps: Option<String>,
     /// Where the rendezvous listens; for ranks on other hosts give an address that they can reach.
     #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:0")]
     listen: SocketAddr,
@@ -167,6 +177,8 @@ impl RunArguments {
             ("soft.seed", &self.soft_seed),
             ("interface", &self.interface),
             ("ports", &self.ports),
+            ("metrics", &self.metrics),
+            ("timeline", &self.timeline_steps),
         ];
         let mut pairs: Vec<(String, String)> = Vec::new();
         for setting in &self.settings {
@@ -194,6 +206,7 @@ pub(super) fn run(arguments: RunArguments) -> Result<ExitCode> {
     }
     let executable = std::env::current_exe().map_err(|e| Error::os("readlink", "/proc/self/exe", e))?;
     let mut options = JobOptions::new(config, arguments.command, executable);
+    options.timeline = arguments.timeline;
     options.by_hand = by_hand;
     options.listen = arguments.listen;
     options.bind = arguments.bind;

@@ -74,6 +74,10 @@ fn table(status: &Status) -> String {
     if let Some(verdict) = &status.verdict {
         text += &format!("waiting: {verdict}\n");
     }
+    let metrics = status.ranks.iter().filter_map(|rank| Some((rank.rank.to_string(), rank.metrics?)));
+    for (who, address) in status.metrics.map(|address| ("launcher".into(), address)).into_iter().chain(metrics) {
+        text += &format!("metrics of {who}: http://{address}/metrics\n");
+    }
     for rank in &status.ranks {
         for path in &rank.paths {
             text += &format!("{} reaches {} over {}: {}\n", rank.rank, path.peer, path.fabric, path.reason);

@@ -24,10 +24,16 @@ use super::{
 };
 use crate::{
     Error, Result,
-    session::{Address, CheckpointSink, JobConfig, Rendezvous, RendezvousOptions},
+    session::{
+        Address, CheckpointSink, Control, ControlAnswer, JobConfig, MetricsEndpoint, Order, Rendezvous,
+        RendezvousOptions, StepRange, control, launcher_text,
+    },
     types::Rank,
     wire::JobToken,
 };
+
+/// How long the rendezvous may take to say how things stand.
+const METRICS_TIME: Duration = Duration::from_secs(5);
 
 /// Where the ranks' output goes.
 #[derive(Clone, Debug)]
@@ -58,6 +64,8 @@ pub struct JobOptions {
     pub output: OutputTo,
     /// Where the job's directory is made, if not in the usual place.
     pub home: Option<PathBuf>,
+    /// Where the timeline goes when the job has ended; which steps it shows is a setting of the job.
+    pub timeline: Option<PathBuf>,
     /// How long a rank that was told to end may take before it is killed.
     pub grace: Duration,
     /// Writes the manifest of a checkpoint whose parts are all on the disk; `None`: as the checkpoint module does.
@@ -78,6 +86,7 @@ impl JobOptions {
             bind: false,
             output: OutputTo::Inherit,
             home: None,
+            timeline: None,
             grace: Duration::from_secs(3),
             on_checkpoint: None,
         }
@@ -121,6 +130,8 @@ pub struct Job {
     outcome: Option<Outcome>,
     collected: Collected,
     thread: Option<JoinHandle<()>>,
+    /// Open as long as the job has a handle.
+    _metrics: Option<MetricsEndpoint>,
 }
 
 /// Output that is kept instead of printed.
@@ -146,6 +157,9 @@ impl Job {
         if options.command.is_empty() && options.config.ranks().any(|rank| options.starts_worker(rank)) {
             return Err(Error::Config("no command for the workers: give it after `--`".into()));
         }
+        if options.timeline.is_some() {
+            options.config.timeline.get_or_insert(StepRange::ALL);
+        }
         checkpoints::prepare(&mut options.config)?;
         let on_checkpoint = options.on_checkpoint.take().unwrap_or_else(|| checkpoints::recorder(&options.config));
         let token = JobToken::random()?;
@@ -163,6 +177,7 @@ impl Job {
             },
         )?;
         let address = rendezvous.address();
+        let metrics = serve_metrics(&options.config, &address, &token, &rendezvous)?;
         directory.describe(&address, &token, &options.config)?;
         let path = directory.path().to_path_buf();
         let collected = Collected::default();
@@ -180,7 +195,17 @@ impl Job {
                 let _ = outcome_out.send(supervisor.run());
             })
             .map_err(|e| Error::os("pthread_create", "the supervisor", e))?;
-        Ok(Job { path, address, token, events, outcomes, outcome: None, collected, thread: Some(thread) })
+        Ok(Job {
+            path,
+            address,
+            token,
+            events,
+            outcomes,
+            outcome: None,
+            collected,
+            thread: Some(thread),
+            _metrics: metrics,
+        })
     }
 
     /// The job's directory.
@@ -240,6 +265,24 @@ impl Job {
             }
         }
     }
+}
+
+/// The launcher's own metrics: what its rendezvous says of the job whenever somebody asks.
+fn serve_metrics(
+    config: &JobConfig,
+    address: &Address,
+    token: &JobToken,
+    rendezvous: &Rendezvous,
+) -> Result<Option<MetricsEndpoint>> {
+    let Some(wanted) = config.metrics else { return Ok(None) };
+    let (own, address, token) = (config.clone(), address.clone(), token.clone());
+    let text = move || match control(&address, &token, Control::Status, METRICS_TIME) {
+        Ok(ControlAnswer::Status(status)) => launcher_text(&own, Some(*status)),
+        _ => launcher_text(&own, None),
+    };
+    let endpoint = MetricsEndpoint::start(wanted.of(None, config)?, text)?;
+    rendezvous.order(Order::MetricsAt(endpoint.address()));
+    Ok(Some(endpoint))
 }
 
 impl Drop for Job {

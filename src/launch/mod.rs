@@ -17,6 +17,7 @@ mod processes;
 mod spawn;
 mod supervisor;
 mod sweep;
+mod timeline;
 
 pub use directory::JobDirectory;
 pub use job::{Job, JobOptions, Outcome, OutputTo, Signal};

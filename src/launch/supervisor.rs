@@ -21,6 +21,7 @@ use super::{
     output::Printer,
     processes::Processes,
     sweep,
+    timeline::Timeline,
 };
 use crate::{
     Result,
@@ -88,6 +89,7 @@ pub(super) struct Supervisor {
     not_finite: (u64, Option<String>),
     checkpoint: Option<u64>,
     stopped_with_checkpoint: bool,
+    timeline: Timeline,
 }
 
 impl Supervisor {
@@ -117,6 +119,7 @@ impl Supervisor {
             not_finite: (0, None),
             checkpoint: None,
             stopped_with_checkpoint: false,
+            timeline: Timeline::default(),
         }
     }
 
@@ -209,6 +212,7 @@ impl Supervisor {
             Notice::Waiting(verdict) => {
                 self.processes.say(&format!("gradwire: job {}: {verdict}", self.options.config.name));
             }
+            Notice::Timeline { rank, part } => self.timeline.add(rank, *part),
             Notice::Changed { clock, change } => {
                 self.processes
                     .say(&format!("gradwire: job {}: {change} from clock {clock} on", self.options.config.name));
@@ -407,6 +411,11 @@ impl Supervisor {
         }
         self.processes.finish_output();
         drop(self.rendezvous);
+        if let Some(path) = &self.options.timeline
+            && let Err(error) = self.timeline.write(path, &self.options.config.name)
+        {
+            warn!("the timeline is lost: {error}");
+        }
         self.directory.remove();
         if let Some(keeper) = keeper {
             keeper.dismiss();

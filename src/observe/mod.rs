@@ -1,10 +1,12 @@
-//! What this process has used so far: processor time, payload bytes sent, bytes copied on their way; plain counts for benchmarks. And
-//! how much it logs.
+//! What this process has used so far: processor time, payload bytes sent, bytes copied on their way; what each thread has done, for
+//! metrics and for a timeline; and how much is logged.
 //!
 //! Invariant: counting never decides anything; a count is one relaxed addition a system call or payload, and never goes down.
 #![forbid(unsafe_code)]
 
 mod log;
+mod meter;
+mod timeline;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -15,6 +17,8 @@ use nix::sys::{
 use serde::{Deserialize, Serialize};
 
 pub use log::log_filter;
+pub use meter::{BUCKETS, Cause, Counter, Gauge, Histogram, LaneMeter, Meters, PeerMeter, Queue, TaskKind, bucket_ns};
+pub use timeline::{MARKS_MAX, Mark, Ring, WORDS, What, monotonic_ns};
 
 static SENT: AtomicU64 = AtomicU64::new(0);
 static COPIED: AtomicU64 = AtomicU64::new(0);

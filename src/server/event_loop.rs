@@ -11,7 +11,7 @@ use std::{
 };
 
 use super::{
-    ChunkImage, Effect, Memory, NotFinite, Shard, ShardConfig, Work,
+    ChunkImage, Effect, Memory, NotFinite, Shard, ShardConfig, Task, Work,
     landing::{Landing, LandingShape},
     memory::elements_max,
 };
@@ -19,6 +19,7 @@ use crate::{
     Error, Result,
     layout::Layout,
     mem::RegionOptions,
+    observe::{Queue, TaskKind},
     optim::{LearningRates, LiveChange},
     session::{Paths, WAITS_MAX, Wait},
     transport::{Completion, Endpoint, Transport, Wakeup},
@@ -149,11 +150,16 @@ impl<T: Transport> EventLoop<T> {
             self.moved_at = Some(now);
         }
         let can_start = !self.queue.is_empty() && self.memory.has_room();
-        Ok(match can_start || self.memory.is_busy() {
+        let progress = match can_start || self.memory.is_busy() {
             true => Progress::Busy,
             false if moved => Progress::Moved,
             false => Progress::Idle,
-        })
+        };
+        if let Some(recorder) = self.paths.recorder() {
+            recorder.idles(progress == Progress::Idle, now);
+            self.sample(now);
+        }
+        Ok(progress)
     }
 
     /// How long nothing has come and nothing has been computed.
@@ -170,7 +176,8 @@ impl<T: Transport> EventLoop<T> {
 
     /// When `turn` wants to be called even if nothing happens.
     pub fn next_deadline(&self) -> Option<Instant> {
-        [self.paths.next_deadline(), self.shard.next_deadline()].into_iter().flatten().min()
+        let sample = self.paths.next_sample();
+        [self.paths.next_deadline(), self.shard.next_deadline(), sample].into_iter().flatten().min()
     }
 
     /// Whether every worker has finished and everything has been applied.
@@ -327,14 +334,51 @@ impl<T: Transport> EventLoop<T> {
     fn compute(&mut self) -> Result<bool> {
         while self.memory.has_room() {
             let Some(work) = self.queue.pop_front() else { break };
+            if let Some(recorder) = self.paths.recorder() {
+                recorder.started(kind(work.task), work.chunk, work.clock);
+            }
             self.memory.start(work)?;
         }
         let mut ended = false;
-        while let Some(work) = self.memory.advance()? {
+        while let Some(work) = self.advance()? {
             self.shard.handle_computed(work);
             ended = true;
         }
         Ok(self.finish_snapshot() || ended)
+    }
+
+    /// [`Memory::advance`], which is recorded.
+    fn advance(&mut self) -> Result<Option<Work>> {
+        let on_processor = self.memory.is_busy();
+        let began = self.paths.recorder().filter(|_| on_processor).and_then(|recorder| recorder.tile());
+        let work = self.memory.advance()?;
+        if let Some(recorder) = self.paths.recorder() {
+            recorder.tiled(began);
+            if let Some(work) = &work {
+                recorder.ended(kind(work.task), work.chunk, work.clock, on_processor);
+            }
+        }
+        Ok(work)
+    }
+
+    /// Looks at the gauges, if it is time to.
+    fn sample(&mut self, now: Instant) {
+        let (backlog, queued) = (self.paths.backlog(), self.queue.len());
+        let Some(recorder) = self.paths.recorder() else { return };
+        let Some(meter) = recorder.sample(now) else { return };
+        let figures = self.shard.figures();
+        meter.clock.set(self.shard.clock_done());
+        meter.staleness.set(figures.staleness);
+        meter.queue(Queue::Posts).set(backlog as u64);
+        meter.queue(Queue::Computations).set(queued as u64);
+        meter.queue(Queue::Landed).set(figures.landed);
+        meter.queue(Queue::Replies).set(figures.replies);
+        meter.skipped.add(figures.skipped.saturating_sub(meter.skipped.value()));
+        for (worker, room) in self.shard.rooms() {
+            if let Some(peer) = recorder.peer(worker) {
+                peer.credit.set(room);
+            }
+        }
     }
 
     /// Hands out the snapshot that was begun, if all of it is there.
@@ -347,5 +391,14 @@ impl<T: Transport> EventLoop<T> {
         self.snapshots.push_back(Snapshot { clock, chunks, rates });
         self.shard.handle_snapshotted(clock);
         true
+    }
+}
+
+fn kind(task: Task) -> TaskKind {
+    match task {
+        Task::Step => TaskKind::Step,
+        Task::Reduce => TaskKind::Reduce,
+        Task::Apply => TaskKind::Apply,
+        Task::Encode => TaskKind::Encode,
     }
 }

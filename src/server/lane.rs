@@ -108,6 +108,7 @@ impl Lane {
         for (peer, _, endpoint) in offers {
             self.event_loop.connect(peer, &endpoint, deadline)?;
         }
+        self.event_loop.paths().note_fallbacks();
         let waiter = Waiter::new()?;
         let mut idle = Idle::default();
         loop {

@@ -29,11 +29,11 @@ use crate::{
     observe::Usage,
     optim::LearningRates,
     session::{
-        JobConfig, Member, Offer, Paths, Report, ShardShape, cores_from_environment, device_of, fabrics,
-        memory_available,
+        JobConfig, Member, Observation, Offer, Paths, Recorder, Report, ShardShape, cores_from_environment, device_of,
+        fabrics, memory_available,
     },
     transport::Fabrics,
-    types::{Clock, PeerId, ShardId},
+    types::{Clock, PeerId, Rank, ShardId},
 };
 
 /// What all lanes of a process share.
@@ -110,6 +110,8 @@ pub fn run(mut member: Member) -> Result<()> {
         config,
     });
     let cores = cores_from_environment()?;
+    let mut observation = Observation::start(&member)?;
+    observe_memory(&plan, member.rank(), &observation)?;
     let (setup, setups) = channel();
     let mut lanes = Vec::new();
     for lane in 0..plan.config.shards_per_server {
@@ -122,6 +124,7 @@ pub fn run(mut member: Member) -> Result<()> {
             reporter: member.reporter(),
             commands: member.commands()?,
             setup: setup.clone(),
+            recorder: observation.recorder(lane).1,
         };
         let name = format!("shard-{}", thread.shard().0);
         let handle = std::thread::Builder::new().name(name).spawn(move || thread.run(&offers_in));
@@ -150,6 +153,7 @@ pub fn run(mut member: Member) -> Result<()> {
             Err(_) => return Err(Error::JobFailed("a shard's thread panicked".into())),
         }
     }
+    observation.send_timeline(&member)?;
     let used = serde_json::to_value(Usage::now().since(set_up)).expect("numbers under text keys");
     member.reporter().report(Report::Finished { summary: used })
 }
@@ -170,6 +174,7 @@ struct LaneThread {
     reporter: crate::session::Reporter,
     commands: crate::session::Commands,
     setup: Sender<Step>,
+    recorder: Option<Box<Recorder>>,
 }
 
 impl LaneThread {
@@ -229,7 +234,8 @@ impl LaneThread {
         };
         let mut memory = Memory::new(memory, plan.layout.clone(), shard, &*initial_values(config)?, device)?;
         let versions = restore(&plan, shard, &mut memory)?;
-        let paths = Paths::new(self.transport, 0, config.heartbeat(), config.deadline());
+        let mut paths = Paths::new(self.transport, 0, config.heartbeat(), config.deadline());
+        paths.record(self.recorder);
         let shard_config = ShardConfig {
             me: self.me,
             shard,
@@ -248,6 +254,19 @@ impl LaneThread {
             EventLoop::new(shard_config, plan.layout.clone(), memory, paths, &region, versions.as_deref())?;
         Ok(Lane::new(plan, shard, event_loop, self.reporter, self.commands))
     }
+}
+
+/// Tells what the shards of this rank take of memory.
+fn observe_memory(plan: &Plan, rank: Rank, observation: &Observation) -> Result<()> {
+    let first = rank.index * plan.shards_per_server;
+    for shard in first..first + plan.shards_per_server {
+        let memory = plan.config.shard_memory(&ShardShape::of(&plan.layout, ShardId(shard)))?;
+        let kinds = [memory.master, memory.state, memory.accumulator, memory.replies, memory.landing];
+        for (kind, bytes) in ["master", "state", "accumulator", "replies", "landing"].into_iter().zip(kinds) {
+            observation.add_memory(kind, bytes);
+        }
+    }
+    Ok(())
 }
 
 /// The core for a lane: the one that was dealt to it, unless that is not on its GPU's node and another one is.

@@ -7,7 +7,7 @@ use std::{path::PathBuf, str::FromStr, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
-use super::DeviceChoice;
+use super::{DeviceChoice, MetricsAddress, StepRange};
 use crate::{
     Error, Result,
     consistency::Consistency,
@@ -174,6 +174,10 @@ pub struct JobConfig {
     pub interface: Option<String>,
     /// The ports to listen on; without a range the kernel chooses.
     pub ports: Option<PortRange>,
+    /// Where every process answers with its metrics; without it none does.
+    pub metrics: Option<MetricsAddress>,
+    /// The steps of which a timeline is kept; without it none is.
+    pub timeline: Option<StepRange>,
 }
 
 impl Default for JobConfig {
@@ -211,6 +215,8 @@ impl Default for JobConfig {
             soft: SoftFaults::default(),
             interface: None,
             ports: None,
+            metrics: None,
+            timeline: None,
         }
     }
 }

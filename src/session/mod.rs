@@ -10,11 +10,15 @@ pub(crate) mod fabrics;
 mod footprint;
 mod job;
 mod liveness;
+mod metrics;
+mod observation;
 mod paths;
 mod placement;
+mod recorder;
 mod rendezvous;
 mod setting;
 mod settings;
+mod timeline;
 mod verdict;
 
 pub use changes::Changes;
@@ -22,12 +26,16 @@ pub use device::{DeviceChoice, device_of};
 pub use footprint::{ShardMemory, ShardShape, memory_available};
 pub use job::{CheckpointConfig, Fabric, JobConfig, PortRange, RANKS_MAX, check_name};
 pub use liveness::{Liveness, LivenessEvent};
+pub use metrics::{MetricsAddress, MetricsEndpoint, launcher_text};
+pub use observation::Observation;
 pub use paths::Paths;
 pub use placement::cores_from_environment;
+pub use recorder::{Recorder, Trace};
 pub use rendezvous::{
     Address, CheckpointSink, Command, Commands, Control, Member, Notice, NoticeSink, Offer, Order, RankStatus,
     Rendezvous, RendezvousOptions, Report, Reporter, Status, VERSION, View, decode_lines, token_from_environment,
 };
 pub(crate) use rendezvous::{ControlAnswer, control};
 pub use settings::gather;
+pub use timeline::{ClockOffset, StepRange, TimelinePart};
 pub use verdict::{Finding, Owed, Verdict, WAITS_MAX, Wait, judge};

@@ -9,11 +9,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Liveness, LivenessEvent, Owed, Wait};
+use super::{Liveness, LivenessEvent, Owed, Recorder, Wait};
 use crate::{
     Error, Result,
     mem::{Lease, Region},
-    transport::{Completion, Endpoint, MemoryRegion, RemoteSlot, Transport, WorkRequest},
+    transport::{Completion, Endpoint, Fabrics, MemoryRegion, RemoteSlot, Transport, WorkRequest},
     types::{ChunkId, Clock, Epoch, PeerId},
     wire::{Note, NoteKind},
 };
@@ -31,6 +31,8 @@ pub struct Paths<T> {
     waiting: BTreeMap<PeerId, VecDeque<WorkRequest>>,
     events: Vec<LivenessEvent>,
     arrivals: Vec<Completion>,
+    /// Is told what comes and goes, if anybody wants to know.
+    recorder: Option<Box<Recorder>>,
 }
 
 impl<T: Transport> Paths<T> {
@@ -43,12 +45,33 @@ impl<T: Transport> Paths<T> {
             waiting: BTreeMap::new(),
             events: Vec::new(),
             arrivals: Vec::new(),
+            recorder: None,
         }
     }
 
     /// The transport, for what concerns the driver alone (waking up).
     pub fn transport(&mut self) -> &mut T {
         &mut self.transport
+    }
+
+    /// From here on what comes and goes is recorded.
+    pub fn record(&mut self, recorder: Option<Box<Recorder>>) {
+        self.recorder = recorder;
+    }
+
+    /// What records, if anything does.
+    pub fn recorder(&mut self) -> Option<&mut Recorder> {
+        self.recorder.as_deref_mut()
+    }
+
+    /// When the recorder wants to look at gauges.
+    pub fn next_sample(&self) -> Option<Instant> {
+        self.recorder.as_ref().and_then(|recorder| recorder.next_sample())
+    }
+
+    /// Requests that found no room.
+    pub fn backlog(&self) -> usize {
+        self.waiting.values().map(VecDeque::len).sum()
     }
 
     /// See [`Transport::register`].
@@ -68,7 +91,11 @@ impl<T: Transport> Paths<T> {
 
     /// See [`Transport::connect`].
     pub fn connect(&mut self, peer: PeerId, remote: &Endpoint, deadline: Instant) -> Result<()> {
-        self.transport.connect(peer, remote, deadline)
+        self.transport.connect(peer, remote, deadline)?;
+        if let Some(recorder) = &mut self.recorder {
+            recorder.connected(peer, self.transport.fabric(peer));
+        }
+        Ok(())
     }
 
     /// See [`Transport::arm`].
@@ -100,6 +127,9 @@ impl<T: Transport> Paths<T> {
 
     /// Queues a write; if the driver has no room, it waits here.
     pub fn post(&mut self, request: WorkRequest) {
+        if let Some(recorder) = &self.recorder {
+            recorder.posted(&request);
+        }
         let peer = request.peer;
         if let Some(queue) = self.waiting.get_mut(&peer).filter(|queue| !queue.is_empty()) {
             queue.push_back(request);
@@ -126,10 +156,13 @@ impl<T: Transport> Paths<T> {
         for completion in self.arrivals.drain(..) {
             match &completion {
                 Completion::Connected { peer } => self.liveness.track(*peer, now),
-                Completion::Arrived { from, note, .. } => {
+                Completion::Arrived { from, note, lease } => {
                     self.liveness.heard(*from, now);
                     if note.kind == NoteKind::Heartbeat {
                         continue;
+                    }
+                    if let Some(recorder) = &mut self.recorder {
+                        recorder.arrived(*from, note, lease.is_some(), now);
                     }
                 }
                 Completion::Broken { peer, .. } => self.liveness.forget(*peer),
@@ -174,6 +207,18 @@ impl<T: Transport> Paths<T> {
                     queue.push_front(full.0);
                     break;
                 }
+            }
+        }
+    }
+}
+
+impl Paths<Fabrics> {
+    /// Records which paths go over another fabric than the job would rather have.
+    pub fn note_fallbacks(&mut self) {
+        let Some(recorder) = &self.recorder else { return };
+        for choice in self.transport.choices() {
+            if let Some(peer) = recorder.peer(choice.peer) {
+                peer.fallback.set(choice.missed.is_some().into());
             }
         }
     }

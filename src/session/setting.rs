@@ -63,6 +63,8 @@ const SETTINGS: &[(&str, Kind)] = &[
     ("soft.seed", Kind::Whole),
     ("interface", Kind::Text),
     ("ports", Kind::Text),
+    ("metrics", Kind::Text),
+    ("timeline", Kind::Text),
     ("checkpoint.dir", Kind::Text),
     ("checkpoint.every", Kind::Whole),
     ("checkpoint.at_end", Kind::Flag),

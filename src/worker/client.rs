@@ -106,6 +106,8 @@ struct Lane {
     peer: PeerId,
     landing: Option<Attachment>,
     credit: u64,
+    /// The position after the last one that was posted.
+    pushed: u64,
     /// Chunks that positions are counted in.
     chunks: usize,
     /// What waits for its turn, lowest position first.
@@ -154,6 +156,7 @@ impl Client {
                 peer: *peer,
                 landing: None,
                 credit: 0,
+                pushed: 0,
                 chunks: order.len(),
                 waiting: BinaryHeap::with_capacity(2 * own.len()),
                 finished: false,
@@ -294,6 +297,14 @@ impl Client {
         })
     }
 
+    /// Of each lane: gradients that wait for their turn, and positions that are open before the first of them.
+    pub fn turns(&self) -> impl Iterator<Item = (PeerId, u64, u64)> {
+        self.lanes.iter().map(|lane| {
+            let next = lane.waiting.peek().map_or(lane.pushed, |next| next.position);
+            (lane.peer, lane.waiting.len() as u64, lane.credit.saturating_sub(next))
+        })
+    }
+
     /// What is awaited of each lane: its path, the first chunk whose parameters it owes, room for a gradient, its goodbye.
     pub fn waits(&self) -> Vec<(PeerId, Owed, Option<ChunkId>, Option<Clock>)> {
         let waits = self.lanes.iter().filter_map(|lane| {
@@ -354,6 +365,7 @@ impl Client {
     fn send(&mut self, lane: usize, landing: Attachment, next: Outgoing) {
         let Outgoing { position, chunk, clock, wants_reply, gradient } = next;
         let flags = if wants_reply { NoteFlags::WANTS_REPLY } else { NoteFlags::NONE };
+        self.lanes[lane].pushed = position + 1;
         let peer = self.lanes[lane].peer;
         let Some(gradient) = gradient else {
             let note = Note { chunk, clock, flags, ..Note::new(NoteKind::Absent) };

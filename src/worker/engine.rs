@@ -14,6 +14,7 @@ use crate::{
     Error, Result,
     layout::Layout,
     mem::{Lease, Region},
+    observe::Queue,
     session::{Paths, WAITS_MAX, Wait},
     transport::{Completion, Endpoint, MemoryRegion, Transport},
     types::{ChunkId, Clock, PeerId, Version},
@@ -153,7 +154,22 @@ impl<T: Transport> Engine<T> {
 
     /// When `turn` wants to be called even if nothing happens.
     pub fn next_deadline(&self) -> Option<Instant> {
-        self.paths.next_deadline()
+        self.paths.next_deadline().into_iter().chain(self.paths.next_sample()).min()
+    }
+
+    /// Tells the recorder, if there is one, since when the program waits, and looks at the gauges if it is time to.
+    pub fn record(&mut self, program_waits: Option<Instant>, now: Instant) {
+        let backlog = self.paths.backlog();
+        let Some(recorder) = self.paths.recorder() else { return };
+        recorder.program_waits(program_waits);
+        let Some(meter) = recorder.sample(now) else { return };
+        meter.queue(Queue::Posts).set(backlog as u64);
+        meter.queue(Queue::Turns).set(self.client.turns().map(|(_, waiting, _)| waiting).sum());
+        for (lane, _, room) in self.client.turns() {
+            if let Some(peer) = recorder.peer(lane) {
+                peer.credit.set(room);
+            }
+        }
     }
 
     fn command(&mut self, command: Command) {

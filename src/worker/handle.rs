@@ -2,7 +2,9 @@
 //!
 //! Invariant: every wait has a deadline, and its error names the server, the chunk and the clock that it waited for.
 
+mod ending;
 mod in_place;
+mod observed;
 
 use std::{
     collections::VecDeque,
@@ -12,6 +14,8 @@ use std::{
 };
 
 pub use in_place::FlatView;
+
+use observed::Observed;
 
 use super::{
     ClientConfig, Command, Engine, Event,
@@ -49,6 +53,7 @@ pub struct Worker {
     attached: bool,
     finished: bool,
     reported: Instant,
+    observed: Observed,
 }
 
 impl Worker {
@@ -71,7 +76,7 @@ impl Worker {
         let reporter = member.reporter();
         let joined = Worker::set_up(&mut member, tensors, device);
         match joined {
-            Ok((layout, lanes, buffers, progress)) => {
+            Ok((layout, lanes, buffers, progress, observed)) => {
                 let mut worker = Worker {
                     clock: member.config().start_clock,
                     member,
@@ -85,8 +90,10 @@ impl Worker {
                     attached: false,
                     finished: false,
                     reported: Instant::now(),
+                    observed,
                 };
                 worker.first_parameters()?;
+                worker.observed.begins(worker.clock);
                 Ok(worker)
             }
             Err(error) => {
@@ -100,7 +107,7 @@ impl Worker {
         member: &mut Member,
         tensors: Vec<TensorSpec>,
         device: Option<DeviceMemory>,
-    ) -> Result<(Arc<Layout>, Vec<PeerId>, Buffers, Progress)> {
+    ) -> Result<(Arc<Layout>, Vec<PeerId>, Buffers, Progress, Observed)> {
         let rank = member.rank();
         if rank.role != Role::Worker {
             return Err(Error::Config(format!("this process is {rank}: only a worker pushes and pulls")));
@@ -122,7 +129,10 @@ impl Worker {
             gradient_dtype: config.gradient_dtype,
             parameter_dtype: config.parameter_dtype,
         };
-        let paths = Paths::new(fabrics::open(member, 0, false)?, 0, config.heartbeat(), config.deadline());
+        let (observed, recorder) = Observed::start(member)?;
+        observed.memory(&config, &layout, rank.index);
+        let mut paths = Paths::new(fabrics::open(member, 0, false)?, 0, config.heartbeat(), config.deadline());
+        paths.record(recorder);
         let mut engine = Engine::new(client, layout.clone(), paths, &buffers.parameters, &buffers.gradients)?;
         let me = PeerId::worker(rank.index);
         let offers = lanes.iter().map(|lane| Ok((me, *lane, engine.paths().offer(*lane)?))).collect::<Result<_>>()?;
@@ -130,11 +140,12 @@ impl Worker {
         for (lane, _, endpoint) in member.exchange(offers)? {
             engine.connect(lane, &endpoint, deadline)?;
         }
+        engine.paths().note_fallbacks();
         let choices = engine.paths().transport().choices().cloned().collect();
         member.reporter().report(Report::Paths(choices))?;
         let pace = Pace { warn: config.warn(), again: config.heartbeat() };
         let progress = Progress::start(engine, member.commands()?, member.reporter(), pace)?;
-        Ok((layout, lanes, buffers, progress))
+        Ok((layout, lanes, buffers, progress, observed))
     }
 
     /// Waits until all lanes are there, then pulls what they start with.
@@ -227,13 +238,16 @@ impl Worker {
             self.close_clock(wants_reply)?;
             self.closed = true;
             self.progress.set_waiting(true);
+            self.observed.waits();
         }
         self.until(time, Buffers::all_home)?;
         self.progress.set_waiting(false);
         self.buffers.begin_clock();
         self.wants_reply = None;
         self.closed = false;
+        self.observed.waited(self.clock);
         self.clock += 1;
+        self.observed.begins(self.clock);
         self.report_progress();
         Ok(())
     }
@@ -318,42 +332,6 @@ impl Worker {
         Ok(())
     }
 
-    /// This worker has done its part: ends the clock if something has been pushed in it, waits until every server knows, and leaves
-    /// the job in order.
-    ///
-    /// # Errors
-    ///
-    /// As [`wait`](Worker::wait).
-    pub fn finish(self) -> Result<()> {
-        self.finish_with(serde_json::Value::Null)
-    }
-
-    /// [`finish`](Worker::finish) with something to say about the work: whoever started the job finds it among the summaries of
-    /// its outcome.
-    ///
-    /// # Errors
-    ///
-    /// As [`wait`](Worker::wait).
-    pub fn finish_with(mut self, summary: serde_json::Value) -> Result<()> {
-        if self.wants_reply.is_some() {
-            self.wait()?;
-        }
-        self.progress.command([Command::Finish]);
-        self.progress.set_waiting(true);
-        let time = self.wait_time();
-        let deadline = Instant::now() + time;
-        while !self.finished {
-            self.take_events(deadline)?;
-            if !self.finished && Instant::now() >= deadline {
-                let (from, awaited) = ("the servers".into(), "their goodbye");
-                return Err(Error::Deadline { from, awaited, chunk: None, clock: Some(self.clock), waited: time });
-            }
-        }
-        let reporter = self.member.reporter();
-        reporter.report(Report::Progress { clock: self.clock })?;
-        reporter.report(Report::Finished { summary })
-    }
-
     fn give(&mut self, tensor: usize, gradient: &[f32], wants_reply: bool) -> Result<()> {
         self.check_tensor(tensor, gradient.len())?;
         self.begin_push(tensor, wants_reply)?;
@@ -398,6 +376,7 @@ impl Worker {
         for chunk in self.buffers.chunks.iter_mut().filter(|chunk| !chunk.pushed) {
             chunk.pushed = true;
             let reply = if wants_reply { chunk.parameters.take() } else { None };
+            self.observed.given(chunk.id, clock);
             let command = if chunk.written == 0 {
                 Command::Push { chunk: chunk.id, clock, gradient: None, reply }
             } else {
@@ -415,6 +394,7 @@ impl Worker {
         let commands = indices.iter().map(|index| {
             let chunk = &mut chunks[*index];
             chunk.pushed = true;
+            self.observed.given(chunk.id, clock);
             let reply = if wants_reply { chunk.parameters.take() } else { None };
             Command::Push { chunk: chunk.id, clock, gradient: chunk.gradient.take(), reply }
         });

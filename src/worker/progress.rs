@@ -242,6 +242,7 @@ impl<T: Transport + Wakeup> ProgressThread<T> {
                 self.shared.notify();
             }
             let moved = turned.map_err(|error| self.explain(error))?;
+            self.engine.record(waiting, now);
             self.report_waits(waiting, now)?;
             if moved || commanded {
                 idle.busy(now);

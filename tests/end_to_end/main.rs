@@ -20,6 +20,7 @@ mod program;
 mod random_faults;
 #[path = "../seccomp/filter.rs"]
 mod seccomp;
+mod seen;
 mod surface;
 mod verbs_hosts;
 mod verbs_links;

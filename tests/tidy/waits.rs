@@ -76,6 +76,7 @@ const ALLOWED: &[(&str, &str, &str)] = &[
     ),
     ("src/server/memory/mod.rs", "wait without a time", "the device's own deadline (`gpu_ms`) ends it"),
     ("src/server/node.rs", "recv", "the process' own threads; each sends how it ended, and its end closes the channel"),
+    ("src/session/metrics.rs", "join", "the thread looks twice a second whether it is to end"),
     ("src/session/rendezvous/hub.rs", "PollTimeout::NONE", "where nobody is waited for; an order wakes it"),
     ("src/session/rendezvous/hub.rs", "accept", "the port does not block; `Hub::accept` is called so too"),
     ("src/session/rendezvous/hub.rs", "join", "the thread has been told to close, and does within its farewell time"),

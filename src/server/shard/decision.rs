@@ -332,6 +332,7 @@ impl Shard {
 
     pub(super) fn on_decision(&mut self, clock: Clock, decision: Decision) {
         (self.decided, self.decision) = (clock + 1, decision);
+        self.skipped += u64::from(decision.skips);
         (0..self.chunks.len()).for_each(|index| self.touch(index));
     }
 

@@ -10,6 +10,7 @@ mod changing;
 mod checkpointing;
 mod contributor;
 mod decision;
+mod figures;
 mod reply;
 mod step;
 #[cfg(test)]
@@ -151,6 +152,8 @@ pub struct Shard {
     decided: Clock,
     /// The last decision.
     decision: Decision,
+    /// Steps that a decision has skipped.
+    skipped: u64,
     deciding: Deciding,
     computing: usize,
     effects: VecDeque<Effect>,
@@ -209,6 +212,7 @@ impl Shard {
             reduced: 0,
             decided: start,
             decision: Decision::TAKEN,
+            skipped: 0,
             deciding: Deciding::new(&config, &layout),
             computing: 0,
             effects: VecDeque::new(),

@@ -28,12 +28,13 @@ use super::{
     },
     notice::Notice,
     notify::Notify,
-    peer::{host_name, keep_alive},
+    peer::{clock_name, host_name, keep_alive},
     roster::{ConnectionId, Effect, Roster},
 };
 use crate::{
     Error, Result,
     layout::Layout,
+    observe::monotonic_ns,
     session::{JobConfig, memory_available},
     types::{Clock, Rank},
     wire::JobToken,
@@ -87,6 +88,8 @@ pub enum Order {
     Stop(String),
     /// Every rank hears why the job has failed.
     Fail(String),
+    /// The launcher's metrics are read at this address.
+    MetricsAt(SocketAddr),
     /// The last messages leave, then the port closes.
     Close,
 }
@@ -249,6 +252,7 @@ impl Hub {
                 }
                 Order::Stop(reason) => self.roster.stop(reason),
                 Order::Fail(text) => self.roster.fail(text),
+                Order::MetricsAt(address) => self.roster.set_metrics(address),
                 Order::Close => self.closing = self.closing.or(Some(Instant::now() + FAREWELL_TIME)),
             }
         }
@@ -447,6 +451,10 @@ impl Hub {
                     }
                 }
                 Effect::Notice(notice) => (self.on_notice)(notice),
+                Effect::Time { to } => {
+                    let time = encode(&FromLauncher::Time { at_ns: monotonic_ns(), clock: clock_name() });
+                    self.connections.entry(to).and_modify(|connection| connection.outgoing.extend(&time));
+                }
                 Effect::Record { clock, parts } => {
                     let outcome = match self.roster.layout() {
                         Some(layout) => (self.on_checkpoint)(clock, parts, layout).map_err(|e| e.to_string()),

@@ -21,12 +21,13 @@ use super::{
         decode, encode,
     },
     notify::Notify,
-    peer::{Caller, Connection, token_from_environment},
+    peer::{Caller, Connection, clock_name, token_from_environment},
 };
 use crate::{
     Error, Result,
     layout::TensorSpec,
-    session::JobConfig,
+    observe::monotonic_ns,
+    session::{ClockOffset, JobConfig},
     types::{Rank, Role},
     wire::JobToken,
 };
@@ -36,6 +37,9 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// How long a report may take to leave when the launcher does not read.
 const WRITE_TIME: Duration = Duration::from_secs(10);
+
+/// Round trips by which a clock's offset is measured; the quickest counts.
+const ROUND_TRIPS: usize = 8;
 
 /// How long a leaving rank waits for the launcher to hang up.
 const FAREWELL_TIME: Duration = Duration::from_secs(1);
@@ -273,6 +277,25 @@ impl Member {
             FromLauncher::BarrierPassed(passed) if passed == name => Ok(()),
             other => Err(unexpected(&format!("{other:?}"))),
         }
+    }
+
+    /// How far this host's clock is from the launcher's, by the quickest of a few round trips; nothing if both read one clock. To be
+    /// called when no other answer is awaited.
+    pub fn clock_offset(&self) -> Result<ClockOffset> {
+        let mut best: Option<ClockOffset> = None;
+        for _ in 0..ROUND_TRIPS {
+            let sent = monotonic_ns();
+            self.seat.link.send(&ToLauncher::AskTime)?;
+            match self.answer("the launcher's time", PATIENCE)? {
+                FromLauncher::Time { clock, .. } if clock == clock_name() => return Ok(ClockOffset::default()),
+                FromLauncher::Time { at_ns, .. } => {
+                    let offset = ClockOffset::of_round_trip(sent, at_ns, monotonic_ns());
+                    best = best.into_iter().chain([offset]).min_by_key(|offset| offset.error_ns);
+                }
+                other => return Err(unexpected(&format!("{other:?}"))),
+            }
+        }
+        Ok(best.unwrap_or_default())
     }
 
     fn setup_time(&self) -> Duration {

@@ -3,6 +3,8 @@
 //! Invariant: a line is never longer than its limit, and memory for it grows with the bytes that came, never with a length that
 //! somebody claimed.
 
+use std::net::SocketAddr;
+
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
@@ -10,7 +12,7 @@ use crate::{
     Error,
     layout::TensorSpec,
     optim::LiveChange,
-    session::{JobConfig, Verdict, Wait},
+    session::{JobConfig, TimelinePart, Verdict, Wait},
     transport::{Endpoint, PathChoice},
     types::{Clock, PeerId, Rank, Role, ShardId},
 };
@@ -82,21 +84,35 @@ pub(super) enum ToLauncher {
     Barrier(String),
     Report(Report),
     Control(Control),
+    /// What time is it?
+    AskTime,
 }
 
 /// The launcher's line to a rank or a control caller.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum FromLauncher {
-    Welcome { rank: Rank, config: Box<JobConfig> },
+    Welcome {
+        rank: Rank,
+        config: Box<JobConfig>,
+    },
     View(PackedView),
     Offers(Vec<Offer>),
     BarrierPassed(String),
     Command(Command),
     Refused(String),
     Status(Status),
-    CheckpointWritten { clock: Clock },
-    Changed { clock: Clock },
+    CheckpointWritten {
+        clock: Clock,
+    },
+    Changed {
+        clock: Clock,
+    },
+    /// The launcher's time, and which clock it reads.
+    Time {
+        at_ns: u64,
+        clock: String,
+    },
 }
 
 /// What a rank tells the launcher while the job runs.
@@ -151,6 +167,13 @@ pub enum Report {
         /// At most [`crate::session::WAITS_MAX`].
         waits: Vec<Wait>,
     },
+    /// Where this rank's metrics are read.
+    MetricsAt {
+        /// An address of its host.
+        address: SocketAddr,
+    },
+    /// What a thread of this rank has done, and when.
+    Timeline(TimelinePart),
     /// This rank cannot go on.
     Failed {
         /// Why, in the words of its error.
@@ -253,6 +276,8 @@ pub struct RankStatus {
     pub clock: Option<Clock>,
     /// The fabrics of a worker's paths; empty for servers, which are their other ends.
     pub paths: Vec<PathChoice>,
+    /// Where its metrics are read, if they are.
+    pub metrics: Option<SocketAddr>,
 }
 
 /// The job, as the launcher sees it.
@@ -270,6 +295,8 @@ pub struct Status {
     pub not_finite: u64,
     /// Who keeps the job waiting, if somebody has been waited for longer than `warn_ms`.
     pub verdict: Option<Verdict>,
+    /// Where the launcher's own metrics are read, if they are.
+    pub metrics: Option<SocketAddr>,
 }
 
 /// What every rank knows once all workers have declared their tensors.

@@ -4,7 +4,7 @@
 
 use crate::{
     optim::LiveChange,
-    session::Verdict,
+    session::{TimelinePart, Verdict},
     transport::PathChoice,
     types::{Clock, Rank},
 };
@@ -51,6 +51,13 @@ pub enum Notice {
         clock: Clock,
         /// What.
         change: LiveChange,
+    },
+    /// What a thread of a rank has done, and when.
+    Timeline {
+        /// Whose thread.
+        rank: Rank,
+        /// Some of its marks.
+        part: Box<TimelinePart>,
     },
     /// A rank's connection ended before it had finished.
     Lost(Rank),

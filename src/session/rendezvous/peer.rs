@@ -47,6 +47,13 @@ pub(super) fn read_token(path: &Path) -> Result<JobToken> {
     JobToken::from_hex(&text)
 }
 
+/// The name of the clock that `CLOCK_MONOTONIC` is in this process: processes with the same one read the same clock.
+pub(super) fn clock_name() -> String {
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let namespace = std::fs::read_link("/proc/self/ns/time").unwrap_or_default();
+    format!("{} {}", boot.trim(), namespace.display())
+}
+
 /// What a caller wants to be.
 pub(super) struct Caller {
     pub purpose: Purpose,

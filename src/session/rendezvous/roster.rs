@@ -8,6 +8,7 @@ mod missing;
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
+    net::SocketAddr,
     time::{Duration, Instant},
 };
 
@@ -37,6 +38,8 @@ const BARRIERS_MAX: usize = 64;
 pub(super) enum Effect {
     /// Send this to each of these.
     Send { to: Vec<ConnectionId>, message: FromLauncher },
+    /// Tell this one the time.
+    Time { to: ConnectionId },
     /// Tell the launcher.
     Notice(Notice),
     /// A checkpoint's parts are all there: have the manifest written, then call `checkpoint_recorded`.
@@ -53,6 +56,7 @@ struct Seat {
     offered: Option<Vec<Offer>>,
     clock: Option<Clock>,
     paths: Vec<PathChoice>,
+    metrics: Option<SocketAddr>,
     finished: bool,
 }
 
@@ -90,6 +94,8 @@ pub(super) struct Roster {
     layout: Option<Layout>,
     /// A host and the bytes of memory that it has to give.
     room: Option<(String, u64)>,
+    /// Where the launcher's metrics are read.
+    metrics: Option<SocketAddr>,
     ended: bool,
     /// The servers have been told how to end.
     dismissed: bool,
@@ -119,6 +125,7 @@ impl Roster {
             checkpoints,
             layout: None,
             room: None,
+            metrics: None,
             ended: false,
             dismissed: false,
             effects: VecDeque::new(),
@@ -128,6 +135,11 @@ impl Roster {
     /// Refuses a job whose ranks on `host` take more than `bytes` of memory there.
     pub fn limit_memory(&mut self, host: String, bytes: u64) {
         self.room = Some((host, bytes));
+    }
+
+    /// The launcher's metrics are read here.
+    pub fn set_metrics(&mut self, address: SocketAddr) {
+        self.metrics = Some(address);
     }
 
     /// What is to be done next.
@@ -191,6 +203,10 @@ impl Roster {
             ToLauncher::Offer(offers) => self.offer(rank, offers, now),
             ToLauncher::Barrier(name) => self.barrier(rank, name, now),
             ToLauncher::Report(report) => self.report(rank, report, now),
+            ToLauncher::AskTime => {
+                self.effects.push_back(Effect::Time { to: connection });
+                Ok(())
+            }
             ToLauncher::Control(_) => unreachable!("answered above"),
         };
         if let Err(text) = outcome {
@@ -315,6 +331,8 @@ impl Roster {
             }
             Report::Waits { lane, waits } => self.on_waits(PeerId { rank, lane }, waits, now),
             Report::Prepared { number, lane, from } => self.on_prepared(PeerId { rank, lane }, number, from),
+            Report::MetricsAt { address } => self.seat(rank).metrics = Some(address),
+            Report::Timeline(part) => self.notice(Notice::Timeline { rank, part: Box::new(part) }),
             Report::Failed { text, elsewhere } => self.notice(Notice::Failed { rank, text, elsewhere }),
             Report::Finished { summary } => {
                 self.seat(rank).finished = true;
@@ -437,6 +455,7 @@ impl Roster {
             pid: seat.pid,
             clock: seat.clock,
             paths: seat.paths.clone(),
+            metrics: seat.metrics,
         });
         Status {
             name: self.config.name.clone(),
@@ -445,6 +464,7 @@ impl Roster {
             checkpoint: self.checkpoints.last(),
             not_finite: self.not_finite.1,
             verdict: self.waiting.verdict(now).cloned(),
+            metrics: self.metrics,
         }
     }
 
