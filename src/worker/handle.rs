@@ -30,6 +30,9 @@ use crate::{
     types::{Clock, PeerId, Role, Version},
 };
 
+/// What a worker is made of once its paths have begun.
+type SetUp = (Arc<Layout>, Vec<PeerId>, Buffers, Progress, Observed);
+
 /// How often a worker tells the launcher how far it is.
 const PROGRESS_EVERY: Duration = Duration::from_millis(200);
 
@@ -103,11 +106,7 @@ impl Worker {
         }
     }
 
-    fn set_up(
-        member: &mut Member,
-        tensors: Vec<TensorSpec>,
-        device: Option<DeviceMemory>,
-    ) -> Result<(Arc<Layout>, Vec<PeerId>, Buffers, Progress, Observed)> {
+    fn set_up(member: &mut Member, tensors: Vec<TensorSpec>, device: Option<DeviceMemory>) -> Result<SetUp> {
         let rank = member.rank();
         if rank.role != Role::Worker {
             return Err(Error::Config(format!("this process is {rank}: only a worker pushes and pulls")));

@@ -465,7 +465,7 @@ pub(crate) fn control(address: &Address, token: &JobToken, order: Control, time:
     stream.set_read_timeout(Some(time)).map_err(failed)?;
     stream.write_all(&encode(&ToLauncher::Control(order))).map_err(failed)?;
     match next_message(&stream, &mut buffer) {
-        Ok(FromLauncher::Status(status)) => Ok(ControlAnswer::Status(Box::new(status))),
+        Ok(FromLauncher::Status(status)) => Ok(ControlAnswer::Status(status)),
         Ok(FromLauncher::CheckpointWritten { clock }) => Ok(ControlAnswer::CheckpointWritten(clock)),
         Ok(FromLauncher::Changed { clock }) => Ok(ControlAnswer::Changed(clock)),
         Ok(FromLauncher::Refused(why)) => Err(Error::Refused { who: "the launcher".into(), why }),

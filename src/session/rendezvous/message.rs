@@ -101,7 +101,7 @@ pub(super) enum FromLauncher {
     BarrierPassed(String),
     Command(Command),
     Refused(String),
-    Status(Status),
+    Status(Box<Status>),
     CheckpointWritten {
         clock: Clock,
     },

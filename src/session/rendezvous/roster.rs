@@ -360,7 +360,7 @@ impl Roster {
         match control {
             Control::Status => {
                 let status = self.status(now);
-                self.send(vec![connection], FromLauncher::Status(status));
+                self.send(vec![connection], FromLauncher::Status(Box::new(status)));
             }
             Control::Change(change) => self.begin_change(connection, change),
             Control::Checkpoint => {
