@@ -66,8 +66,9 @@ fn every_process_answers_with_metrics_that_add_up() {
     let status: Value = serde_json::from_str(&told(home.path(), &["status", "test", "--json"])).unwrap();
     let ranks = status["ranks"].as_array().unwrap();
     let address = |name: &str| {
-        let name: Vec<&str> = name.split(' ').collect();
-        let is = |rank: &&Value| rank["rank"]["role"] == name[0] && rank["rank"]["index"].to_string() == name[1];
+        let (role, index) = name.split_once(' ').unwrap();
+        let index: u64 = index.parse().unwrap();
+        let is = |rank: &&Value| rank["rank"]["role"] == role && rank["rank"]["index"] == index;
         ranks.iter().find(is).unwrap()["metrics"].as_str().unwrap().to_string()
     };
     let shown = told(home.path(), &["status", "test"]);
