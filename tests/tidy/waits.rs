@@ -110,7 +110,7 @@ const ALLOWED: &[(&str, &str, &str)] = &[
     ("src/tools/gpu/job.rs", "wait", "`Worker::wait`, whose deadline is `wait_ms`"),
     ("src/transport/tcp/ring.rs", "join", "the thread makes a few system calls that do not block"),
     ("src/transport/tcp/socket.rs", "accept", "the listener does not block"),
-    ("src/worker/handle.rs", "wait", "`Worker::wait`, whose deadline is `wait_ms`"),
+    ("src/worker/handle/ending.rs", "wait", "`Worker::wait`, whose deadline is `wait_ms`"),
     ("src/worker/progress.rs", "join", "the thread has been woken and told to end, and looks at that first"),
 ];
 
