@@ -14,7 +14,10 @@ use std::{collections::HashMap, time::Duration};
 use gradwire::{
     consistency::Consistency,
     layout::{Chunk, Init, Layout, LayoutOptions, TensorSpec},
-    optim::{OptimizerConfig, OptimizerKind, Reduction, SpanStep, StepScalars, oracle, squared_norm},
+    optim::{
+        LossScaleConfig, LossScaleMode, OptimizerConfig, OptimizerKind, Reduction, SpanStep, StepScalars, oracle,
+        squared_norm,
+    },
     transport::sim::SimRandom,
     types::{ChunkId, Clock, Dtype},
     world::{At, Chaos, Outcome, Program, WorldOptions, run},
@@ -149,6 +152,7 @@ fn options(seed: u64) -> WorldOptions {
         optimizer: OptimizerConfig::new(OptimizerKind::SGD, 1.0),
         two_step: random.once_in(3),
         skip_nonfinite: false,
+        loss_scale: Default::default(),
         clocks: 1 + random.below(8),
         uneven: false,
         hasty: false,
@@ -334,9 +338,15 @@ struct Bits {
     seed: u64,
     /// One gradient in so many has an element that is not a number; 0: none.
     spoilt: u64,
+    /// By clock: the loss scales that workers were told.
+    scales: HashMap<Clock, Vec<f32>>,
 }
 
 impl Bits {
+    fn new(seed: u64, spoilt: u64) -> Bits {
+        Bits { seed, spoilt, scales: HashMap::new() }
+    }
+
     fn value(&self, worker: u16, chunk: u32, clock: Clock, element: usize) -> f32 {
         let bits = mix(&[self.seed, worker.into(), chunk.into(), clock, element as u64]);
         if element == 1 && self.spoilt > 0 && bits.is_multiple_of(self.spoilt) {
@@ -353,8 +363,9 @@ impl Bits {
 impl Program for Bits {
     fn gradient(&mut self, at: At, _parameters: &[f32], gradient: &mut [f32]) -> bool {
         for (element, value) in gradient.iter_mut().enumerate() {
-            *value = self.value(at.worker, at.chunk.0, at.clock, element);
+            *value = at.loss_scale * self.value(at.worker, at.chunk.0, at.clock, element);
         }
+        self.scales.entry(at.clock).or_default().push(at.loss_scale);
         self.gives(at.worker, at.chunk.0, at.clock)
     }
 
@@ -387,12 +398,58 @@ fn bsp_equals_the_oracle_bit_for_bit() {
         {
             (options.two_step, options.optimizer.clip.global_norm) = (two_step, global_norm);
             options.skip_nonfinite = spoilt > 0;
-            let mut bits = Bits { seed, spoilt };
+            let mut bits = Bits::new(seed, spoilt);
             let outcome = run(&options, &mut bits).unwrap_or_else(|wrong| panic!("seed {seed}: {wrong}"));
             assert!(outcome.failure.is_none(), "seed {seed}: {:?}", outcome.failure);
             compare_with_oracle(&options, &outcome, &bits);
         }
     }
+}
+
+/// A dynamic loss scale is the one of torch.amp.GradScaler, told to every worker in time; and since it is a power of two here, the
+/// bits are those of gradients that were never scaled, with the same steps skipped. A fixed one gives the bits of none.
+#[test]
+fn a_loss_scale_is_that_of_grad_scaler_and_leaves_no_trace_in_the_bits() {
+    let mut changes = 0;
+    for seed in seeds(100) {
+        let mut optimizer = OptimizerConfig::new(OptimizerKind::ADAMW, 0.01);
+        optimizer.clip.global_norm = seed.is_multiple_of(2).then_some(0.5);
+        let consistency = Consistency::Bsp;
+        let (reduction, checkpoint_every, separate_pull) = (Reduction::Mean, None, false);
+        let base = options(seed + 120_000);
+        let job =
+            WorldOptions { consistency, reduction, optimizer, checkpoint_every, separate_pull, clocks: 12, ..base };
+        let dynamic = LossScaleConfig {
+            mode: LossScaleMode::Dynamic,
+            initial: 1024.0,
+            growth_factor: 4.0,
+            backoff_factor: 0.5,
+            growth_interval: 2,
+        };
+        for loss_scale in [dynamic, LossScaleConfig { mode: LossScaleMode::Fixed(256.0), ..dynamic }] {
+            let options = WorldOptions { loss_scale, skip_nonfinite: true, ..job.clone() };
+            let mut bits = Bits::new(seed, 10);
+            let outcome = run(&options, &mut bits).unwrap_or_else(|wrong| panic!("seed {seed}: {wrong}"));
+            assert!(outcome.failure.is_none(), "seed {seed}: {:?}", outcome.failure);
+            compare_with_oracle(&options, &outcome, &bits);
+            let layout = LayoutOptions { chunk_elements: options.chunk_elements, shards: options.servers };
+            let layout = Layout::build(&options.declarations, layout).unwrap();
+            let (mut scale, mut streak) = (loss_scale.first(), 0);
+            for (clock, decision) in decisions(&options, &layout, &bits).into_iter().enumerate() {
+                let told = &bits.scales[&(clock as Clock)];
+                assert!(told.iter().all(|told| *told == scale), "seed {seed}, clock {clock}: {told:?} for {scale}");
+                let before = scale;
+                match decision {
+                    _ if loss_scale != dynamic => {}
+                    None => (scale, streak) = (scale * 0.5, 0),
+                    Some(_) if streak == 1 => (scale, streak) = (scale * 4.0, 0),
+                    Some(_) => streak += 1,
+                }
+                changes += u32::from(scale != before);
+            }
+        }
+    }
+    assert!(changes > 100 || seeds(100).len() < 50, "{changes} changes of the scale");
 }
 
 /// What the oracle decides about every clock: the factor on the gradient, or nothing for a step that is skipped.

@@ -1,5 +1,6 @@
-//! The optimizers against `torch.optim` itself, 20 steps each with weight decay and a second parameter group. Installs nothing:
-//! runs where `$GRADWIRE_PYTHON` (or `python3`) can import torch, and says so where it cannot.
+//! The optimizers against `torch.optim` itself, 20 steps each with weight decay and a second parameter group; what is decided about a
+//! step against `clip_grad_norm_` and `GradScaler`. Installs nothing: runs where `$GRADWIRE_PYTHON` (or `python3`) can import torch,
+//! and says so where it cannot.
 //!
 //! Invariant: torch's parameters and ours start equal, see the same gradients, and share no code.
 
@@ -9,7 +10,11 @@ use std::{
 };
 
 use gradwire::{
-    optim::{Gradients, GroupConfig, Kernels, OptimizerConfig, OptimizerKind, StateMut},
+    optim::{
+        Gradients, GroupConfig, Kernels, LossScaleConfig, LossScaleMode, LossScaler, OptimizerConfig, OptimizerKind,
+        StateMut, squared_norm,
+    },
+    server::DecisionRules,
     types::Dtype,
 };
 use serde_json::{Value, json};
@@ -104,6 +109,31 @@ fn little_endian(values: &[f32]) -> Vec<u8> {
     values.iter().flat_map(|value| value.to_le_bytes()).collect()
 }
 
+/// What torch answers to requests.
+fn ask<A: serde::de::DeserializeOwned>(requests: &[Value]) -> Vec<A> {
+    let mut child = Command::new(python())
+        .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/torch_oracle.py"))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let requests = serde_json::to_vec(requests).unwrap();
+    child.stdin.take().unwrap().write_all(&requests).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success(), "tests/torch_oracle.py failed");
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+/// Whether torch is there; says which, or why not.
+fn torch_is_there(what: &str) -> bool {
+    let version = torch_version();
+    match &version {
+        Ok(version) => println!("comparing {what} with torch {version}"),
+        Err(reason) => println!("NOT RUN: the comparison of {what} needs torch ({reason})"),
+    }
+    version.is_ok()
+}
+
 fn theirs() -> Vec<Vec<Vec<Vec<f64>>>> {
     let group = |group: u16, options: Value| {
         let gradients: Vec<_> = (1..=STEPS).map(|step| gradient(group, step)).collect();
@@ -115,30 +145,16 @@ fn theirs() -> Vec<Vec<Vec<Vec<f64>>>> {
             options["lr"] = json!(0.02);
             options["weight_decay"] = json!(0.1);
             let groups = [group(0, json!({})), group(1, json!({ "lr": 0.003, "weight_decay": 0.01 }))];
-            json!({ "optimizer": optimizer, "options": options, "groups": groups })
+            json!({ "kind": "optimizer", "optimizer": optimizer, "options": options, "groups": groups })
         })
         .collect();
-    let mut child = Command::new(python())
-        .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/torch_oracle.py"))
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let request = serde_json::to_vec(&request).unwrap();
-    child.stdin.take().unwrap().write_all(&request).unwrap();
-    let output = child.wait_with_output().unwrap();
-    assert!(output.status.success(), "tests/torch_oracle.py failed");
-    serde_json::from_slice(&output.stdout).unwrap()
+    ask(&request)
 }
 
 #[test]
 fn twenty_steps_agree_with_torch_optim() {
-    match torch_version() {
-        Ok(version) => println!("comparing with torch {version}"),
-        Err(reason) => {
-            println!("NOT RUN: the comparison with torch.optim needs torch ({reason})");
-            return;
-        }
+    if !torch_is_there("optimizers") {
+        return;
     }
     for ((name, kind, _), theirs) in cases().into_iter().zip(theirs()) {
         let mut worst = 0f64;
@@ -157,4 +173,115 @@ fn twenty_steps_agree_with_torch_optim() {
         }
         println!("{name} {kind:?}: largest relative difference {worst:.1e}");
     }
+}
+
+/// The rules of a job that clips.
+fn clipping(limit: f32) -> DecisionRules {
+    DecisionRules { norm_limit: Some(limit), skip_nonfinite: false, loss_scale: LossScaleConfig::default() }
+}
+
+#[test]
+fn the_global_norm_and_clipped_gradients_are_those_of_clip_grad_norm() {
+    if !torch_is_there("clipping") {
+        return;
+    }
+    #[derive(serde::Deserialize)]
+    struct Answer {
+        norm: f64,
+        gradients: Vec<Vec<f64>>,
+    }
+    let tensors = |salt: u64, size: f32| -> Vec<Vec<f32>> {
+        (0..4).map(|tensor| values(salt * 10 + tensor).iter().map(|value| value * size).collect()).collect()
+    };
+    // Clipped hard, a little, not at all; tiny, huge, and nothing.
+    let cases = [(1.0, 1.0), (16.2, 1.0), (1e6, 1.0), (1e-3, 1e-4), (1.0, 1e18), (0.5, 0.0)];
+    let gradients: Vec<_> = (1u64..).zip(cases).map(|(salt, (_, size))| tensors(salt, size)).collect();
+    let requests: Vec<Value> = gradients
+        .iter()
+        .zip(cases)
+        .map(|(gradients, (limit, _))| json!({ "kind": "clip", "gradients": gradients, "limit": limit }))
+        .collect();
+    let mut clipped = 0;
+    for (((limit, _), gradients), theirs) in cases.into_iter().zip(&gradients).zip(ask::<Answer>(&requests)) {
+        let squares = gradients.iter().map(|gradient| squared_norm(gradient)).sum();
+        let ours = clipping(limit).decide(squares, 1.0);
+        let close = |a: f64, b: f64, tolerance: f64| (a - b).abs() <= tolerance * b.abs();
+        assert!(close(ours.norm, theirs.norm, 1e-6), "norm {}, torch {}", ours.norm, theirs.norm);
+        clipped += u32::from(ours.scale < 1.0);
+        for (ours, theirs) in gradients.iter().flatten().map(|g| g * ours.scale).zip(theirs.gradients.iter().flatten())
+        {
+            // The norm, the factor and the product are each rounded to f32 there: a few units in the last place.
+            assert!(close(ours.into(), *theirs, 6e-7), "{ours}, torch {theirs}, limit {limit}");
+        }
+    }
+    assert_eq!(clipped, 4);
+}
+
+#[test]
+fn a_dynamic_loss_scale_skips_grows_and_backs_off_as_grad_scaler_does() {
+    if !torch_is_there("the loss scale") {
+        return;
+    }
+    #[derive(serde::Deserialize)]
+    struct Answer {
+        skipped: bool,
+        scale: f64,
+        parameters: Vec<f64>,
+    }
+    let config = |initial, growth_factor, backoff_factor, growth_interval| LossScaleConfig {
+        mode: LossScaleMode::Dynamic,
+        initial,
+        growth_factor,
+        backoff_factor,
+        growth_interval,
+    };
+    let configs = [config(65536.0, 2.0, 0.5, 4), config(1000.0, 1.7, 0.3, 2), config(1e37, 3.0, 0.9, 1)];
+    // 60 steps, some of which have an element that is no number or infinite.
+    let gradients: Vec<Vec<f32>> = (0..60u64)
+        .map(|step| {
+            let mut gradient = values(500 + step);
+            match mix(step) % 7 {
+                0 => gradient[step as usize] = f32::INFINITY,
+                1 => gradient[step as usize + 3] = f32::NAN,
+                _ => {}
+            }
+            gradient
+        })
+        .collect();
+    let number = |value: &f32| match (value.is_nan(), value.is_infinite()) {
+        (true, _) => json!("nan"),
+        (_, true) => Value::Null,
+        _ => json!(value),
+    };
+    let sent: Vec<Vec<Value>> = gradients.iter().map(|gradient| gradient.iter().map(number).collect()).collect();
+    let requests = configs.map(|config| {
+        let options = json!({ "init_scale": config.initial, "growth_factor": config.growth_factor,
+                              "backoff_factor": config.backoff_factor, "growth_interval": config.growth_interval });
+        json!({ "kind": "scaler", "options": options, "gradients": sent })
+    });
+    for (config, theirs) in configs.into_iter().zip(ask::<Vec<Answer>>(&requests)) {
+        let rules = DecisionRules { norm_limit: None, skip_nonfinite: false, loss_scale: config };
+        let (mut scaler, mut parameters) = (LossScaler::new(&config), vec![0f32; ELEMENTS]);
+        let (mut skipped, mut grown) = (0, 0);
+        for (step, (gradient, theirs)) in gradients.iter().zip(theirs).enumerate() {
+            let scaled: Vec<f32> = gradient.iter().map(|value| value * scaler.scale).collect();
+            let squares = squared_norm(&scaled);
+            let (decision, before) = (rules.decide(squares, scaler.scale), scaler.scale);
+            scaler.update(&config, squares.is_finite());
+            assert_eq!(decision.skips, theirs.skipped, "{config:?}, step {step}");
+            assert_eq!(f64::from(scaler.scale), theirs.scale, "{config:?}, step {step}");
+            (skipped, grown) = (skipped + u32::from(decision.skips), grown + u32::from(scaler.scale > before));
+            if !decision.skips {
+                parameters.iter_mut().zip(&scaled).for_each(|(parameter, value)| *parameter -= value * decision.scale);
+            }
+            for (ours, theirs) in parameters.iter().zip(&theirs.parameters) {
+                assert!((f64::from(*ours) - theirs).abs() <= 1e-6, "{config:?}, step {step}: {ours}, torch {theirs}");
+            }
+        }
+        assert!(skipped > 5 && grown > 3, "{config:?}: {skipped} skipped, {grown} grown");
+    }
+}
+
+fn mix(step: u64) -> u64 {
+    step.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 40
 }

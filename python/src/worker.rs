@@ -148,6 +148,12 @@ impl Worker {
         self.slot.with(py, |worker| Ok(worker.clock()))
     }
 
+    /// What the loss of this clock is to be multiplied by, since the servers divide gradients by it; 1 unless the job has `loss_scale`.
+    #[getter]
+    fn loss_scale(&self, py: Python<'_>) -> PyResult<f32> {
+        self.slot.with(py, |worker| Ok(worker.loss_scale()))
+    }
+
     /// The version of the parameters at hand: that of the oldest chunk.
     #[getter]
     fn version(&self, py: Python<'_>) -> PyResult<u64> {

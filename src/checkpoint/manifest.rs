@@ -46,6 +46,9 @@ pub struct JobState {
     pub optimizer: Value,
     /// Where the learning rate stands, as its schedule writes it.
     pub learning_rate: Value,
+    /// What else the job had changed of its rules: a live clip norm, the loss scale; null if nothing.
+    #[serde(default, skip_serializing_if = "Value::is_null")]
+    pub live: Value,
 }
 
 /// A tensor of the model and its place in the flat space.

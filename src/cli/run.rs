@@ -65,6 +65,10 @@ pub(super) struct RunArguments {
     /// Skip a step, on all servers, for which any gradient is not finite.
     #[arg(long)]
     skip_nonfinite: bool,
+    /// By what workers multiply their loss, and servers divide gradients: off, a number, or dynamic, which skips steps that are not
+    /// finite and changes as torch's GradScaler does.
+    #[arg(long, value_name = "MODE")]
+    loss_scale: Option<String>,
     /// How gradients become one: mean or sum.
     #[arg(long)]
     reduction: Option<String>,
@@ -152,6 +156,7 @@ impl RunArguments {
         let flags = [
             ("optimizer.clip.global_norm", &self.clip_norm),
             ("skip_nonfinite", &skips),
+            ("loss_scale.mode", &self.loss_scale),
             ("servers", &self.servers),
             ("workers", &self.workers),
             ("name", &self.name),
@@ -199,7 +204,7 @@ pub(super) fn run(arguments: RunArguments) -> Result<ExitCode> {
     let made_up = format!("job-{:06x}", u32::from_le_bytes(crate::wire::random_bytes()?) & 0xff_ffff);
     let environment = std::iter::once(("GRADWIRE_NAME".to_string(), made_up)).chain(own_environment());
     let config = gather(environment, arguments.config.as_deref(), &arguments.settings()?)?;
-    let (name, skips) = (config.name.clone(), config.skip_nonfinite);
+    let (name, skips) = (config.name.clone(), config.skips_nonfinite());
     let by_hand = arguments.by_hand.iter().map(|text| rank(text)).collect::<Result<BTreeSet<Rank>>>()?;
     if let Some(stranger) = by_hand.iter().find(|rank| rank.index >= config.ranks_of(rank.role)) {
         return Err(Error::Config(format!("--by-hand names {stranger}, but the job has no such rank")));

@@ -21,10 +21,11 @@ const CHANGE_TIME: Duration = Duration::from_secs(60);
 #[command(after_help = "Examples:
   gradwire set myjob lr=0.0003
   gradwire set myjob weight-decay=0.05 clip-norm=1
+  gradwire set myjob staleness=4
 
 What can be changed: lr (the default group's rate; other groups keep their proportion to it, and the schedule goes on multiplying),
 weight-decay (of the default group and of every group that has none of its own), clip-norm (where the job was started with
---clip-norm). All of one command takes effect at one clock on every server; the clock is printed.")]
+--clip-norm), staleness (clocks that a worker may run ahead, of a job with --consistency ssp:N). All of one command takes effect at one clock on every server; the clock is printed.")]
 pub(super) struct SetArguments {
     /// The job's name.
     name: String,

@@ -11,12 +11,26 @@ pub struct StalenessGate {
     /// By contributor: how many clocks of its have been applied.
     applied: Vec<Clock>,
     bound: Option<u64>,
+    /// Bounds that hold from a clock on instead, each with that clock; the clocks ascend.
+    later: Vec<(Clock, u64)>,
 }
 
 impl StalenessGate {
     /// A gate over `contributors` that have all applied `start` clocks; `bound` `None` never holds anyone back.
     pub fn new(contributors: usize, bound: Option<u64>, start: Clock) -> StalenessGate {
-        StalenessGate { applied: vec![start; contributors], bound }
+        StalenessGate { applied: vec![start; contributors], bound, later: Vec::new() }
+    }
+
+    /// Bounds that hold from a clock on instead of the first one, each with that clock, in the order of the clocks; those that were
+    /// given before are forgotten.
+    pub fn rebound(&mut self, bounds: &[(Clock, u64)]) {
+        self.later.clear();
+        self.later.extend_from_slice(bounds);
+    }
+
+    fn bound_at(&self, clock: Clock) -> Option<u64> {
+        let later = self.later.iter().rev().find(|(from, _)| *from <= clock);
+        later.map_or(self.bound, |(_, bound)| Some(*bound))
     }
 
     /// Contributor `index`'s update of `clock` has been applied.
@@ -38,7 +52,7 @@ impl StalenessGate {
     /// its own update.
     pub fn released(&self, index: usize, clock: Clock) -> bool {
         let own = self.applied[index] > clock;
-        own && self.bound.is_none_or(|bound| self.slowest().saturating_add(bound) > clock)
+        own && self.bound_at(clock).is_none_or(|bound| self.slowest().saturating_add(bound) > clock)
     }
 
     /// How many clocks of contributor `index` have been applied.
@@ -78,6 +92,18 @@ mod tests {
         assert!(gate.released(0, 2) && !gate.released(0, 3));
         gate.on_finished(1);
         assert!(gate.released(0, 4));
+    }
+
+    #[test]
+    fn a_later_bound_holds_from_its_clock_on() {
+        let mut gate = StalenessGate::new(2, Some(2), 0);
+        gate.rebound(&[(1, 0), (3, 4)]);
+        for clock in 0..6 {
+            gate.on_applied(0, clock);
+        }
+        // The slow one has applied nothing.
+        let released: Vec<bool> = (0..6).map(|clock| gate.released(0, clock)).collect();
+        assert_eq!(released, [true, false, false, true, false, false]);
     }
 
     #[test]

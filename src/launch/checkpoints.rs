@@ -64,12 +64,17 @@ fn record(config: &JobConfig, clock: Clock, parts: Vec<Value>, layout: &Layout) 
     };
     let refused = |defect: String| Error::Checkpoint { path: dir.clone(), defect };
     let mut files = Vec::with_capacity(parts.len());
-    let mut learning_rate = Value::Null;
+    let (mut learning_rate, mut live) = (Value::Null, Value::Null);
     for mut part in parts {
         if let Some(text) = part.get("error").and_then(Value::as_str) {
             return Err(refused(text.into()));
         }
         learning_rate = part["learning_rate"].take();
+        // The first shard decides about steps, and so knows all that there is.
+        let told = part["live"].take();
+        if live.is_null() && told.as_object().is_some_and(|told| !told.is_empty()) {
+            live = told;
+        }
         let file: ShardWritten = serde_json::from_value(part["file"].take())
             .map_err(|error| refused(format!("a shard's report: {error}")))?;
         files.push(file);
@@ -83,6 +88,7 @@ fn record(config: &JobConfig, clock: Clock, parts: Vec<Value>, layout: &Layout) 
         seed: config.seed,
         optimizer,
         learning_rate,
+        live,
     };
     let path = checkpoint::commit(dir, &Manifest::new(state, layout, files))?;
     tracing::info!("checkpoint {} is complete", path.display());

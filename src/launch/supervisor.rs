@@ -252,7 +252,7 @@ impl Supervisor {
     fn not_finite(&mut self, clock: Clock, worker: Option<u16>, tensor: &str, count: u64) {
         let whose = worker
             .map_or("the sum of the gradients".into(), |worker| format!("the gradient of {}", Rank::worker(worker)));
-        let outcome = match self.options.config.skip_nonfinite {
+        let outcome = match self.options.config.skips_nonfinite() {
             true => format!("the step was skipped on all servers ({count} so far)"),
             false => "the step was taken all the same: set skip_nonfinite to skip such steps".into(),
         };

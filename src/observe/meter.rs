@@ -217,6 +217,8 @@ pub struct LaneMeter {
     pub staleness: Gauge,
     /// Steps that were skipped because a gradient was not finite.
     pub skipped: Counter,
+    /// The loss scale of the next step, as the bits of an f32; 0 before it is known.
+    pub loss_scale: Gauge,
     /// How long a worker's program waited at the end of each clock; written by the program's thread.
     pub program: Histogram,
 }

@@ -300,7 +300,7 @@ pub(super) fn check(setting: &str, value: f64, good: bool, allowed: &str) -> Res
     if good {
         return Ok(());
     }
-    Err(Error::Config(format!("optimizer setting `{setting}` is {value}; it must be {allowed}")))
+    Err(Error::Config(format!("setting `{setting}` is {value}; it must be {allowed}")))
 }
 
 /// An epsilon that f32 cannot hold would silently be none.

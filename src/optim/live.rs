@@ -1,4 +1,5 @@
-//! What a person changes while the job runs: the learning rate, the weight decay, the limit of the gradient's norm.
+//! What a person changes while the job runs: the learning rate, the weight decay, the limit of the gradient's norm, the bound of
+//! staleness.
 //!
 //! Invariant: a change names at least one setting, and each of its values has been checked against the job's configuration before
 //! any server hears of it.
@@ -9,7 +10,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use super::{OptimizerConfig, config::check};
-use crate::{Error, Result};
+use crate::{Error, Result, consistency::Consistency};
 
 /// New values of some settings, to hold from one clock on; the others stay as they are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -21,11 +22,13 @@ pub struct LiveChange {
     pub weight_decay: Option<f64>,
     /// The largest norm that a whole gradient may have.
     pub clip_norm: Option<f32>,
+    /// How many clocks a worker may run ahead of the slowest.
+    pub staleness: Option<u64>,
 }
 
 impl LiveChange {
     /// The names of what can be changed.
-    pub const KEYS: [&str; 3] = ["lr", "weight-decay", "clip-norm"];
+    pub const KEYS: [&str; 4] = ["lr", "weight-decay", "clip-norm", "staleness"];
 
     /// Reads settings of the form `key=value`.
     ///
@@ -40,11 +43,17 @@ impl LiveChange {
                 .split_once('=')
                 .ok_or_else(|| Error::Config(format!("`{setting}` has no `=`: write KEY=VALUE, such as lr=0.01")))?;
             let (key, value) = (key.trim(), value.trim());
-            let wrong = || Error::Config(format!("`{key}` is `{value}`; it must be a number"));
+            let wrong = || {
+                Error::Config(format!(
+                    "`{key}` is `{value}`; it must be a number{}",
+                    if key == "staleness" { " of clocks" } else { "" }
+                ))
+            };
             let given = match key {
                 "lr" => change.learning_rate.replace(value.parse().map_err(|_| wrong())?).is_some(),
                 "weight-decay" => change.weight_decay.replace(value.parse().map_err(|_| wrong())?).is_some(),
                 "clip-norm" => change.clip_norm.replace(value.parse().map_err(|_| wrong())?).is_some(),
+                "staleness" => change.staleness.replace(value.parse().map_err(|_| wrong())?).is_some(),
                 _ => {
                     let known = LiveChange::KEYS.join(", ");
                     return Err(Error::Config(format!(
@@ -64,7 +73,7 @@ impl LiveChange {
     /// # Errors
     ///
     /// [`Error::Config`] naming the first setting that it cannot take, and why.
-    pub fn check(&self, config: &OptimizerConfig) -> Result<()> {
+    pub fn check(&self, config: &OptimizerConfig, consistency: Consistency) -> Result<()> {
         if *self == LiveChange::default() {
             let known = LiveChange::KEYS.join(", ");
             return Err(Error::Config(format!("nothing is to be changed: give at least one of {known}")));
@@ -75,6 +84,11 @@ impl LiveChange {
         }
         if let Some(decay) = self.weight_decay {
             rates.set_weight_decay(decay, 0)?;
+        }
+        if self.staleness.is_some() && !matches!(consistency, Consistency::Ssp { .. }) {
+            return Err(Error::Config(format!(
+                "`staleness` can be changed only where it is bounded: this job is {consistency}; start it with --consistency ssp:N"
+            )));
         }
         let Some(limit) = self.clip_norm else { return Ok(()) };
         check("clip.global_norm", limit.into(), limit > 0.0 && limit.is_finite(), "a finite number above 0")?;
@@ -89,7 +103,8 @@ impl LiveChange {
 
 impl fmt::Display for LiveChange {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let values = [self.learning_rate, self.weight_decay, self.clip_norm.map(f64::from)];
+        let staleness = self.staleness.map(|bound| bound as f64);
+        let values = [self.learning_rate, self.weight_decay, self.clip_norm.map(f64::from), staleness];
         let given = LiveChange::KEYS.iter().zip(values).filter_map(|(key, value)| Some(format!("{key} = {}", value?)));
         f.write_str(&given.collect::<Vec<_>>().join(", "))
     }
@@ -106,10 +121,11 @@ mod tests {
         assert_eq!((change.learning_rate, change.weight_decay, change.clip_norm), (Some(0.01), None, Some(2.0)));
         assert_eq!(change.to_string(), "lr = 0.01, clip-norm = 2");
         for (settings, hint) in [
-            (&["lrate=1"][..], "lr, weight-decay, clip-norm"),
+            (&["lrate=1"][..], "lr, weight-decay, clip-norm, staleness"),
             (&["lr"], "KEY=VALUE"),
             (&["lr=fast"], "must be a number"),
             (&["lr=1", "lr=2"], "twice"),
+            (&["staleness=-1"], "a number of clocks"),
         ] {
             let text = LiveChange::parse(settings.iter().copied()).unwrap_err().to_string();
             assert!(text.contains(hint), "{text}");
@@ -119,11 +135,12 @@ mod tests {
             (&["lr=-1"][..], "learning_rate"),
             (&["weight-decay=inf"], "weight_decay"),
             (&["clip-norm=1"], "--clip-norm"),
+            (&["staleness=1"], "this job is bsp"),
             (&["clip-norm=0"], "above 0"),
             (&[], "nothing"),
         ] {
             let change = LiveChange::parse(settings.iter().copied()).unwrap();
-            let text = change.check(&config).unwrap_err().to_string();
+            let text = change.check(&config, Consistency::Bsp).unwrap_err().to_string();
             assert!(text.contains(hint), "{text}");
         }
     }

@@ -11,7 +11,7 @@ use std::{
 };
 
 use super::{
-    ChunkImage, Effect, Memory, NotFinite, Shard, ShardConfig, Task, Work,
+    ChunkImage, Effect, LiveState, Memory, NotFinite, Shard, ShardConfig, Task, Work,
     landing::{Landing, LandingShape},
     memory::elements_max,
 };
@@ -47,6 +47,8 @@ pub struct Snapshot {
     pub chunks: Vec<ChunkImage>,
     /// The learning rates with their live changes.
     pub rates: LearningRates,
+    /// What else has changed since the job began.
+    pub live: LiveState,
 }
 
 /// One shard at work over a transport.
@@ -59,7 +61,7 @@ pub struct EventLoop<T> {
     queue: VecDeque<Work>,
     completions: Vec<Completion>,
     /// The clock whose state is being copied, and the rates that it goes with.
-    copying: Option<(Clock, LearningRates)>,
+    copying: Option<(Clock, LearningRates, LiveState)>,
     snapshots: VecDeque<Snapshot>,
     me: PeerId,
     /// When something came or was computed last.
@@ -224,6 +226,9 @@ impl<T: Transport> EventLoop<T> {
         if let Some(limit) = change.clip_norm {
             self.shard.limit_norm(limit, clock);
         }
+        if let Some(bound) = change.staleness {
+            self.shard.bound_staleness(bound, clock);
+        }
         Ok(())
     }
 
@@ -244,7 +249,7 @@ impl<T: Transport> EventLoop<T> {
     /// [`Error::Gpu`] when the shard's device fails.
     pub fn snapshot(&mut self, clock: Clock) -> Result<Snapshot> {
         let chunks = self.memory.images(self.shard.versions())?;
-        Ok(Snapshot { clock, chunks, rates: self.memory.rates().clone() })
+        Ok(Snapshot { clock, chunks, rates: self.memory.rates().clone(), live: self.shard.live_state() })
     }
 
     fn handle(&mut self, now: Instant, completion: Completion) -> Result<()> {
@@ -319,7 +324,7 @@ impl<T: Transport> EventLoop<T> {
                 Effect::Compute(work) => self.queue.push_back(work),
                 Effect::Snapshot { clock } => {
                     self.memory.begin_images(self.shard.versions())?;
-                    self.copying = Some((clock, self.memory.rates().clone()));
+                    self.copying = Some((clock, self.memory.rates().clone(), self.shard.live_state()));
                     self.finish_snapshot();
                 }
                 Effect::SetLearningRate { rate, clock } => {
@@ -373,6 +378,7 @@ impl<T: Transport> EventLoop<T> {
         meter.queue(Queue::Computations).set(queued as u64);
         meter.queue(Queue::Landed).set(figures.landed);
         meter.queue(Queue::Replies).set(figures.replies);
+        meter.loss_scale.set(self.shard.loss_scale().to_bits().into());
         meter.skipped.add(figures.skipped.saturating_sub(meter.skipped.value()));
         for (worker, room) in self.shard.rooms() {
             if let Some(peer) = recorder.peer(worker) {
@@ -387,8 +393,8 @@ impl<T: Transport> EventLoop<T> {
             return false;
         }
         let Some(chunks) = self.memory.take_images() else { return false };
-        let (clock, rates) = self.copying.take().expect("looked at above");
-        self.snapshots.push_back(Snapshot { clock, chunks, rates });
+        let (clock, rates, live) = self.copying.take().expect("looked at above");
+        self.snapshots.push_back(Snapshot { clock, chunks, rates, live });
         self.shard.handle_snapshotted(clock);
         true
     }

@@ -262,7 +262,7 @@ fn write_all(
 ) -> Result<()> {
     let mut stored: Option<Clock> = None;
     while let Ok(snapshot) = incoming.recv() {
-        let Snapshot { clock, chunks, rates } = snapshot;
+        let Snapshot { clock, chunks, rates, live } = snapshot;
         if stored == Some(clock) {
             continue; // the end came at a clock that had been stored already
         }
@@ -276,7 +276,7 @@ fn write_all(
             second: &image.second,
         });
         let info = match checkpoint::write_shard(dir, clock, shard, states) {
-            Ok(file) => json!({ "file": file, "learning_rate": rates }),
+            Ok(file) => json!({ "file": file, "learning_rate": rates, "live": live }),
             // Training goes on; whoever asked for the checkpoint learns why there is none.
             Err(error) => json!({ "error": error.to_string() }),
         };

@@ -17,5 +17,6 @@ pub use event_loop::{EventLoop, Progress, Snapshot};
 pub use memory::{ChunkImage, InitialValues, Memory, MemoryOptions, NotFinite, OnDevice, Seeded};
 pub use node::run;
 pub use shard::{
-    Contribution, Decision, DecisionConfig, DecisionRules, Effect, Lacking, Shard, ShardConfig, Task, Work,
+    Contribution, Decision, DecisionConfig, DecisionRules, Effect, Figures, Lacking, LiveState, Shard, ShardConfig,
+    Task, Work,
 };

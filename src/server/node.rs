@@ -17,8 +17,8 @@ use nix::{
 };
 
 use super::{
-    ChunkImage, DecisionConfig, DecisionRules, EventLoop, InitialValues, Memory, MemoryOptions, OnDevice, Seeded,
-    ShardConfig, lane::Lane,
+    ChunkImage, DecisionConfig, DecisionRules, EventLoop, InitialValues, LiveState, Memory, MemoryOptions, OnDevice,
+    Seeded, ShardConfig, lane::Lane,
 };
 use crate::{
     Error, Result,
@@ -59,6 +59,7 @@ impl Plan {
         let rules = DecisionRules {
             norm_limit: self.config.optimizer.clip.global_norm,
             skip_nonfinite: self.config.skip_nonfinite,
+            loss_scale: self.config.loss_scale,
         };
         self.config
             .decides()
@@ -244,6 +245,8 @@ impl LaneThread {
             slots: config.slots(&ShardShape::of(&plan.layout, shard))?,
             two_step: config.two_step || config.decides(),
             decision: plan.decision(),
+            loss_scale: config.loss_scale,
+            live: resumed(config)?,
             epoch: 0,
             start_clock: config.start_clock,
             gradient_dtype: config.gradient_dtype,
@@ -300,6 +303,17 @@ fn initial_values(config: &JobConfig) -> Result<Box<dyn InitialValues>> {
         }
         None => Box::new(otherwise),
     })
+}
+
+/// What the job that is resumed had changed of its rules.
+fn resumed(config: &JobConfig) -> Result<LiveState> {
+    let Some(path) = &config.resume else { return Ok(LiveState::default()) };
+    let live = Checkpoint::open(path)?.manifest().state.live.clone();
+    if live.is_null() {
+        return Ok(LiveState::default());
+    }
+    let read = serde_json::from_value(live);
+    read.map_err(|error| Error::Checkpoint { path: path.clone(), defect: error.to_string() })
 }
 
 /// Loads the shard's chunks from the checkpoint to be resumed, whichever servers wrote it.

@@ -12,7 +12,7 @@ use crate::{
     Error, Result,
     consistency::Consistency,
     layout::{Layout, LayoutOptions, TensorSpec},
-    optim::{OptimizerConfig, OptimizerKind, Reduction},
+    optim::{LossScaleConfig, OptimizerConfig, OptimizerKind, Reduction},
     transport::soft::SoftFaults,
     types::{Clock, Dtype, Rank, Role},
 };
@@ -143,6 +143,8 @@ pub struct JobConfig {
     /// Whether a step for which any gradient is not finite is skipped, on all shards, instead of ending in parameters that are not
     /// finite either.
     pub skip_nonfinite: bool,
+    /// By what workers multiply their loss, and servers divide their gradients.
+    pub loss_scale: LossScaleConfig,
     /// When and where checkpoints are written.
     pub checkpoint: CheckpointConfig,
     /// A checkpoint to continue from, or a directory whose newest complete one is taken.
@@ -201,6 +203,7 @@ impl Default for JobConfig {
             gpu_ms: 30_000,
             gpu_direct: true,
             skip_nonfinite: false,
+            loss_scale: LossScaleConfig::default(),
             checkpoint: CheckpointConfig::default(),
             resume: None,
             start_clock: 0,
@@ -272,18 +275,24 @@ impl JobConfig {
         }
         if self.decides() && !self.consistency.aggregates() {
             return refuse(format!(
-                "`optimizer.clip.global_norm` and `skip_nonfinite` decide about the step that all workers' gradients make together, \
+                "`optimizer.clip.global_norm`, `skip_nonfinite` and a dynamic `loss_scale.mode` decide about the step that all workers' gradients make together, \
                  and under `consistency` {} there is none: every push is a step of its own; use bsp",
                 self.consistency
             ));
         }
         self.soft.validate()?;
+        self.loss_scale.validate()?;
         self.optimizer.validate()
     }
 
     /// Whether something is decided about each step between the sum of the gradients and the update: they are two passes then.
     pub fn decides(&self) -> bool {
-        self.skip_nonfinite || self.optimizer.clip.global_norm.is_some()
+        self.skips_nonfinite() || self.optimizer.clip.global_norm.is_some()
+    }
+
+    /// Whether a step with a gradient that is not finite is skipped.
+    pub fn skips_nonfinite(&self) -> bool {
+        self.skip_nonfinite || self.loss_scale.is_dynamic()
     }
 
     fn validate_times(&self) -> Result<()> {

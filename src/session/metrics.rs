@@ -315,6 +315,10 @@ impl RankMetrics {
                 .iter()
                 .try_for_each(|lane| family.counter(&[("lane", lane.lane.to_string())], lane.skipped.value() as f64))
         })?;
+        let help = "The factor on the loss of the next step; 1 where there is none.";
+        out.family(MetricType::Gauge, "gradwire_loss_scale", help, |family| {
+            each(family, &|lane| f32::from_bits(lane.loss_scale.value() as u32).into())
+        })?;
         let tasks = |family: &mut Family<'_>, of: &dyn Fn(&LaneMeter, usize) -> f64| {
             lanes.iter().try_for_each(|lane| {
                 TaskKind::ALL.into_iter().enumerate().try_for_each(|(number, task)| {

@@ -33,10 +33,12 @@ pub enum NoteKind {
     Measured = 11,
     /// What has been decided about the step of a clock.
     Decided = 12,
+    /// The factor on the loss of a clock, from a shard to a worker.
+    LossScale = 13,
 }
 
 impl NoteKind {
-    const ALL: [NoteKind; 12] = [
+    const ALL: [NoteKind; 13] = [
         NoteKind::Attach,
         NoteKind::Heartbeat,
         NoteKind::Push,
@@ -49,6 +51,7 @@ impl NoteKind {
         NoteKind::Goodbye,
         NoteKind::Measured,
         NoteKind::Decided,
+        NoteKind::LossScale,
     ];
 
     /// Whether a note of this kind travels with a payload.

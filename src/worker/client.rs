@@ -76,6 +76,13 @@ pub enum Event {
         /// The bytes.
         lease: Lease,
     },
+    /// The factor on the loss from a clock on.
+    LossScale {
+        /// The first clock.
+        clock: Clock,
+        /// The factor.
+        scale: f32,
+    },
     /// Every lane has said goodbye.
     Finished,
 }
@@ -247,6 +254,13 @@ impl Client {
                 state.awaits = None;
                 self.events.push_back(Event::Parameters { chunk: note.chunk, version: note.version, lease });
                 self.earn(lane, note.credit);
+            }
+            (NoteKind::LossScale, None) => {
+                let scale = f32::from_bits(note.version as u32);
+                if note.version >> 32 != 0 || !(0.0..=f32::MAX).contains(&scale) {
+                    return Err(protocol(format!("loss scale {scale}")));
+                }
+                self.events.push_back(Event::LossScale { clock: note.clock, scale });
             }
             (NoteKind::Goodbye, None) => {
                 self.lanes[lane].goodbye = true;

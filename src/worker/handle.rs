@@ -55,6 +55,8 @@ pub struct Worker {
     events: VecDeque<Event>,
     attached: bool,
     finished: bool,
+    /// The factor on the loss, and the clock from which on it is that.
+    loss_scale: (Clock, f32),
     reported: Instant,
     observed: Observed,
 }
@@ -82,6 +84,7 @@ impl Worker {
             Ok((layout, lanes, buffers, progress, observed)) => {
                 let mut worker = Worker {
                     clock: member.config().start_clock,
+                    loss_scale: (0, member.config().loss_scale.first()),
                     member,
                     layout,
                     lanes,
@@ -181,6 +184,12 @@ impl Worker {
     /// The job's settings.
     pub fn config(&self) -> &JobConfig {
         self.member.config()
+    }
+
+    /// What the loss of this clock, and so every gradient that is pushed in it, is to be multiplied by: servers divide by it. 1 unless
+    /// the job's setting `loss_scale` says otherwise; after [`wait`](Worker::wait) it may have changed.
+    pub fn loss_scale(&self) -> f32 {
+        self.loss_scale.1
     }
 
     /// The number of the tensor with this name.
@@ -358,6 +367,12 @@ impl Worker {
         if self.closed {
             return Err(Error::Config("the clock is over: call wait() again before pushing".into()));
         }
+        if !wants_reply && self.config().loss_scale.is_dynamic() {
+            return Err(Error::Config(
+                "push wants nothing back, and the next clock's loss scale comes with the parameters: use push_pull"
+                    .into(),
+            ));
+        }
         if self.wants_reply.is_none() && !self.buffers.parameters_home() {
             return Err(Error::Config("what an earlier pull asked for is still on its way: pull again first".into()));
         }
@@ -435,6 +450,8 @@ impl Worker {
                     chunk.version = version;
                     chunk.parameters = Some(lease);
                 }
+                Event::LossScale { clock, scale } if clock >= self.loss_scale.0 => self.loss_scale = (clock, scale),
+                Event::LossScale { .. } => {} // of a clock that is over
                 Event::Finished => self.finished = true,
             }
         }

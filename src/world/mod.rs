@@ -19,7 +19,7 @@ use crate::{
     consistency::Consistency,
     layout::{Layout, LayoutOptions, TensorSpec},
     mem::{HugePages, Locking, RegionOptions},
-    optim::{LiveChange, OptimizerConfig, Reduction},
+    optim::{LiveChange, LossScaleConfig, OptimizerConfig, Reduction},
     server::{
         DecisionConfig, DecisionRules, EventLoop, Memory, MemoryOptions, Progress, Seeded, ShardConfig, Snapshot,
     },
@@ -44,6 +44,8 @@ pub struct At {
     pub chunk: ChunkId,
     /// The parameters' version.
     pub version: Version,
+    /// What the gradient is to be multiplied by.
+    pub loss_scale: f32,
 }
 
 /// What the workers of a world compute, and what they check.
@@ -93,6 +95,8 @@ pub struct WorldOptions {
     pub two_step: bool,
     /// A step with a gradient that is not finite is skipped.
     pub skip_nonfinite: bool,
+    /// By what gradients come multiplied.
+    pub loss_scale: LossScaleConfig,
     /// Clocks that every worker trains.
     pub clocks: Clock,
     /// Workers train fewer clocks than that, each as many as the seed says: some leave while others go on.
@@ -125,11 +129,15 @@ impl WorldOptions {
 
 impl WorldOptions {
     fn decides(&self) -> bool {
-        self.skip_nonfinite || self.optimizer.clip.global_norm.is_some()
+        self.skip_nonfinite || self.loss_scale.is_dynamic() || self.optimizer.clip.global_norm.is_some()
     }
 
     fn decision(&self) -> Option<DecisionConfig> {
-        let rules = DecisionRules { norm_limit: self.optimizer.clip.global_norm, skip_nonfinite: self.skip_nonfinite };
+        let rules = DecisionRules {
+            norm_limit: self.optimizer.clip.global_norm,
+            skip_nonfinite: self.skip_nonfinite,
+            loss_scale: self.loss_scale,
+        };
         let lanes = (0..self.servers).map(|server| PeerId::server(server, 0)).collect();
         self.decides().then_some(DecisionConfig { rules, lanes })
     }
@@ -443,6 +451,8 @@ fn build_server(
         slots: options.slots,
         two_step: options.two_step || options.decides(),
         decision: options.decision(),
+        loss_scale: options.loss_scale,
+        live: Default::default(),
         epoch: 0,
         start_clock: 0,
         gradient_dtype: Dtype::F32,

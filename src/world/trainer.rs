@@ -46,6 +46,7 @@ pub(super) struct Trainer {
     clocks: Clock,
     separate_pull: bool,
     hasty: bool,
+    loss_scale: f32,
     aggregates: bool,
     chunks: Vec<Chunk>,
     /// Chunks whose gradient has not been pushed at this clock, in the order in which backward finishes them.
@@ -89,6 +90,7 @@ impl Trainer {
             clocks: options.clocks_of(worker),
             separate_pull: options.separate_pull,
             hasty: options.hasty,
+            loss_scale: options.loss_scale.first(),
             aggregates: options.consistency.aggregates(),
             chunks,
             backward: Vec::new(),
@@ -133,12 +135,14 @@ impl Trainer {
             Event::Attached => self.pull_all(0),
             Event::GradientSent { chunk, lease } => self.chunk(chunk).gradient = Some(lease),
             Event::Parameters { chunk, version, lease } => {
-                let at = At { worker: self.worker, clock: self.clock.wrapping_sub(self.started()), chunk, version };
+                let (clock, loss_scale) = (self.clock.wrapping_sub(self.started()), self.loss_scale);
+                let at = At { worker: self.worker, clock, chunk, version, loss_scale };
                 program.received(at, bytemuck::cast_slice(lease.bytes()))?;
                 let chunk = self.chunk(chunk);
                 chunk.version = version;
                 chunk.parameters = Some(lease);
             }
+            Event::LossScale { scale, .. } => self.loss_scale = scale,
             Event::Finished => self.phase = Phase::Finished,
         }
         Ok(())
@@ -172,10 +176,10 @@ impl Trainer {
                 return;
             };
             let wants_reply = !self.separate_pull && !self.leaves_in_haste();
-            let (worker, clock) = (self.worker, self.clock);
+            let (worker, clock, loss_scale) = (self.worker, self.clock, self.loss_scale);
             let Chunk { id, gradient, parameters, version } = &mut self.chunks[index];
             let mut lease = gradient.take().expect("gradients are at home when a clock begins");
-            let at = At { worker, clock, chunk: *id, version: *version };
+            let at = At { worker, clock, chunk: *id, version: *version, loss_scale };
             let values = bytemuck::cast_slice(parameters.as_ref().expect("as are parameters").bytes());
             let given = program.gradient(at, values, bytemuck::cast_slice_mut(lease.bytes_mut()));
             let reply = if wants_reply { parameters.take() } else { None };

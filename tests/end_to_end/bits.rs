@@ -36,6 +36,7 @@ pub fn world_options(declarations: Vec<Vec<TensorSpec>>) -> WorldOptions {
         optimizer: adamw(),
         two_step: false,
         skip_nonfinite: false,
+        loss_scale: Default::default(),
         clocks: STEPS,
         uneven: false,
         hasty: false,

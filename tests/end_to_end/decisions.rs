@@ -2,7 +2,11 @@
 //!
 //! Invariant: what is right is what the simulator makes of the same job.
 
-use gradwire::{session::Fabric, world::WorldOptions};
+use gradwire::{
+    optim::{LossScaleConfig, LossScaleMode},
+    session::Fabric,
+    world::WorldOptions,
+};
 
 use crate::{
     bits::{same, simulate, simulated, world_options},
@@ -65,4 +69,38 @@ fn without_the_setting_nothing_is_skipped() {
     run(options(home.path(), "spoilt"));
     let found = stored(home.path(), &vec![model(); 2]);
     assert!(f32::from_bits(found["layer3"][700]).is_nan());
+}
+
+/// A loss scale that goes up until sums of gradients overflow, by factors that are no powers of two.
+pub fn scaling() -> LossScaleConfig {
+    LossScaleConfig {
+        mode: LossScaleMode::Dynamic,
+        initial: 3e37,
+        growth_factor: 3.0,
+        backoff_factor: 0.3,
+        growth_interval: 3,
+    }
+}
+
+#[test]
+fn a_dynamic_loss_scale_gives_the_same_bits_for_any_shards_and_fabrics_and_its_skips_are_counted() {
+    let all = vec![model(); 2];
+    let expected = simulate(WorldOptions { loss_scale: scaling(), ..world_options(all.clone()) }, spoilt_gradient);
+    let mut skipped = Vec::new();
+    for (servers, shards, fabric) in [(1, 1, Fabric::Shm), (2, 2, Fabric::Tcp)] {
+        let home = home();
+        let mut options = options(home.path(), "spoilt");
+        (options.config.servers, options.config.shards_per_server) = (servers, shards);
+        options.config.transports = vec![fabric];
+        options.config.loss_scale = scaling();
+        let mut job = Job::start(options).unwrap();
+        let outcome = crate::jobs::end(&mut job);
+        assert_eq!(outcome.code, 0, "{:?}\n{}", outcome.reason, job.output());
+        let (count, told) = outcome.not_finite;
+        assert!(told.as_ref().is_some_and(|told| told.contains("skipped on all servers")), "{told:?}");
+        skipped.push(count);
+        same(&expected, &stored(home.path(), &all), &format!("{servers} servers of {shards} shards"));
+    }
+    assert!(skipped[0] > 2 && skipped[0] == skipped[1], "{skipped:?}");
+    assert!(expected.values().flatten().all(|bits| f32::from_bits(*bits).is_finite()));
 }

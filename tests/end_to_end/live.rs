@@ -9,7 +9,7 @@ use gradwire::{launch::Job, optim::LiveChange, session::Fabric, types::Clock, wo
 use crate::{
     bits::{same, simulate, world_options},
     jobs::{end, home, options, stored, wait_for_text, with_variable},
-    program::{STEPS, gradient, model},
+    program::{STEPS, gradient, model, spoilt_gradient},
 };
 
 fn set(home: &std::path::Path, settings: &[&str]) -> Output {
@@ -43,9 +43,57 @@ fn a_changed_setting_gives_the_bits_of_a_schedule_that_had_it_from_the_start() {
         assert!(job.output().contains(&format!("gradwire: job test: {}", text.trim())), "{}", job.output());
         let clock: Clock = clock.trim().strip_suffix(" on").expect(&text).parse().expect(&text);
         assert!(clock > 10 && clock < STEPS, "{text}");
-        let change = LiveChange { learning_rate: Some(0.003), weight_decay: Some(0.05), clip_norm: Some(1.5) };
+        let (learning_rate, weight_decay, clip_norm) = (Some(0.003), Some(0.05), Some(1.5));
+        let change = LiveChange { learning_rate, weight_decay, clip_norm, ..LiveChange::default() };
         let mut world = WorldOptions { change_from: Some((clock, change)), ..world_options(all.clone()) };
         world.optimizer.clip.global_norm = Some(3.0);
         same(&simulate(world, gradient), &stored(home.path(), &all), fabric.name());
     }
+}
+
+/// The limit was forgotten with the job once.
+#[test]
+fn a_live_clip_norm_and_the_loss_scale_go_on_after_a_resume() {
+    let all = vec![model(); 2];
+    let home = home();
+    let mut first = options(home.path(), "spoilt");
+    first.config.optimizer.clip.global_norm = Some(3.0);
+    first.config.loss_scale = crate::decisions::scaling();
+    let mut second = options(home.path(), "spoilt");
+    second.config = first.config.clone();
+    second.config.resume = Some(home.path().join("checkpoints"));
+    second.config.servers = 3;
+    with_variable(&mut first, "WORKER_PAUSE_MS", 20);
+    with_variable(&mut first, "WORKER_STEPS", 33);
+    let mut job = Job::start(first).unwrap();
+    wait_for_text(&job, "at clock 10");
+    let told = set(home.path(), &["clip-norm=1.5"]);
+    let text = String::from_utf8_lossy(&told.stdout).into_owned() + &String::from_utf8_lossy(&told.stderr);
+    let outcome = end(&mut job);
+    assert_eq!(outcome.code, 0, "{:?}\n{}", outcome.reason, job.output());
+    let clock = text.strip_prefix("clip-norm = 1.5 from clock ").expect(&text);
+    let clock: Clock = clock.trim().strip_suffix(" on").expect(&text).parse().expect(&text);
+    assert!(clock < 33, "{text}");
+    crate::jobs::run(second);
+    let change = LiveChange { clip_norm: Some(1.5), ..LiveChange::default() };
+    let mut world = WorldOptions { change_from: Some((clock, change)), ..world_options(all.clone()) };
+    world.optimizer.clip.global_norm = Some(3.0);
+    world.loss_scale = crate::decisions::scaling();
+    same(&simulate(world, spoilt_gradient), &stored(home.path(), &all), "resumed");
+}
+
+#[test]
+fn the_bound_of_staleness_is_set_where_there_is_one() {
+    let home = home();
+    let mut options = options(home.path(), "slow");
+    options.config.consistency = gradwire::Consistency::Ssp { bound: 1 };
+    options.config.checkpoint.dir = None;
+    let mut job = Job::start(options).unwrap();
+    wait_for_text(&job, "at clock 10");
+    let told = set(home.path(), &["staleness=6"]);
+    let text = String::from_utf8_lossy(&told.stdout).into_owned() + &String::from_utf8_lossy(&told.stderr);
+    let outcome = end(&mut job);
+    assert_eq!(outcome.code, 0, "{:?}\n{}", outcome.reason, job.output());
+    assert!(text.starts_with("staleness = 6 from clock "), "{text}");
+    assert!(job.output().contains(&format!("gradwire: job test: {}", text.trim())), "{}", job.output());
 }

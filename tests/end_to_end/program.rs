@@ -58,7 +58,7 @@ impl Program for Simulated {
                 for offset in 0..piece.len {
                     let element = piece.tensor_start + u64::from(offset);
                     out[(piece.chunk_start + offset) as usize] =
-                        (self.gradient)(at.worker, at.clock, &tensor.spec.name, element);
+                        at.loss_scale * (self.gradient)(at.worker, at.clock, &tensor.spec.name, element);
                 }
             }
         }
@@ -85,8 +85,8 @@ fn push_all(worker: &mut Worker, tensors: &[TensorSpec], part: &str) -> Result<(
     let (push_only, gradient) = (part == "separate", if part == "spoilt" { spoilt_gradient } else { gradient });
     for (index, spec) in tensors.iter().enumerate().rev() {
         let (rank, clock) = (worker.rank() as u16, worker.clock());
-        let values: Vec<f32> =
-            (0..spec.elements().unwrap()).map(|element| gradient(rank, clock, &spec.name, element)).collect();
+        let element = |element| worker.loss_scale() * gradient(rank, clock, &spec.name, element);
+        let values: Vec<f32> = (0..spec.elements().unwrap()).map(element).collect();
         if push_only { worker.push(index, &values)? } else { worker.push_pull(index, &values)? }
     }
     Ok(())

@@ -11,10 +11,10 @@ use gradwire::{
     session::{Finding, Owed, Wait, judge},
     transport::sim::SimRandom,
     types::{ChunkId, Clock, PeerId, Rank},
-    world::{Outcome, WorldOptions, run},
+    world::{At, Outcome, Program, WorldOptions, run},
 };
 
-use super::{Bits, options, seeds};
+use super::{Bits, Ledger, options, seeds};
 
 const SILENT_MS: u64 = 3000;
 
@@ -107,7 +107,7 @@ fn the_verdict_names_who_keeps_the_others_waiting() {
 }
 
 fn trained(options: &WorldOptions) -> Outcome {
-    let mut bits = Bits { seed: options.seed, spoilt: 0 };
+    let mut bits = Bits::new(options.seed, 0);
     let outcome =
         run(options, &mut bits).unwrap_or_else(|wrong| panic!("seed {}: {wrong}\n{options:#?}", options.seed));
     assert!(outcome.failure.is_none(), "seed {}: {:?}", options.seed, outcome.failure);
@@ -131,7 +131,9 @@ fn a_change_holds_from_one_clock_on_every_shard() {
         let bsp = !seed.is_multiple_of(5);
         let clips = bsp && seed.is_multiple_of(2);
         optimizer.clip.global_norm = clips.then_some(0.5);
-        let change = LiveChange { learning_rate: Some(0.05), weight_decay: Some(0.3), clip_norm: clips.then_some(1.5) };
+        let clip_norm = clips.then_some(1.5);
+        let change =
+            LiveChange { learning_rate: Some(0.05), weight_decay: Some(0.3), clip_norm, ..LiveChange::default() };
         let mut live = WorldOptions {
             consistency: if bsp { Consistency::Bsp } else { base.consistency },
             reduction: Reduction::Mean,
@@ -155,4 +157,58 @@ fn a_change_holds_from_one_clock_on_every_shard() {
         mattered += u32::from(parameters(&without) != parameters(&outcome));
     }
     assert!((changed > 20 && mattered > 20) || seeds(300).len() < 50, "{changed} changed, {mattered} mattered");
+}
+
+/// The ledger under the looser of two bounds, and all that was seen, to be judged when the clock of the change is known.
+struct Observer {
+    ledger: Ledger,
+    seen: Vec<(At, u16, f32)>,
+}
+
+impl Program for Observer {
+    fn gradient(&mut self, at: At, parameters: &[f32], gradient: &mut [f32]) -> bool {
+        self.ledger.gradient(at, parameters, gradient)
+    }
+
+    fn received(&mut self, at: At, parameters: &[f32]) -> Result<(), String> {
+        let others = self.ledger.layout.chunk(at.chunk).contributors.iter().filter(|worker| **worker != at.worker);
+        self.seen.extend(others.map(|worker| (at, *worker, parameters[usize::from(*worker)])));
+        self.ledger.received(at, parameters)
+    }
+}
+
+/// Under every seed a reply of a clock before the change keeps the old bound, and one of a later clock the new one; and the new one
+/// is made use of.
+#[test]
+fn a_bound_of_staleness_changes_at_one_clock() {
+    let (mut changed, mut used) = (0, 0);
+    for seed in seeds(300) {
+        let mut random = SimRandom::new(seed ^ 0x57a1e);
+        let (old, new) = (random.below(4), random.below(6));
+        let live = WorldOptions {
+            consistency: Consistency::Ssp { bound: old },
+            separate_pull: false,
+            clocks: 8 + seed % 9,
+            uneven: seed.is_multiple_of(3),
+            requests: seed.is_multiple_of(7),
+            change_live: Some(LiveChange { staleness: Some(new), ..LiveChange::default() }),
+            ..options(seed + 110_000)
+        };
+        let loose = WorldOptions { consistency: Consistency::Ssp { bound: old.max(new) }, ..live.clone() };
+        let mut observer = Observer { ledger: Ledger::new(&loose), seen: Vec::new() };
+        let outcome = run(&live, &mut observer).unwrap_or_else(|wrong| panic!("seed {seed}: {wrong}\n{live:#?}"));
+        assert!(outcome.failure.is_none(), "seed {seed}: {:?}", outcome.failure);
+        changed += u32::from(outcome.changed.is_some());
+        let from = outcome.changed.unwrap_or(Clock::MAX);
+        for (at, worker, count) in observer.seen {
+            let least = |bound: u64| {
+                let end = at.clock.wrapping_add(1).saturating_sub(bound);
+                observer.ledger.given(worker, at.chunk, end)
+            };
+            let bound = if at.clock != Clock::MAX && at.clock >= from { new } else { old };
+            assert!(count >= least(bound), "seed {seed}: {at:?} sees {count} of worker {worker}; changed at {from}");
+            used += u32::from(count < least(old));
+        }
+    }
+    assert!((changed > 20 && used > 20) || seeds(300).len() < 50, "{changed} changed, {used} used");
 }

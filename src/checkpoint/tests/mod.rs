@@ -45,6 +45,7 @@ fn state(clock: Clock) -> JobState {
         seed: u64::MAX - 1,
         optimizer: json!({ "name": "adamw", "beta1": 0.9 }),
         learning_rate: json!({ "now": 0.1 }),
+        live: serde_json::Value::Null,
     }
 }
 

@@ -9,54 +9,56 @@
 //! that clock's decision.
 
 use super::*;
-use crate::optim::clip_coefficient;
+use crate::optim::{LossScaleConfig, LossScaler, clip_coefficient};
 
 /// What is decided by.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct DecisionRules {
     /// The largest norm that a whole gradient may have; a longer one is scaled down to it.
     pub norm_limit: Option<f32>,
-    /// Whether a step with a gradient that is not finite is skipped, everywhere.
+    /// Whether a step with a gradient that is not finite is skipped, everywhere; where the loss scale is dynamic it always is.
     pub skip_nonfinite: bool,
+    /// By what the gradients have been multiplied.
+    pub loss_scale: LossScaleConfig,
 }
 
 impl DecisionRules {
-    /// Whether there is anything to decide.
-    pub fn decide_anything(&self) -> bool {
-        *self != DecisionRules::default()
-    }
-
-    /// The decision about a gradient of this squared norm.
-    pub fn decide(&self, squared_norm: f64) -> Decision {
-        let norm = squared_norm.sqrt();
-        if self.skip_nonfinite && !norm.is_finite() {
-            return Decision { scale: 1.0, skips: true, norm };
-        }
-        let scale = self.norm_limit.map_or(1.0, |limit| clip_coefficient(limit, norm) as f32);
-        Decision { scale, skips: false, norm }
+    /// The decision about a gradient of this squared norm, each of whose elements is `loss_scale` times too large.
+    pub fn decide(&self, squared_norm: f64, loss_scale: f32) -> Decision {
+        let norm = squared_norm.sqrt() / f64::from(loss_scale);
+        let skips = (self.skip_nonfinite || self.loss_scale.is_dynamic()) && !squared_norm.is_finite();
+        let coefficient = self.norm_limit.map_or(1.0, |limit| clip_coefficient(limit, norm));
+        let scale = if skips { 1.0 } else { (coefficient / f64::from(loss_scale)) as f32 };
+        Decision { scale, skips, norm, loss_scale }
     }
 }
 
 /// What has been decided about a clock's step.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Decision {
-    /// The factor on the mean gradient.
+    /// The factor on the mean gradient: what clips it, divided by the loss scale.
     pub scale: f32,
     /// Nothing is applied: parameters, state and step counts stay as they are.
     pub skips: bool,
     /// The norm of the whole gradient, before clipping.
     pub norm: f64,
+    /// The loss scale from the next clock on.
+    pub loss_scale: f32,
 }
 
 impl Decision {
-    /// Nothing to decide.
-    pub(super) const TAKEN: Decision = Decision { scale: 1.0, skips: false, norm: 0.0 };
+    /// Nothing to decide; gradients come multiplied by this.
+    pub(super) fn taken(loss_scale: f32) -> Decision {
+        Decision { scale: (1.0 / f64::from(loss_scale)) as f32, skips: false, norm: 0.0, loss_scale }
+    }
+
     const SKIPS: u64 = 1 << 32;
 
     fn to_note(self, clock: Clock) -> Note {
         let skips = if self.skips { Decision::SKIPS } else { 0 };
         let version = u64::from(self.scale.to_bits()) | skips;
-        Note { clock, version, credit: self.norm.to_bits(), ..Note::new(NoteKind::Decided) }
+        let (chunk, credit) = (ChunkId(self.loss_scale.to_bits()), self.norm.to_bits());
+        Note { clock, chunk, version, credit, ..Note::new(NoteKind::Decided) }
     }
 
     fn from_note(note: &Note) -> Option<Decision> {
@@ -66,7 +68,10 @@ impl Decision {
             1 => true,
             _ => return None,
         };
-        (0.0..=1.0).contains(&scale).then_some(Decision { scale, skips, norm: f64::from_bits(note.credit) })
+        // A norm that is not a number makes a factor that is none, where such steps are taken.
+        let loss_scale = f32::from_bits(note.chunk.0);
+        let has_meaning = (scale >= 0.0 || scale.is_nan()) && (0.0..=f32::MAX).contains(&loss_scale);
+        has_meaning.then_some(Decision { scale, skips, norm: f64::from_bits(note.credit), loss_scale })
     }
 }
 
@@ -97,6 +102,7 @@ pub(super) struct Collector {
     clock: Clock,
     /// Limits of the norm that were set while the job runs, each with its first clock; the clocks ascend.
     limits: Vec<(Clock, f32)>,
+    scaler: LossScaler,
     /// By chunk.
     measures: Vec<Option<f64>>,
     /// By shard.
@@ -110,11 +116,14 @@ pub(super) struct Collector {
 }
 
 impl Collector {
-    fn new(config: DecisionConfig, layout: &Layout, clock: Clock) -> Collector {
+    fn new(config: DecisionConfig, layout: &Layout, clock: Clock, live: &LiveState) -> Collector {
         let chunks = layout.shards.clone();
         let finished = chunks.iter().map(Vec::is_empty).collect();
         let (missing, measures) = (layout.chunks.len(), vec![None; layout.chunks.len()]);
-        Collector { config, clock, limits: Vec::new(), measures, chunks, finished, missing, recorded: 0 }
+        let first = LossScaler::new(&config.rules.loss_scale);
+        let resumed = live.loss_scale.filter(|_| config.rules.loss_scale.is_dynamic());
+        let (limits, scaler) = (live.clip_norm.clone(), resumed.unwrap_or(first));
+        Collector { config, clock, limits, scaler, measures, chunks, finished, missing, recorded: 0 }
     }
 
     fn shard_of(&self, lane: PeerId) -> Option<usize> {
@@ -161,7 +170,9 @@ impl Collector {
         let live = self.limits.iter().rev().find(|(from, _)| *from <= self.clock).map(|(_, limit)| *limit);
         let rules = DecisionRules { norm_limit: live.or(self.config.rules.norm_limit), ..self.config.rules };
         self.clock += 1;
-        Some((self.clock - 1, rules.decide(squared_norm)))
+        let decision = rules.decide(squared_norm, self.scaler.scale);
+        self.scaler.update(&rules.loss_scale, squared_norm.is_finite());
+        Some((self.clock - 1, Decision { loss_scale: self.scaler.scale, ..decision }))
     }
 }
 
@@ -170,12 +181,19 @@ impl Deciding {
         match &config.decision {
             Some(decision) if takes_part(layout, config.shard) => match decision.lanes[0] {
                 decider if decider == config.me => {
-                    Deciding::Here(Box::new(Collector::new(decision.clone(), layout, config.start_clock)))
+                    Deciding::Here(Box::new(Collector::new(decision.clone(), layout, config.start_clock, &config.live)))
                 }
                 decider => Deciding::There { decider, told_finished: false, dismissed: false },
             },
             _ => Deciding::Nothing,
         }
+    }
+
+    /// What has changed of the rules since the job began: limits of the norm, and a dynamic loss scale.
+    pub(super) fn changed(&self) -> (Vec<(Clock, f32)>, Option<LossScaler>) {
+        let Deciding::Here(collector) = self else { return (Vec::new(), None) };
+        let is_dynamic = collector.config.rules.loss_scale.is_dynamic();
+        (collector.limits.clone(), is_dynamic.then_some(collector.scaler))
     }
 
     /// Whether nothing will be decided any more that concerns this shard or waits for it.
@@ -333,6 +351,10 @@ impl Shard {
     pub(super) fn on_decision(&mut self, clock: Clock, decision: Decision) {
         (self.decided, self.decision) = (clock + 1, decision);
         self.skipped += u64::from(decision.skips);
+        // Before any reply of this clock, on the same paths.
+        if std::mem::replace(&mut self.loss_scale, decision.loss_scale) != decision.loss_scale {
+            (0..self.config.workers).for_each(|worker| self.tell_loss_scale(worker));
+        }
         (0..self.chunks.len()).for_each(|index| self.touch(index));
     }
 

@@ -11,6 +11,7 @@ mod checkpointing;
 mod contributor;
 mod decision;
 mod figures;
+mod live_state;
 mod reply;
 mod step;
 #[cfg(test)]
@@ -25,6 +26,7 @@ use crate::{
     consistency::{Consistency, StalenessGate, Window, position},
     layout::Layout,
     mem::{Lease, SharedLease},
+    optim::LossScaleConfig,
     transport::{RemoteSlot, WorkRequest},
     types::{ChunkId, Clock, Dtype, Epoch, PeerId, Rank, Role, ShardId, Version},
     wire::{Attachment, Note, NoteFlags, NoteKind},
@@ -33,6 +35,8 @@ use checkpointing::Checkpointing;
 use contributor::Contributor;
 use decision::Deciding;
 pub use decision::{Decision, DecisionConfig, DecisionRules};
+pub use figures::Figures;
+pub use live_state::LiveState;
 use reply::{PendingPull, PendingReply};
 use step::Arrival;
 pub use waiting::Lacking;
@@ -55,6 +59,10 @@ pub struct ShardConfig {
     pub two_step: bool,
     /// What is decided about each step, and where; needs two steps.
     pub decision: Option<DecisionConfig>,
+    /// By what gradients come multiplied.
+    pub loss_scale: LossScaleConfig,
+    /// What the job that is resumed had changed.
+    pub live: LiveState,
     /// Membership.
     pub epoch: Epoch,
     /// The first clock: 0, or that of the checkpoint.
@@ -154,6 +162,10 @@ pub struct Shard {
     decision: Decision,
     /// Steps that a decision has skipped.
     skipped: u64,
+    /// The loss scale of the next step.
+    loss_scale: f32,
+    /// Bounds of staleness that were set while the job runs, each with its first clock; the clocks ascend.
+    staleness: Vec<(Clock, u64)>,
     deciding: Deciding,
     computing: usize,
     effects: VecDeque<Effect>,
@@ -175,12 +187,16 @@ impl Shard {
     pub fn new(config: ShardConfig, layout: Arc<Layout>, pool: Vec<Lease>, versions: Option<&[Version]>) -> Shard {
         let order = &layout.shards[usize::from(config.shard.0)];
         let (bound, start) = (config.consistency.bound(), config.start_clock);
+        let resumed = config.live.loss_scale.filter(|_| config.loss_scale.is_dynamic());
+        let loss_scale = resumed.map_or(config.loss_scale.first(), |scaler| scaler.scale);
         let chunks: Vec<ChunkState> = order
             .iter()
             .enumerate()
             .map(|(place, id)| {
                 let chunk = layout.chunk(*id);
                 let version = versions.map_or(start, |versions| versions[place]);
+                let mut gate = StalenessGate::new(chunk.contributors.len(), bound, start);
+                gate.rebound(&config.live.staleness);
                 ChunkState {
                     id: *id,
                     contributors: chunk.contributors.clone(),
@@ -188,7 +204,7 @@ impl Shard {
                     busy: false,
                     listed: false,
                     version,
-                    gate: StalenessGate::new(chunk.contributors.len(), bound, start),
+                    gate,
                     published: None,
                     replies: Vec::with_capacity(chunk.contributors.len()),
                     pulls: Vec::new(),
@@ -211,8 +227,10 @@ impl Shard {
             spare: Vec::new(),
             reduced: 0,
             decided: start,
-            decision: Decision::TAKEN,
+            decision: Decision::taken(loss_scale),
             skipped: 0,
+            loss_scale,
+            staleness: config.live.staleness.clone(),
             deciding: Deciding::new(&config, &layout),
             computing: 0,
             effects: VecDeque::new(),
@@ -240,6 +258,7 @@ impl Shard {
         let note = Attachment { credit, ..landing }.to_note();
         let peer = contributor.peer;
         self.post(peer, note, None);
+        self.tell_loss_scale(worker);
     }
 
     /// A peer's write has arrived.

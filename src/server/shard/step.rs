@@ -128,9 +128,10 @@ impl Shard {
         contributions.extend(self.landed[first..first + workers].iter_mut().filter_map(Option::take));
         let weight = self.divisor(index, &contributions);
         let (task, wire) = if fused { (Task::Step, self.pool.pop()) } else { (Task::Reduce, None) };
+        let scale = if fused { Decision::taken(self.loss_scale).scale } else { 1.0 };
         self.compute(
             index,
-            Work { position, contributions, weight, wire, ..Work::new(task, self.chunks[index].id, clock) },
+            Work { position, contributions, weight, wire, scale, ..Work::new(task, self.chunks[index].id, clock) },
         );
         Turn::Progressed
     }
@@ -161,7 +162,8 @@ impl Shard {
         let weight = contribution.weight.into();
         let mut contributions = self.spare.pop().unwrap_or_default();
         contributions.push(contribution);
-        self.compute(index, Work { position, contributions, weight, ..Work::new(Task::Step, chunk, clock) });
+        let scale = Decision::taken(self.loss_scale).scale;
+        self.compute(index, Work { position, contributions, weight, scale, ..Work::new(Task::Step, chunk, clock) });
         Turn::Progressed
     }
 
@@ -286,7 +288,7 @@ impl Shard {
         if self.reduced == self.chunks.len() {
             self.reduced = 0;
             if matches!(self.deciding, Deciding::Nothing) {
-                self.on_decision(clock, Decision::TAKEN);
+                self.on_decision(clock, Decision::taken(self.loss_scale));
             }
         }
         self.measured(index, clock, squared_norm);

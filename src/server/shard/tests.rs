@@ -25,6 +25,8 @@ fn shard_of(declarations: &[Vec<TensorSpec>]) -> Shard {
         slots: 2,
         two_step: false,
         decision: None,
+        loss_scale: Default::default(),
+        live: Default::default(),
         epoch: 0,
         start_clock: 0,
         gradient_dtype: Dtype::F32,

@@ -48,7 +48,7 @@ pub struct Work {
     pub weight: u32,
     /// Where the wire copy goes.
     pub wire: Option<Lease>,
-    /// Of an [`Task::Apply`]: the factor on the gradient.
+    /// Of a [`Task::Step`] or [`Task::Apply`]: the factor on the gradient.
     pub scale: f32,
     /// Of a [`Task::Reduce`] that is done: the squared norm of the mean gradient, if it is needed.
     pub squared_norm: Option<f64>,

@@ -136,6 +136,7 @@ impl State {
             seed: 0,
             optimizer: json(serde_json::to_value(&self.optimizer)),
             learning_rate: json(serde_json::to_value(self.optimizer.learning_rates())),
+            live: serde_json::Value::Null,
         };
         checkpoint::commit(dir, &Manifest::new(state, &self.layout, files))?;
         Ok(took(start, used, bytes))

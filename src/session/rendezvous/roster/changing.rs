@@ -19,7 +19,7 @@ impl Roster {
     }
 
     fn may_change(&self, change: &LiveChange) -> Result<(), String> {
-        change.check(&self.config.optimizer).map_err(|error| error.to_string())?;
+        change.check(&self.config.optimizer, self.config.consistency).map_err(|error| error.to_string())?;
         match (self.running, self.ended) {
             (true, false) => Ok(()),
             (_, true) => Err("nothing can be changed any more: the job is ending".into()),
