@@ -14,7 +14,7 @@ use gradwire::{
     world::{At, Outcome, Program, WorldOptions, run},
 };
 
-use super::{Bits, Ledger, options, seeds};
+use super::{Ledger, bits::Bits, options, seeds};
 
 const SILENT_MS: u64 = 3000;
 
