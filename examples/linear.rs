@@ -7,9 +7,10 @@ const N: usize = 10;
 
 /// Joins the job that the environment names and learns until the loss is small.
 pub fn main() -> Result<()> {
+    let steps = std::env::args().nth(1).map_or(1000, |text| text.parse().expect("a number of steps"));
     let mut worker = Worker::join(vec![TensorSpec::new("w", [N as u64, N as u64]).init(Init::Normal(1.0))])?;
     let (mut w, mut loss) = (vec![0.0; N * N], 0.0);
-    for step in worker.clock()..1000 {
+    for step in worker.clock()..steps {
         worker.parameters(0, &mut w)?;
         // y = x a, where a is the matrix to be found; each worker has its own inputs.
         let x: Vec<f32> = (0..N).map(|i| ((step as usize * 7 + i * 3 + worker.rank() * 5) as f32).sin()).collect();

@@ -8,11 +8,14 @@ mod bench;
 mod checkpoint;
 mod doctor;
 mod gpu;
+mod group;
+mod hosts;
 mod info;
 mod node;
 mod plan;
 mod run;
 mod set;
+mod settings;
 mod status;
 
 use std::{path::PathBuf, process::ExitCode};
@@ -50,10 +53,10 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Start a job on this machine and see it to its end.
+    /// Start a job, on this machine or on several, and see it to its end.
     Run(Box<run::RunArguments>),
-    /// Join one process to a running job by hand, also from another host.
-    Node(node::NodeArguments),
+    /// Be one process of a job: within mpirun, srun or torchrun, or joined to a running job by hand.
+    Node(Box<node::NodeArguments>),
     /// Say what this machine offers, and why not more.
     Info(info::InfoArguments),
     /// Say what is wrong with this machine, or with the way to another, and what mends it.
@@ -73,6 +76,9 @@ enum Command {
     /// Clear up after a launcher that was killed; started by `gradwire run` for itself.
     #[command(hide = true)]
     Keep(KeepArguments),
+    /// Start a job's ranks on this host; started through ssh by `gradwire run` for itself.
+    #[command(hide = true)]
+    Agent,
 }
 
 #[derive(clap::Args)]
@@ -89,7 +95,7 @@ pub fn main() -> ExitCode {
     start_log();
     let outcome = match arguments.command {
         Command::Run(arguments) => run::run(*arguments),
-        Command::Node(arguments) => node::run(arguments),
+        Command::Node(arguments) => node::run(*arguments),
         Command::Info(arguments) => info::run(&arguments),
         Command::Doctor(arguments) => doctor::run(&arguments),
         Command::Status(arguments) => status::status(&arguments),
@@ -102,6 +108,7 @@ pub fn main() -> ExitCode {
             crate::launch::keep(&arguments.job, &arguments.directory);
             Ok(ExitCode::SUCCESS)
         }
+        Command::Agent => crate::launch::agent().map(|()| ExitCode::SUCCESS),
     };
     finish(outcome)
 }

@@ -11,7 +11,7 @@ use nix::sys::signal::Signal;
 use crate::types::{Rank, Role};
 
 /// How a process ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub(super) enum Exit {
     Code(i32),
     Signal(i32),

@@ -168,7 +168,7 @@ fn is_running(path: &Path) -> bool {
 }
 
 /// Makes the place for directories, and refuses one that others could write to: /tmp is everybody's.
-fn make_home(home: &Path) -> Result<()> {
+pub(super) fn make_home(home: &Path) -> Result<()> {
     DirBuilder::new().mode(0o700).recursive(true).create(home).map_err(|e| Error::file("create", home, e))?;
     let metadata = fs::symlink_metadata(home).map_err(|e| Error::file("look at", home, e))?;
     let user = nix::unistd::getuid().as_raw();

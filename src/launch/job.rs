@@ -19,7 +19,9 @@ use std::{
 use super::{
     checkpoints,
     directory::JobDirectory,
-    output::Printer,
+    hosts::{BindTo, Host, MapBy},
+    output::{Files, Printer},
+    pipes::SharedSink,
     supervisor::{Event, Supervisor},
 };
 use crate::{
@@ -42,6 +44,10 @@ pub enum OutputTo {
     Inherit,
     /// A text that [`Job::output`] gives.
     Collect,
+    /// Two files for each rank in this directory: `w0.out`, `w0.err`.
+    Files(PathBuf),
+    /// Ranks on this machine write to this process' streams themselves, with nothing before their lines.
+    Pass,
 }
 
 /// What a job is started with.
@@ -58,8 +64,24 @@ pub struct JobOptions {
     pub by_hand: BTreeSet<Rank>,
     /// Where the rendezvous listens; port 0 lets the kernel choose.
     pub listen: SocketAddr,
-    /// Whether workers are bound to their cores, not only told which they are.
-    pub bind: bool,
+    /// The hosts; without any, this machine takes all ranks.
+    pub hosts: Vec<Host>,
+    /// How workers go to hosts and to parts of them.
+    pub map_by: MapBy,
+    /// What workers may run on.
+    pub bind_to: BindTo,
+    /// Whether hosts take more workers than they have slots.
+    pub oversubscribe: bool,
+    /// The command that reaches another host, with its options; the host and what it is to run are added.
+    pub ssh: Vec<String>,
+    /// gradwire on other hosts, where it is not at the place of `executable`.
+    pub remote_executable: Option<PathBuf>,
+    /// Variables that every rank gets; on other hosts a rank has no others from here.
+    pub environment: Vec<(String, String)>,
+    /// Where ranks run; on other hosts, where nothing is said, in the directory of this name.
+    pub working_directory: Option<PathBuf>,
+    /// The job's token; drawn if none is given.
+    pub token: Option<JobToken>,
     /// Where output goes.
     pub output: OutputTo,
     /// Where the job's directory is made, if not in the usual place.
@@ -83,7 +105,15 @@ impl JobOptions {
             executable,
             by_hand: BTreeSet::new(),
             listen: SocketAddr::from(([127, 0, 0, 1], 0)),
-            bind: false,
+            hosts: Vec::new(),
+            map_by: MapBy::Slot,
+            bind_to: BindTo::None,
+            oversubscribe: false,
+            ssh: vec!["ssh".into()],
+            remote_executable: None,
+            environment: Vec::new(),
+            working_directory: None,
+            token: None,
             output: OutputTo::Inherit,
             home: None,
             timeline: None,
@@ -124,6 +154,7 @@ pub struct Outcome {
 pub struct Job {
     path: PathBuf,
     address: Address,
+    listening: SocketAddr,
     token: JobToken,
     events: Sender<Event>,
     outcomes: Receiver<Outcome>,
@@ -162,7 +193,10 @@ impl Job {
         }
         checkpoints::prepare(&mut options.config)?;
         let on_checkpoint = options.on_checkpoint.take().unwrap_or_else(|| checkpoints::recorder(&options.config));
-        let token = JobToken::random()?;
+        let token = match options.token.take() {
+            Some(token) => token,
+            None => JobToken::random()?,
+        };
         let directory = JobDirectory::create(options.home.as_deref(), &options.config.name)?;
         let (events, events_in) = channel();
         let for_notices = events.clone();
@@ -170,34 +204,39 @@ impl Job {
             options.config.clone(),
             token.clone(),
             RendezvousOptions {
-                listen: options.listen,
+                listen: options.listens_on(),
                 reserved: options.config.ranks().filter(|rank| !options.by_hand.contains(rank)).collect(),
                 on_notice: Box::new(move |notice| drop(for_notices.send(Event::Notice(notice)))),
                 on_checkpoint,
             },
         )?;
-        let address = rendezvous.address();
+        let (address, listening) = (rendezvous.address(), rendezvous.listening());
         let metrics = serve_metrics(&options.config, &address, &token, &rendezvous)?;
         directory.describe(&address, &token, &options.config)?;
         let path = directory.path().to_path_buf();
         let collected = Collected::default();
-        let printer = match options.output {
-            OutputTo::Inherit => Printer::inherit(),
-            OutputTo::Collect => Printer::plain(Box::new(collected.clone()), Box::new(collected.clone())),
+        let sink: SharedSink = match &options.output {
+            OutputTo::Inherit | OutputTo::Pass => Arc::new(Mutex::new(Printer::inherit())),
+            OutputTo::Collect => {
+                Arc::new(Mutex::new(Printer::plain(Box::new(collected.clone()), Box::new(collected.clone()))))
+            }
+            OutputTo::Files(directory) => Arc::new(Mutex::new(Files::new(directory.clone())?)),
         };
         let (outcome_out, outcomes) = channel();
-        let for_thread = events.clone();
+        let (for_thread, its_token) = (events.clone(), token.clone());
         // Children are killed when the thread that started them ends; so one thread starts them and sees the job to its end.
         let thread = std::thread::Builder::new()
             .name("supervisor".into())
             .spawn(move || {
-                let supervisor = Supervisor::new(options, directory, rendezvous, (for_thread, events_in), printer);
+                let supervisor =
+                    Supervisor::new(options, directory, (rendezvous, its_token), (for_thread, events_in), sink);
                 let _ = outcome_out.send(supervisor.run());
             })
             .map_err(|e| Error::os("pthread_create", "the supervisor", e))?;
         Ok(Job {
             path,
             address,
+            listening,
             token,
             events,
             outcomes,
@@ -213,7 +252,12 @@ impl Job {
         &self.path
     }
 
-    /// Where its rendezvous is.
+    /// Where its rendezvous listens.
+    pub fn listening(&self) -> SocketAddr {
+        self.listening
+    }
+
+    /// Where its rendezvous is, as seen from this machine.
     pub fn address(&self) -> &Address {
         &self.address
     }
@@ -295,6 +339,20 @@ impl Drop for Job {
 }
 
 impl JobOptions {
+    /// Whether ranks of this machine write to its streams themselves.
+    pub(super) fn passes_output(&self) -> bool {
+        matches!(self.output, OutputTo::Pass)
+    }
+
+    /// Where the rendezvous listens: for other hosts on every address, unless one was given.
+    fn listens_on(&self) -> SocketAddr {
+        let abroad = self.hosts.iter().any(|host| !host.is_here());
+        if abroad && self.listen.ip().is_loopback() {
+            return SocketAddr::from(([0, 0, 0, 0], self.listen.port()));
+        }
+        self.listen
+    }
+
     fn starts_worker(&self, rank: Rank) -> bool {
         rank.role == crate::types::Role::Worker && !self.by_hand.contains(&rank)
     }

@@ -6,11 +6,19 @@
 
 use std::{
     collections::BTreeMap,
+    fs::File,
     io::{IsTerminal, Write},
+    path::PathBuf,
     time::{Duration, Instant},
 };
 
-use crate::types::{Rank, Role};
+use serde::{Deserialize, Serialize};
+
+use super::pipes::Sink;
+use crate::{
+    Error, Result,
+    types::{Rank, Role},
+};
 
 /// A line longer than this is broken: nobody reads it, and it must not grow without bound.
 const LINE_BYTES_MAX: usize = 64 << 10;
@@ -19,7 +27,7 @@ const LINE_BYTES_MAX: usize = 64 << 10;
 const LIVE_INTERVAL: Duration = Duration::from_secs(5);
 
 /// A piece of a rank's output.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Piece {
     /// A whole line.
     Line(String),
@@ -91,7 +99,7 @@ impl Splitter {
 }
 
 /// Which stream of a rank.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub(super) enum Stream {
     Out,
     Err,
@@ -132,32 +140,6 @@ impl Printer {
         Printer { out, err, terminal: false, colours: false, columns: 80, live: None, printed }
     }
 
-    /// Prints a piece. A stream that takes nothing (a closed pipe) does not stop the job.
-    pub fn print(&mut self, rank: Rank, stream: Stream, piece: Piece, now: Instant) {
-        let tag = self.tag(rank);
-        let text = match piece {
-            Piece::Line(text) => {
-                self.live.take_if(|(other, _)| *other == rank);
-                text
-            }
-            Piece::Live(text) if self.terminal => return self.show(rank, text),
-            Piece::Live(text) => {
-                let last = self.printed.get(&rank);
-                if last.is_some_and(|last| now.saturating_duration_since(*last) < LIVE_INTERVAL) {
-                    return;
-                }
-                self.printed.insert(rank, now);
-                text
-            }
-        };
-        self.line(stream, &format!("{tag} {text}"));
-    }
-
-    /// Prints a line of the launcher's own.
-    pub fn say(&mut self, text: &str) {
-        self.line(Stream::Err, text);
-    }
-
     /// Prints a line above the live one.
     fn line(&mut self, stream: Stream, text: &str) {
         let clear = if self.terminal { "\r\x1b[K" } else { "" };
@@ -177,14 +159,6 @@ impl Printer {
         self.live = Some((rank, text));
     }
 
-    /// Leaves the screen in order.
-    pub fn finish(&mut self) {
-        if self.live.take().is_some() {
-            let _ = self.err.write_all(b"\n");
-        }
-        let _ = self.out.flush().and_then(|()| self.err.flush());
-    }
-
     fn tag(&self, rank: Rank) -> String {
         let letter = if rank.role == Role::Server { 's' } else { 'w' };
         let tag = format!("[{letter}{}]", rank.index);
@@ -194,6 +168,88 @@ impl Printer {
         // Six colours that can be read on light and dark; servers in one, workers in turn.
         let colour = if rank.role == Role::Server { 90 } else { 31 + rank.index % 6 };
         format!("\x1b[{colour}m{tag}\x1b[0m")
+    }
+}
+
+impl Sink for Printer {
+    /// Prints a piece. A stream that takes nothing (a closed pipe) does not stop the job.
+    fn print(&mut self, rank: Rank, stream: Stream, piece: Piece, now: Instant) {
+        let tag = self.tag(rank);
+        let text = match piece {
+            Piece::Line(text) => {
+                self.live.take_if(|(other, _)| *other == rank);
+                text
+            }
+            Piece::Live(text) if self.terminal => return self.show(rank, text),
+            Piece::Live(text) => {
+                let last = self.printed.get(&rank);
+                if last.is_some_and(|last| now.saturating_duration_since(*last) < LIVE_INTERVAL) {
+                    return;
+                }
+                self.printed.insert(rank, now);
+                text
+            }
+        };
+        self.line(stream, &format!("{tag} {text}"));
+    }
+
+    fn say(&mut self, text: &str) {
+        self.line(Stream::Err, text);
+    }
+
+    /// Leaves the screen in order.
+    fn finish(&mut self) {
+        if self.live.take().is_some() {
+            let _ = self.err.write_all(b"\n");
+        }
+        let _ = self.out.flush().and_then(|()| self.err.flush());
+    }
+}
+
+/// Writes each rank's streams into files of their own (`w0.out`, `w0.err`), and what the launcher says onto the screen.
+pub(super) struct Files {
+    directory: PathBuf,
+    open: BTreeMap<(Rank, Stream), File>,
+    screen: Printer,
+}
+
+impl Files {
+    /// Makes the directory.
+    pub fn new(directory: PathBuf) -> Result<Files> {
+        std::fs::create_dir_all(&directory).map_err(|e| Error::file("create", &directory, e))?;
+        Ok(Files { directory, open: BTreeMap::new(), screen: Printer::inherit() })
+    }
+
+    fn append(&mut self, rank: Rank, stream: Stream, text: &str) -> std::io::Result<()> {
+        use std::collections::btree_map::Entry;
+        let file = match self.open.entry((rank, stream)) {
+            Entry::Occupied(file) => file.into_mut(),
+            Entry::Vacant(place) => {
+                let letter = if rank.role == Role::Server { 's' } else { 'w' };
+                let ending = if stream == Stream::Out { "out" } else { "err" };
+                place.insert(File::create(self.directory.join(format!("{letter}{}.{ending}", rank.index)))?)
+            }
+        };
+        file.write_all(format!("{text}\n").as_bytes())
+    }
+}
+
+impl Sink for Files {
+    /// Whole lines only: the states of a progress bar are for a screen. A file that takes nothing is told of once a line.
+    fn print(&mut self, rank: Rank, stream: Stream, piece: Piece, _: Instant) {
+        let Piece::Line(text) = piece else { return };
+        if let Err(e) = self.append(rank, stream, &text) {
+            self.screen
+                .say(&format!("gradwire: output of {rank} cannot be written to {}: {e}", self.directory.display()));
+        }
+    }
+
+    fn say(&mut self, text: &str) {
+        self.screen.say(text);
+    }
+
+    fn finish(&mut self) {
+        self.screen.finish();
     }
 }
 

@@ -1,24 +1,19 @@
-//! The processes of a job: starting them with what they need to know, reading what they write, signalling their groups.
+//! The processes of a job on one host: starting them, reading what they write, signalling their groups.
 //!
 //! Invariant: a process group is signalled only while its number cannot belong to anybody else: until its leader is reaped.
 #![forbid(unsafe_code)]
 
 use std::{
     collections::BTreeMap,
-    io::Read,
-    os::fd::{AsFd, BorrowedFd},
-    process::{Child, Command, Stdio},
+    process::{Child, Stdio},
     sync::{
-        Arc, Mutex,
+        Arc,
         atomic::{AtomicBool, Ordering},
-        mpsc::Sender,
     },
     thread::JoinHandle,
-    time::Instant,
 };
 
 use nix::{
-    poll::{PollFd, PollFlags, poll},
     sys::{
         signal::{Signal, killpg},
         wait::{Id, WaitPidFlag, WaitStatus, waitid},
@@ -29,22 +24,16 @@ use nix::{
 use super::{
     cause::Exit,
     cores,
+    crew::{Crew, Prepared},
     directory::JobDirectory,
-    job::JobOptions,
-    output::{Piece, Printer, Splitter, Stream},
+    output::Stream,
+    pipes::{SharedSink, Source, lock, read_all},
     spawn,
-    supervisor::Event,
-    sweep::MARK_VARIABLE,
 };
-use crate::{
-    Error, Result,
-    mem::Topology,
-    session::Address,
-    types::{Rank, Role},
-};
+use crate::{Error, Result, types::Rank};
 
-/// After so long without more bytes a line that is not whole is shown.
-const IDLE_MS: u16 = 200;
+/// Is told on a thread of its own how a rank's process ended.
+pub(super) type OnExit = Arc<dyn Fn(Rank, Exit) + Send + Sync>;
 
 struct Process {
     child: Child,
@@ -54,8 +43,8 @@ struct Process {
 
 pub(super) struct Processes {
     mark: String,
-    events: Sender<Event>,
-    printer: Arc<Mutex<Printer>>,
+    on_exit: OnExit,
+    sink: SharedSink,
     ranks: BTreeMap<Rank, Process>,
     readers: Vec<JoinHandle<()>>,
     /// Tells readers that whoever still holds the other end of their pipe is none of ours.
@@ -63,15 +52,8 @@ pub(super) struct Processes {
 }
 
 impl Processes {
-    pub fn new(mark: String, events: Sender<Event>, printer: Printer) -> Processes {
-        Processes {
-            mark,
-            events,
-            printer: Arc::new(Mutex::new(printer)),
-            ranks: BTreeMap::new(),
-            readers: Vec::new(),
-            stop_reading: Arc::default(),
-        }
+    pub fn new(mark: String, on_exit: OnExit, sink: SharedSink) -> Processes {
+        Processes { mark, on_exit, sink, ranks: BTreeMap::new(), readers: Vec::new(), stop_reading: Arc::default() }
     }
 
     /// By what every process of the job is known.
@@ -79,36 +61,16 @@ impl Processes {
         &self.mark
     }
 
-    /// Starts every rank that is not started by hand: servers first, so that workers find them waiting.
-    pub fn start(&mut self, options: &JobOptions, directory: &JobDirectory, address: &Address) -> Result<()> {
-        let dealt = cores::deal(&options.config, &Topology::discover(), &directory.cores_of_others());
-        let all: Vec<usize> = dealt.values().flatten().copied().collect();
-        directory.write("cores", &cores::text(&all).replace(',', " "))?;
-        for rank in options.config.ranks().filter(|rank| !options.by_hand.contains(rank)) {
-            let program = if rank.role == Role::Server { &options.server_command } else { &options.command };
-            let mut command = Command::new(&program[0]);
-            command.args(&program[1..]);
-            if rank.role == Role::Server {
-                command.args(["--role", "server", "--rank"]).arg(rank.index.to_string());
-                command.arg("--rendezvous").arg(address.to_string());
+    /// Starts a host's ranks.
+    pub fn start(&mut self, crew: &Crew, directory: &JobDirectory) -> Result<()> {
+        let (prepared, cores) = crew.prepare(directory, &self.mark)?;
+        directory.write("cores", &cores::text(&cores).replace(',', " "))?;
+        for Prepared { rank, mut command, bound } in prepared {
+            command.stdin(Stdio::null());
+            if !crew.pass_output {
+                command.stdout(Stdio::piped()).stderr(Stdio::piped());
             }
-            let role = if rank.role == Role::Server { "server" } else { "worker" };
-            let hint = dealt.get(&rank).cloned().unwrap_or_default();
-            command
-                .env("GRADWIRE_RENDEZVOUS", address.to_string())
-                .env("GRADWIRE_ROLE", role)
-                .env("GRADWIRE_RANK", rank.index.to_string())
-                .env("GRADWIRE_WORKERS", options.config.workers.to_string())
-                .env("GRADWIRE_SERVERS", options.config.servers.to_string())
-                .env("GRADWIRE_TOKEN_FILE", directory.token_file())
-                .env_remove("GRADWIRE_TOKEN")
-                .env("GRADWIRE_CORES", cores::text(&hint))
-                .env(MARK_VARIABLE, &self.mark)
-                .stdin(Stdio::null())
-                .stdout(Stdio::piped())
-                .stderr(Stdio::piped());
-            let bound = (options.bind && rank.role == Role::Worker).then_some(hint.as_slice());
-            let child = spawn::supervised(&mut command, bound)?;
+            let child = spawn::supervised(&mut command, bound.as_deref())?;
             self.watch(rank, child)?;
         }
         let pids = self.ranks.iter().map(|(rank, process)| format!("{} {rank}\n", process.group));
@@ -121,20 +83,19 @@ impl Processes {
         let (out, err) = (child.stdout.take(), child.stderr.take());
         // Entered before anything can fail, so that it is cleared up whatever happens.
         self.ranks.insert(rank, Process { child, group, exit: None });
-        let (printer, stop) = (Arc::clone(&self.printer), Arc::clone(&self.stop_reading));
+        let (sink, stop) = (Arc::clone(&self.sink), Arc::clone(&self.stop_reading));
         let named = |name: String| std::thread::Builder::new().name(name);
         let failed = |e| Error::os("pthread_create", format!("the watch over {rank}"), e);
         let reader = named(format!("output {rank}")).spawn(move || {
             let mut sources = Vec::new();
             sources.extend(out.map(|pipe| Source::new(Stream::Out, pipe)));
             sources.extend(err.map(|pipe| Source::new(Stream::Err, pipe)));
-            read_all(rank, sources, &printer, &stop);
+            read_all(rank, sources, &sink, &stop);
         });
         self.readers.push(reader.map_err(failed)?);
-        let events = self.events.clone();
+        let on_exit = Arc::clone(&self.on_exit);
         let waiter = named(format!("wait {rank}")).spawn(move || {
-            let exit = wait_for(group);
-            let _ = events.send(Event::Exited(rank, exit));
+            on_exit(rank, wait_for(group));
         });
         waiter.map(drop).map_err(failed)
     }
@@ -148,17 +109,8 @@ impl Processes {
         }
     }
 
-    /// How a rank's process ended, if it has.
-    pub fn exit(&self, rank: Rank) -> Option<Exit> {
-        self.ranks.get(&rank)?.exit
-    }
-
     pub fn alive(&self) -> impl Iterator<Item = Rank> + '_ {
         self.ranks.iter().filter(|(_, process)| process.exit.is_none()).map(|(rank, _)| *rank)
-    }
-
-    pub fn all_exited(&self) -> bool {
-        self.alive().next().is_none()
     }
 
     pub fn signal(&self, rank: Rank, signal: Signal) {
@@ -171,21 +123,12 @@ impl Processes {
         self.alive().for_each(|rank| self.signal(rank, signal));
     }
 
-    /// Prints a line of the launcher's own, beside the ranks' errors.
-    pub fn say(&self, text: &str) {
-        lock(&self.printer).say(text);
-    }
-
     /// Prints what is still in the pipes. Nobody of ours holds their other ends any more.
     pub fn finish_output(&mut self) {
         self.stop_reading.store(true, Ordering::Relaxed);
         self.readers.drain(..).for_each(|reader| drop(reader.join()));
-        lock(&self.printer).finish();
+        lock(&self.sink).finish();
     }
-}
-
-fn lock(printer: &Mutex<Printer>) -> std::sync::MutexGuard<'_, Printer> {
-    printer.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
 /// Waits for a process to end and leaves it unreaped, so that its number stays its own.
@@ -198,62 +141,5 @@ fn wait_for(pid: Pid) -> Exit {
             // Somebody else in this process has reaped it: how it ended is not to be had any more.
             Err(_) => return Exit::Code(1),
         }
-    }
-}
-
-/// One pipe of a rank.
-struct Source {
-    stream: Stream,
-    pipe: Box<dyn Pipe>,
-    splitter: Splitter,
-}
-
-trait Pipe: Read + AsFd + Send {}
-impl<P: Read + AsFd + Send> Pipe for P {}
-
-impl Source {
-    fn new(stream: Stream, pipe: impl Pipe + 'static) -> Source {
-        Source { stream, pipe: Box::new(pipe), splitter: Splitter::default() }
-    }
-
-    fn fd(&self) -> BorrowedFd<'_> {
-        self.pipe.as_fd()
-    }
-}
-
-/// Reads a rank's pipes until both have ended, or until told to stop and nothing more is in them.
-fn read_all(rank: Rank, mut sources: Vec<Source>, printer: &Mutex<Printer>, stop: &AtomicBool) {
-    let print = |stream, piece: Piece| lock(printer).print(rank, stream, piece, Instant::now());
-    let mut bytes = vec![0; 64 << 10];
-    while !sources.is_empty() {
-        let stopping = stop.load(Ordering::Relaxed);
-        let mut fds: Vec<PollFd<'_>> =
-            sources.iter().map(|source| PollFd::new(source.fd(), PollFlags::POLLIN)).collect();
-        let quiet = matches!(poll(&mut fds, IDLE_MS), Ok(0));
-        let ready: Vec<bool> = fds.iter().map(|fd| fd.revents().is_some_and(|events| !events.is_empty())).collect();
-        if quiet && stopping {
-            break;
-        }
-        let mut ready = ready.into_iter();
-        sources.retain_mut(|source| {
-            if !ready.next().unwrap_or(false) {
-                source.splitter.idle().filter(|_| quiet).into_iter().for_each(|piece| print(source.stream, piece));
-                return true;
-            }
-            match source.pipe.read(&mut bytes) {
-                Ok(n) if n > 0 => {
-                    source.splitter.feed(&bytes[..n]).into_iter().for_each(|piece| print(source.stream, piece));
-                    true
-                }
-                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => true,
-                _ => {
-                    source.splitter.end().into_iter().for_each(|piece| print(source.stream, piece));
-                    false
-                }
-            }
-        });
-    }
-    for mut source in sources {
-        source.splitter.end().into_iter().for_each(|piece| print(source.stream, piece));
     }
 }

@@ -13,7 +13,7 @@ use nix::{
     sched::{CpuSet, sched_setaffinity},
     sys::{
         prctl::set_pdeathsig,
-        signal::{SigSet, Signal},
+        signal::{SigHandler, SigSet, Signal},
     },
     unistd::{Pid, getpid, getppid, setsid},
 };
@@ -53,6 +53,17 @@ pub(super) fn detached(command: &mut Command) -> Result<Child> {
     // SAFETY: as above: the closure makes one async-signal-safe call, setsid, and nothing else.
     unsafe { command.pre_exec(before_exec) };
     start(command)
+}
+
+/// Has this process, and what it becomes by exec, pass over a signal.
+///
+/// # Errors
+///
+/// [`Error::Os`] if the signal cannot be passed over.
+pub fn ignore(signal: Signal) -> Result<()> {
+    // SAFETY: SIG_IGN is no function that could run at a bad moment, and no handler of ours was there to be lost.
+    let outcome = unsafe { nix::sys::signal::signal(signal, SigHandler::SigIgn) };
+    outcome.map(drop).map_err(|e| Error::os("signal", signal.to_string(), e))
 }
 
 fn start(command: &mut Command) -> Result<Child> {

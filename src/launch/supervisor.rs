@@ -16,10 +16,11 @@ use super::{
     EXIT_PREEMPTED,
     cause::{self, Exit, Sight},
     directory::JobDirectory,
+    fleet::{Context, Fleet},
     job::{JobOptions, Outcome, Signal},
     keeper::Keeper,
-    output::Printer,
-    processes::Processes,
+    pipes::SharedSink,
+    remote::Word,
     sweep,
     timeline::Timeline,
 };
@@ -28,6 +29,7 @@ use crate::{
     session::{Notice, Order, Rendezvous},
     transport::PathChoice,
     types::{Clock, Rank, Role},
+    wire::JobToken,
 };
 
 /// How long after the first sign of a failure others are gathered, so that the cause can be told from its consequences.
@@ -47,6 +49,8 @@ const SWEEP_TIME: Duration = Duration::from_secs(5);
 pub(super) enum Event {
     Notice(Notice),
     Exited(Rank, Exit),
+    /// What the agent on a host says.
+    Host(usize, Word),
     Signal(Signal),
     Kill(Rank, signal::Signal),
 }
@@ -75,8 +79,9 @@ pub(super) struct Supervisor {
     options: JobOptions,
     directory: JobDirectory,
     rendezvous: Rendezvous,
+    token: JobToken,
     events: Receiver<Event>,
-    processes: Processes,
+    processes: Fleet,
     sights: Vec<Sight>,
     settle_at: Option<Instant>,
     ending: Option<Ending>,
@@ -96,17 +101,18 @@ impl Supervisor {
     pub fn new(
         options: JobOptions,
         directory: JobDirectory,
-        rendezvous: Rendezvous,
+        (rendezvous, token): (Rendezvous, JobToken),
         (events_out, events): (Sender<Event>, Receiver<Event>),
-        printer: Printer,
+        sink: SharedSink,
     ) -> Supervisor {
         let mark = sweep::mark(&options.config.name, options.config.instance);
         Supervisor {
             options,
             directory,
             rendezvous,
+            token,
             events,
-            processes: Processes::new(mark, events_out, printer),
+            processes: Fleet::new(mark, events_out, sink),
             sights: Vec::new(),
             settle_at: None,
             ending: None,
@@ -147,13 +153,21 @@ impl Supervisor {
 
     fn start(&mut self) -> Result<Keeper> {
         let keeper = Keeper::start(&self.options.executable, self.processes.mark(), self.directory.path())?;
-        let address = self.rendezvous.address();
-        match self.processes.start(&self.options, &self.directory, &address) {
-            Ok(()) => Ok(keeper),
-            Err(e) => {
-                self.see(Sight::General(e.to_string()));
-                Ok(keeper)
-            }
+        let context =
+            Context { directory: &self.directory, token: &self.token, listening: self.rendezvous.listening() };
+        if let Err(e) = self.processes.start(&self.options, &context) {
+            self.see(Sight::General(e.to_string()));
+        }
+        Ok(keeper)
+    }
+
+    /// What an agent on another host says.
+    fn host(&mut self, index: usize, word: Word) {
+        let context =
+            Context { directory: &self.directory, token: &self.token, listening: self.rendezvous.listening() };
+        match self.processes.heard(index, word, &self.options, &context) {
+            Ok(exited) => exited.into_iter().for_each(|(rank, exit)| self.exited(rank, exit)),
+            Err(e) => self.see(Sight::General(e.to_string())),
         }
     }
 
@@ -172,7 +186,7 @@ impl Supervisor {
 
     fn next_deadline(&self) -> Option<Instant> {
         let ending = self.ending.as_ref().and_then(|ending| ending.terminate_at.or(ending.kill_at));
-        self.settle_at.into_iter().chain(ending).min()
+        self.settle_at.into_iter().chain(ending).chain(self.processes.next_deadline()).min()
     }
 
     fn handle(&mut self, event: Event) {
@@ -180,6 +194,7 @@ impl Supervisor {
         match event {
             Event::Notice(notice) => self.notice(notice),
             Event::Exited(rank, exit) => self.exited(rank, exit),
+            Event::Host(index, word) => self.host(index, word),
             Event::Signal(signal) => self.signal(signal),
             Event::Kill(rank, signal) => self.processes.signal(rank, signal),
         }
@@ -379,6 +394,9 @@ impl Supervisor {
     }
 
     fn handle_timeouts(&mut self, now: Instant) {
+        if let Some(text) = self.processes.check_reached(now) {
+            self.see(Sight::General(text));
+        }
         if self.settle_at.is_some_and(|at| at <= now) {
             self.settle_at = None;
             if let Some(cause) = cause::find(&self.sights) {
@@ -404,12 +422,10 @@ impl Supervisor {
 
     /// Leaves nothing behind and says how it went.
     fn clear_up(mut self, keeper: Option<Keeper>) -> Outcome {
-        self.processes.signal_all(signal::Signal::SIGKILL);
-        let left = sweep::sweep(self.processes.mark(), SWEEP_TIME);
+        let left = self.processes.clear_up(SWEEP_TIME);
         if left > 0 {
             warn!("{left} processes of the job could not be killed");
         }
-        self.processes.finish_output();
         drop(self.rendezvous);
         if let Some(path) = &self.options.timeline
             && let Err(error) = self.timeline.write(path, &self.options.config.name)

@@ -3,6 +3,8 @@
 //! Invariant: a fabric that the job does not name is never used, and one that it names and that cannot be had here is said so.
 #![forbid(unsafe_code)]
 
+use std::net::IpAddr;
+
 use super::{Fabric, JobConfig, Member, cores_from_environment};
 use crate::{
     Error, Result,
@@ -39,7 +41,7 @@ pub fn open(member: &Member, lane: u16, listen: bool) -> Result<Fabrics> {
     let allowed = allowed(&config.transports, own.as_deref())?;
     let (mut missing, mut last_error) = (Vec::new(), None);
     for fabric in &allowed {
-        match driver(*fabric, config, identity.clone(), listen) {
+        match driver(*fabric, config, identity.clone(), listen.then(|| member.local_ip())) {
             Ok(driver) => drivers.push(driver),
             Err(why) if !may_be_missing(*fabric) => return Err(why),
             Err(why) => {
@@ -55,7 +57,14 @@ pub fn open(member: &Member, lane: u16, listen: bool) -> Result<Fabrics> {
     }
 }
 
-fn driver(fabric: Fabric, config: &JobConfig, identity: Identity, listen: bool) -> Result<Box<dyn Driver>> {
+/// A driver; one that listens does so on the address by which this rank reached the rendezvous, unless an interface is named.
+fn driver(
+    fabric: Fabric,
+    config: &JobConfig,
+    identity: Identity,
+    listen: Option<Option<IpAddr>>,
+) -> Result<Box<dyn Driver>> {
+    let (listen, own) = (listen.is_some(), listen.flatten());
     Ok(match fabric {
         Fabric::Shm => Box::new(ShmTransport::new(ShmOptions::new(identity))?),
         Fabric::Soft => {
@@ -68,6 +77,7 @@ fn driver(fabric: Fabric, config: &JobConfig, identity: Identity, listen: bool) 
         Fabric::Tcp => {
             let options = TcpOptions {
                 listen,
+                address: own.filter(|_| config.interface.is_none() && std::env::var_os("GRADWIRE_IFNAME").is_none()),
                 interface: config.interface.clone(),
                 ports: config.ports.map(|ports| ports.first..=ports.last),
                 ..TcpOptions::new(identity)

@@ -35,7 +35,7 @@ pub use rendezvous::{
     Address, CheckpointSink, Command, Commands, Control, Member, Notice, NoticeSink, Offer, Order, RankStatus,
     Rendezvous, RendezvousOptions, Report, Reporter, Status, VERSION, View, decode_lines, token_from_environment,
 };
-pub(crate) use rendezvous::{ControlAnswer, control};
+pub(crate) use rendezvous::{ControlAnswer, LineBuffer, control};
 pub use settings::gather;
 pub use timeline::{ClockOffset, StepRange, TimelinePart};
 pub use verdict::{Finding, Owed, Verdict, WAITS_MAX, Wait, judge};

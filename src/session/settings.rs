@@ -13,13 +13,16 @@ use super::{JobConfig, setting};
 use crate::{Error, Result};
 
 /// Variables of this program that are no settings of a job.
-const OTHER_VARIABLES: [&str; 24] = [
+const OTHER_VARIABLES: [&str; 27] = [
     "GRADWIRE_CONFIG",
     "GRADWIRE_LOG",
     "GRADWIRE_HOME",
     "GRADWIRE_RENDEZVOUS",
+    "GRADWIRE_RENDEZVOUS_DIR",
     "GRADWIRE_ROLE",
     "GRADWIRE_RANK",
+    "GRADWIRE_LOCAL_RANK",
+    "GRADWIRE_SSH",
     "GRADWIRE_TOKEN",
     "GRADWIRE_TOKEN_FILE",
     "GRADWIRE_CORES",

@@ -38,6 +38,7 @@ const ALLOWED: &[(&str, &str, &str)] = &[
         "a benchmark of our own in another process; whoever asked for it sees it run and may interrupt it",
     ),
     ("src/cli/gpu.rs", "output", "`Job::output`: a text that is there"),
+    ("src/cli/group.rs", "wait", "the job, whose own waits have deadlines"),
     (
         "src/cli/run.rs",
         "wait",
@@ -54,6 +55,7 @@ const ALLOWED: &[(&str, &str, &str)] = &[
         "the keeper waits for the launcher's end, which closes the pipe, whatever it is",
     ),
     ("src/launch/keeper.rs", "wait", "the keeper has been told that nothing is left to do; its pipe is closed"),
+    ("src/launch/meeting.rs", "thread::sleep", "polls for a file, between two looks, under a deadline"),
     ("src/launch/processes.rs", "join", "the readers have been told to stop, and look every fraction of a second"),
     ("src/launch/processes.rs", "wait", "reaps a process whose end has been seen"),
     (
@@ -61,6 +63,8 @@ const ALLOWED: &[(&str, &str, &str)] = &[
         "waitid",
         "a thread for the end of one process; the supervisor kills that by its deadlines",
     ),
+    ("src/launch/remote.rs", "thread::sleep", "polls for the end of ssh or of its words, under a deadline"),
+    ("src/launch/remote.rs", "wait", "reaps an ssh that has been killed"),
     ("src/launch/sweep.rs", "thread::sleep", "polls /proc for processes that end, between two looks, under a deadline"),
     ("src/mem/pages.rs", "join", "a thread that touches pages and does nothing else"),
     ("src/mem/pages.rs", "thread::scope", "threads that touch pages and do nothing else"),
@@ -86,6 +90,7 @@ const ALLOWED: &[(&str, &str, &str)] = &[
         "set_read_timeout(None)",
         "the launcher's word; keep-alive probes end it, or leaving the seat",
     ),
+    ("src/session/rendezvous/mod.rs", "thread::sleep", "between two tries to reach the rendezvous, under a deadline"),
     ("src/sys/header.rs", "output", "for tests: a C compiler and the program that it made"),
     ("src/tools/bench/disk.rs", "join", "threads that write files; the benchmark is of how long that takes"),
     ("src/tools/bench/disk.rs", "thread::scope", "threads that write files; the benchmark is of how long that takes"),

@@ -4,12 +4,21 @@
 
 use std::{
     io::{ErrorKind, Read, Write},
-    net::{SocketAddr, TcpStream},
+    net::{SocketAddr, TcpListener, TcpStream},
     time::Instant,
 };
 
 use super::message::{LineBuffer, STRANGER_BYTES_MAX};
-use crate::types::Rank;
+use crate::{session::PortRange, types::Rank};
+
+/// Opens a port: one of `ports`, if other hosts are to call and none was chosen.
+pub(super) fn listen(at: SocketAddr, ports: Option<PortRange>) -> std::io::Result<TcpListener> {
+    let range = ports.filter(|_| at.port() == 0 && !at.ip().is_loopback());
+    let mut tries = range.map_or(at.port()..=at.port(), |range| range.first..=range.last);
+    let first = tries.next().unwrap_or_default();
+    let again = |before: std::io::Result<TcpListener>, port| before.or_else(|_| TcpListener::bind((at.ip(), port)));
+    tries.fold(TcpListener::bind((at.ip(), first)), again)
+}
 
 /// How far a caller has come.
 #[derive(Debug)]

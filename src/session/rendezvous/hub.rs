@@ -21,7 +21,7 @@ use tracing::{info, warn};
 
 use super::{
     Address, VERSION, auth,
-    connection::{Connection, Stage},
+    connection::{Connection, Stage, listen},
     message::{
         Admission, Answer, Challenge, FromLauncher, LINE_BYTES_MAX, LineBuffer, Purpose, STRANGER_BYTES_MAX, decode,
         encode,
@@ -103,10 +103,10 @@ pub struct Rendezvous {
 }
 
 impl Rendezvous {
-    /// Opens the port and starts the thread.
+    /// Opens the port (one of the job's, if other hosts are to call and none was chosen) and starts the thread.
     pub fn start(config: JobConfig, token: JobToken, options: RendezvousOptions) -> Result<Rendezvous> {
         let subject = || format!("the rendezvous port {}", options.listen);
-        let listener = TcpListener::bind(options.listen).map_err(|e| Error::os("bind", subject(), e))?;
+        let listener = listen(options.listen, config.ports).map_err(|e| Error::os("bind", subject(), e))?;
         listener.set_nonblocking(true).map_err(|e| Error::os("fcntl", subject(), e))?;
         let listening = listener.local_addr().map_err(|e| Error::os("getsockname", subject(), e))?;
         let (orders, orders_in) = channel();

@@ -7,7 +7,7 @@
 use std::{
     collections::VecDeque,
     io::Write,
-    net::{Shutdown, TcpStream},
+    net::{IpAddr, Shutdown, TcpStream},
     os::fd::{AsFd, BorrowedFd},
     sync::{Arc, Condvar, Mutex, MutexGuard},
     thread::JoinHandle,
@@ -51,6 +51,7 @@ pub struct Member {
     rank: Rank,
     config: JobConfig,
     token: JobToken,
+    address: Address,
     seat: Arc<Seat>,
     commands: Commands,
 }
@@ -203,7 +204,7 @@ impl Member {
             .spawn(move || for_reader.read(buffer))
             .map_err(|e| Error::os("pthread_create", "the rendezvous reader", e))?;
         let seat = Arc::new(Seat { link, reader: Some(reader) });
-        Ok(Member { rank, config, token: token.clone(), seat, commands })
+        Ok(Member { rank, config, token: token.clone(), address: address.clone(), seat, commands })
     }
 
     /// Takes the seat that the environment names: `GRADWIRE_RENDEZVOUS`, `GRADWIRE_ROLE` (worker if absent), `GRADWIRE_RANK` (any
@@ -240,9 +241,19 @@ impl Member {
         &self.config
     }
 
+    /// Where the rendezvous is.
+    pub fn address(&self) -> &Address {
+        &self.address
+    }
+
     /// The job's token, with which the data paths authenticate.
     pub fn token(&self) -> &JobToken {
         &self.token
+    }
+
+    /// The address by which this process reached the rendezvous: others that did so reach it by that too.
+    pub fn local_ip(&self) -> Option<IpAddr> {
+        self.seat.link.stream.local_addr().ok().map(|address| address.ip().to_canonical())
     }
 
     /// A worker says which tensors it has, and waits until all workers have.

@@ -383,7 +383,7 @@ pub fn decode_lines(bytes: &[u8]) -> Result<usize, String> {
 
 /// Bytes as they come in, taken out by line.
 #[derive(Debug, Default)]
-pub(super) struct LineBuffer {
+pub(crate) struct LineBuffer {
     bytes: Vec<u8>,
     /// Bytes already searched for a line's end.
     searched: usize,

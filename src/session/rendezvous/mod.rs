@@ -21,16 +21,28 @@ mod roster_tests;
 mod tests;
 mod waiting;
 
-use std::{fmt, net::SocketAddr, net::ToSocketAddrs, str::FromStr, time::Duration};
+use std::{
+    fmt,
+    net::{SocketAddr, TcpStream, ToSocketAddrs},
+    str::FromStr,
+    time::{Duration, Instant},
+};
 
 pub use hub::{CheckpointSink, NoticeSink, Order, Rendezvous, RendezvousOptions};
 pub use member::{Commands, Member, Reporter};
 pub(crate) use member::{ControlAnswer, control};
+pub(crate) use message::LineBuffer;
 pub use message::{Command, Control, Offer, RankStatus, Report, Status, VERSION, View, decode_lines};
 pub use notice::Notice;
 pub use peer::token_from_environment;
 
 use crate::{Error, Result, types::Rank};
+
+/// How long one address is tried where a rendezvous is waited for.
+const CONNECT_TIME: Duration = Duration::from_secs(2);
+
+/// Time between two tries.
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// Where a rendezvous is: `host:port`, or `[address]:port` for IPv6.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,6 +57,35 @@ impl Address {
             return Err(Error::Config(format!("the rendezvous address `{self}` stands for no address")));
         }
         Ok(found)
+    }
+}
+
+impl Address {
+    /// Where somebody on the host of this address listens for it: on that address if it is one of numbers, else on every one.
+    pub fn listen_at(&self) -> SocketAddr {
+        let port = self.0.rsplit_once(':').and_then(|(_, port)| port.parse().ok()).unwrap_or_default();
+        self.0.parse().unwrap_or(SocketAddr::from((std::net::Ipv4Addr::UNSPECIFIED, port)))
+    }
+
+    /// Waits until somebody answers there: the host's name may not be known yet, or nobody may listen yet.
+    ///
+    /// # Errors
+    ///
+    /// Why nobody could be reached after `time`.
+    pub fn wait_for(&self, time: Duration) -> Result<()> {
+        let until = Instant::now() + time;
+        loop {
+            let outcome = self.resolve().and_then(|all| {
+                let tried = all.iter().map(|address| TcpStream::connect_timeout(address, CONNECT_TIME));
+                let failed = |e| Error::os("connect", format!("the rendezvous at {self}"), e);
+                // There is at least one address.
+                tried.reduce(Result::or).map_or(Ok(()), |outcome| outcome.map(drop).map_err(failed))
+            });
+            if outcome.is_ok() || Instant::now() >= until {
+                return outcome;
+            }
+            std::thread::sleep(PAUSE);
+        }
     }
 }
 
