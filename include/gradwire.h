@@ -4,8 +4,8 @@
  * Made by cbindgen from src/ffi: `GRADWIRE_BLESS=1 cargo test --test c_header` writes it anew.
  *
  * Every function but the two that give a text gives a gw_status, and on anything but GW_OK leaves a text for gw_last_error;
- * results are written to the caller's memory on GW_OK only. Pointers are the caller's and are not kept beyond the call. Functions
- * may be called from any thread, those of one worker by one thread at a time. */
+ * results are written to the caller's memory on GW_OK only. Pointers are the caller's and are not kept beyond the call, but for
+ * those of gw_register. Functions may be called from any thread, those of one worker by one thread at a time. */
 
 #ifndef GRADWIRE_H
 #define GRADWIRE_H
@@ -149,11 +149,75 @@ typedef struct gw_tensor {
   uint16_t group;
 } gw_tensor;
 
+/*
+ A place in a worker's registered memory.
+ */
+typedef struct gw_view {
+  /*
+   The first element, in host memory, aligned to 32 bytes.
+   */
+  void *data;
+  /*
+   How many elements.
+   */
+  size_t elements;
+  /*
+   Their gw_dtype: that of the job, in which they travel.
+   */
+  uint32_t dtype;
+} gw_view;
+
 #ifdef __cplusplus
 extern "C" {
 #endif // __cplusplus
 
 /*
+ Changes settings on all servers at one clock: `settings` is a text of KEY=VALUE with spaces between them, such as
+ "lr=0.01 weight-decay=0.1 clip-norm=1" (see `gradwire help set`). On GW_OK `clock` is the one from which on they hold; it may
+ be null. Waits for the servers, at most a minute, and for no worker.
+
+ # Safety
+
+ `settings` is null or a text that ends with a NUL; `clock` is null or room for a number that nobody else uses during the call.
+ */
+enum gw_status gw_set(gw_worker worker,
+                      const char *settings,
+                      uint64_t *clock);
+
+/*
+ Asks for a checkpoint at the next clock that no server has passed, and goes on at once: it is complete some steps of all
+ workers later, which gw_checkpoint_test tells. One at a time.
+ */
+enum gw_status gw_checkpoint(gw_worker worker);
+
+/*
+ Whether the checkpoint that was asked for is complete; if it is, `clock` is its clock (it may be null), and the next one may be
+ asked for. GW_REFUSED, with the reason, if there is none to be had, as in a job without a checkpoint directory. Never waits.
+
+ # Safety
+
+ `done` and `clock` are null or room for what they are told, which nobody else uses during the call.
+ */
+enum gw_status gw_checkpoint_test(gw_worker worker,
+                                  bool *done,
+                                  uint64_t *clock);
+
+/*
+ How the job stands, as a JSON object that ends with a NUL: what `gradwire status --json` prints (ranks, their state, host, clock
+ and fabrics, the last checkpoint, steps that were not finite). `length` is how many bytes it takes with its NUL; where `room`
+ is less, only that is written, and the status is GW_INVALID. `out` may be null if `room` is 0. Waits for the launcher, at most 10
+ seconds.
+
+ # Safety
+
+ `out` is null or room for `room` bytes, `length` null or room for a number, which nobody else uses during the call.
+ */
+enum gw_status gw_job_status(gw_worker worker,
+                             char *out,
+                             size_t room,
+                             size_t *length);
+
+/*
  Starts a tensor's step: its gradient of this clock goes to the servers, and the new parameters are on their way back
  until gw_wait or gw_test says that they are here. Tensors may be given in any order, each once a clock.
 
@@ -305,6 +369,122 @@ enum gw_status gw_tensor_index(gw_worker worker, const char *name, size_t *tenso
 enum gw_status gw_set_learning_rate(gw_worker worker, double rate);
 
 /*
+ Where a tensor's gradient lies: write it there and push it with gw_push_pull_in_place, and nothing is copied. The memory is the
+ worker's and ends with it. Nothing may be written from the push until the clock has ended.
+
+ # Safety
+
+ `view` is null or room for a view that nobody else uses during the call.
+ */
+enum gw_status gw_gradient_view(gw_worker worker,
+                                size_t tensor,
+                                struct gw_view *view);
+
+/*
+ Where a tensor's parameters land, to be read only, and not from the push until the clock has ended. The memory is the worker's
+ and ends with it.
+
+ # Safety
+
+ `view` is null or room for a view that nobody else uses during the call.
+ */
+enum gw_status gw_parameter_view(gw_worker worker,
+                                 size_t tensor,
+                                 struct gw_view *view);
+
+/*
+ As gw_push_pull, with the gradient that was written to gw_gradient_view.
+ */
+enum gw_status gw_push_pull_in_place(gw_worker worker, size_t tensor);
+
+/*
+ As gw_push, with the gradient that was written to gw_gradient_view.
+ */
+enum gw_status gw_push_in_place(gw_worker worker, size_t tensor);
+
+/*
+ Tells the worker where the caller keeps a tensor's gradient and parameters, each `elements` values of the tensor's dtype in host
+ memory, as many as it has. gw_push_pull_registered then takes the gradient from there, and gw_parameters_registered puts
+ the parameters there, each with one copy: the fabrics need memory with a descriptor, which the caller's has not. Both
+ addresses are kept until the next gw_register of this tensor, or the worker's end; the memory must stay as long. Null for
+ one of them: it is not registered.
+
+ # Safety
+
+ `gradient` and `parameters` are null or point to that many values for as long as they are registered; nobody changes the first
+ during gw_push_pull_registered, and nobody else uses the second during gw_parameters_registered.
+ */
+enum gw_status gw_register(gw_worker worker,
+                           size_t tensor,
+                           const void *gradient,
+                           void *parameters,
+                           size_t elements);
+
+/*
+ As gw_push_pull, with the gradient at the address that was registered.
+
+ # Safety
+
+ As gw_register said.
+ */
+enum gw_status gw_push_pull_registered(gw_worker worker, size_t tensor);
+
+/*
+ As gw_parameters, for every tensor whose parameters have a registered address.
+
+ # Safety
+
+ As gw_register said.
+ */
+enum gw_status gw_parameters_registered(gw_worker worker);
+
+/*
+ Changes settings on all servers at one clock: `settings` is a text of KEY=VALUE with spaces between them, such as
+ "lr=0.01 weight-decay=0.1 clip-norm=1" (see `gradwire help set`). On GW_OK `clock` is the one from which on they hold; it may
+ be null. Waits for the servers, at most a minute, and for no worker.
+
+ # Safety
+
+ `settings` is null or a text that ends with a NUL; `clock` is null or room for a number that nobody else uses during the call.
+ */
+enum gw_status gw_set(gw_worker worker,
+                      const char *settings,
+                      uint64_t *clock);
+
+/*
+ Asks for a checkpoint at the next clock that no server has passed, and goes on at once: it is complete some steps of all
+ workers later, which gw_checkpoint_test tells. One at a time.
+ */
+enum gw_status gw_checkpoint(gw_worker worker);
+
+/*
+ Whether the checkpoint that was asked for is complete; if it is, `clock` is its clock (it may be null), and the next one may be
+ asked for. GW_REFUSED, with the reason, if there is none to be had, as in a job without a checkpoint directory. Never waits.
+
+ # Safety
+
+ `done` and `clock` are null or room for what they are told, which nobody else uses during the call.
+ */
+enum gw_status gw_checkpoint_test(gw_worker worker,
+                                  bool *done,
+                                  uint64_t *clock);
+
+/*
+ How the job stands, as a JSON object that ends with a NUL: what `gradwire status --json` prints (ranks, their state, host, clock
+ and fabrics, the last checkpoint, steps that were not finite). `length` is how many bytes it takes with its NUL; where `room`
+ is less, only that is written, and the status is GW_INVALID. `out` may be null if `room` is 0. Waits for the launcher, at most 10
+ seconds.
+
+ # Safety
+
+ `out` is null or room for `room` bytes, `length` null or room for a number, which nobody else uses during the call.
+ */
+enum gw_status gw_job_status(gw_worker worker,
+                             char *out,
+                             size_t room,
+                             size_t *length);
+
+/*
  Starts a tensor's step: its gradient of this clock goes to the servers, and the new parameters are on their way back
  until gw_wait or gw_test says that they are here. Tensors may be given in any order, each once a clock.
 
@@ -454,6 +634,76 @@ enum gw_status gw_tensor_index(gw_worker worker, const char *name, size_t *tenso
  of the clock.
  */
 enum gw_status gw_set_learning_rate(gw_worker worker, double rate);
+
+/*
+ Where a tensor's gradient lies: write it there and push it with gw_push_pull_in_place, and nothing is copied. The memory is the
+ worker's and ends with it. Nothing may be written from the push until the clock has ended.
+
+ # Safety
+
+ `view` is null or room for a view that nobody else uses during the call.
+ */
+enum gw_status gw_gradient_view(gw_worker worker,
+                                size_t tensor,
+                                struct gw_view *view);
+
+/*
+ Where a tensor's parameters land, to be read only, and not from the push until the clock has ended. The memory is the worker's
+ and ends with it.
+
+ # Safety
+
+ `view` is null or room for a view that nobody else uses during the call.
+ */
+enum gw_status gw_parameter_view(gw_worker worker,
+                                 size_t tensor,
+                                 struct gw_view *view);
+
+/*
+ As gw_push_pull, with the gradient that was written to gw_gradient_view.
+ */
+enum gw_status gw_push_pull_in_place(gw_worker worker, size_t tensor);
+
+/*
+ As gw_push, with the gradient that was written to gw_gradient_view.
+ */
+enum gw_status gw_push_in_place(gw_worker worker, size_t tensor);
+
+/*
+ Tells the worker where the caller keeps a tensor's gradient and parameters, each `elements` values of the tensor's dtype in host
+ memory, as many as it has. gw_push_pull_registered then takes the gradient from there, and gw_parameters_registered puts
+ the parameters there, each with one copy: the fabrics need memory with a descriptor, which the caller's has not. Both
+ addresses are kept until the next gw_register of this tensor, or the worker's end; the memory must stay as long. Null for
+ one of them: it is not registered.
+
+ # Safety
+
+ `gradient` and `parameters` are null or point to that many values for as long as they are registered; nobody changes the first
+ during gw_push_pull_registered, and nobody else uses the second during gw_parameters_registered.
+ */
+enum gw_status gw_register(gw_worker worker,
+                           size_t tensor,
+                           const void *gradient,
+                           void *parameters,
+                           size_t elements);
+
+/*
+ As gw_push_pull, with the gradient at the address that was registered.
+
+ # Safety
+
+ As gw_register said.
+ */
+enum gw_status gw_push_pull_registered(gw_worker worker, size_t tensor);
+
+/*
+ As gw_parameters, for every tensor whose parameters have a registered address.
+
+ # Safety
+
+ As gw_register said.
+ */
+enum gw_status gw_parameters_registered(gw_worker worker);
 
 /*
  The version of the library, such as "0.1.0". The text is static. Any thread.

@@ -86,7 +86,7 @@ fn compile(source: &str, more: &[&str]) -> Program {
 
 /// A job of one server with plain SGD, whose workers run a shell command.
 fn options(home: &Path, workers: u16, learning_rate: f64, command: &str) -> JobOptions {
-    let config = JobConfig {
+    let mut config = JobConfig {
         name: "c".into(),
         workers,
         optimizer: OptimizerConfig::new(OptimizerKind::SGD, learning_rate),
@@ -94,6 +94,7 @@ fn options(home: &Path, workers: u16, learning_rate: f64, command: &str) -> JobO
         deadline_ms: 60_000,
         ..JobConfig::default()
     };
+    config.checkpoint.dir = Some(home.join("checkpoints"));
     let command = ["sh", "-c", command].map(OsString::from).to_vec();
     let mut options = JobOptions::new(config, command, env!("CARGO_BIN_EXE_gradwire"));
     options.home = Some(home.into());

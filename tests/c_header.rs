@@ -16,8 +16,8 @@ const PREAMBLE: &str = "\
  * Made by cbindgen from src/ffi: `GRADWIRE_BLESS=1 cargo test --test c_header` writes it anew.
  *
  * Every function but the two that give a text gives a gw_status, and on anything but GW_OK leaves a text for gw_last_error;
- * results are written to the caller's memory on GW_OK only. Pointers are the caller's and are not kept beyond the call. Functions
- * may be called from any thread, those of one worker by one thread at a time. */";
+ * results are written to the caller's memory on GW_OK only. Pointers are the caller's and are not kept beyond the call, but for
+ * those of gw_register. Functions may be called from any thread, those of one worker by one thread at a time. */";
 
 fn generate() -> String {
     let mut config = cbindgen::Config {
@@ -38,6 +38,7 @@ fn generate() -> String {
         ("InitRule", "gw_init"),
         ("TensorDescription", "gw_tensor"),
         ("WorkerHandle", "gw_worker"),
+        ("View", "gw_view"),
     ];
     config.export.rename = names.iter().map(|(rust, c)| (rust.to_string(), c.to_string())).collect();
     // What only numbers in a struct refer to.

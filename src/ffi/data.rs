@@ -25,7 +25,7 @@ enum Back {
 
 impl Entry {
     /// The format of a tensor that has this many elements.
-    fn dtype(&self, tensor: usize, elements: usize) -> Answer<Dtype> {
+    pub(super) fn dtype(&self, tensor: usize, elements: usize) -> Answer<Dtype> {
         match self.tensors.get(tensor) {
             Some((dtype, len)) if *len == elements => Ok(*dtype),
             Some((_, len)) => {
@@ -69,12 +69,22 @@ impl Entry {
         Ok(())
     }
 
+    /// Pushes a gradient for which parameters come back.
+    ///
+    /// # Safety
+    ///
+    /// As `give`.
+    pub(super) unsafe fn give_back(&mut self, tensor: usize, gradient: *const c_void, elements: usize) -> Answer {
+        // SAFETY: the caller of this function answers for it.
+        unsafe { self.give(tensor, gradient, elements, Back::Parameters) }
+    }
+
     /// Copies parameters out.
     ///
     /// # Safety
     ///
     /// `out` is null or room for `elements` values of the tensor's format that nobody else uses.
-    unsafe fn copy(&mut self, tensor: usize, out: *mut c_void, elements: usize) -> Answer {
+    pub(super) unsafe fn copy(&mut self, tensor: usize, out: *mut c_void, elements: usize) -> Answer {
         let dtype = self.dtype(tensor, elements)?;
         let Entry { worker, scratch, .. } = self;
         match dtype {

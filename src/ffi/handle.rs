@@ -4,10 +4,10 @@
 //! a child may have been forked while another thread held one.
 //!
 //! Invariant: a worker is used by one thread at a time, and a number never names a second worker.
-#![forbid(unsafe_code)]
 
 use std::{
     collections::BTreeMap,
+    ffi::c_void,
     sync::{
         Arc, Mutex, MutexGuard, TryLockError,
         atomic::{AtomicU32, Ordering},
@@ -28,7 +28,29 @@ pub(super) struct Entry {
     pub tensors: Vec<(Dtype, usize)>,
     /// Where values of other formats become f32, as long as the longest tensor of such a format.
     pub scratch: Vec<f32>,
+    /// By tensor: where the caller keeps its values.
+    pub registered: BTreeMap<usize, Registered>,
 }
+
+/// Addresses of the caller's, null where there is none.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Registered {
+    pub gradient: *const c_void,
+    pub parameters: *mut c_void,
+    pub elements: usize,
+}
+
+impl Entry {
+    /// What is registered of a tensor.
+    pub fn registered(&self, tensor: usize) -> Answer<Registered> {
+        let none = || Fault::invalid(format!("nothing is registered of tensor {tensor}: gw_register does that"));
+        self.registered.get(&tensor).copied().ok_or_else(none)
+    }
+}
+
+// SAFETY: the addresses are only numbers here; whoever uses them holds the worker's lock, and who registered them has promised that
+// they are good in any thread that calls with this worker.
+unsafe impl Send for Registered {}
 
 /// `None` once it is closed.
 type Slot = Arc<Mutex<Option<Entry>>>;

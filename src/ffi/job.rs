@@ -2,7 +2,7 @@
 //!
 //! Invariant: an answer is written to the caller's memory only if the call gives GW_OK.
 
-use std::ffi::c_char;
+use std::{collections::BTreeMap, ffi::c_char};
 
 use super::{
     handle::{Entry, WorkerHandle, keep, take, with},
@@ -42,7 +42,8 @@ pub unsafe extern "C" fn gw_connect(
         let sizes: Vec<(Dtype, usize)> = sizes.collect();
         let joined = Worker::join(specs.into_iter().map(|(spec, _)| spec).collect())?;
         let longest = sizes.iter().filter(|(dtype, _)| *dtype != Dtype::F32).map(|(_, len)| *len).max();
-        *worker = keep(Entry { worker: joined, tensors: sizes, scratch: vec![0.0; longest.unwrap_or(0)] })?;
+        let scratch = vec![0.0; longest.unwrap_or(0)];
+        *worker = keep(Entry { worker: joined, tensors: sizes, scratch, registered: BTreeMap::new() })?;
         Ok(())
     })
 }

@@ -2,6 +2,7 @@
 //!
 //! Invariant: every wait has a deadline, and its error names the server, the chunk and the clock that it waited for.
 
+mod asking;
 mod ending;
 mod in_place;
 mod observed;
@@ -59,6 +60,8 @@ pub struct Worker {
     loss_scale: (Clock, f32),
     reported: Instant,
     observed: Observed,
+    /// A checkpoint that has been asked for.
+    asked: Option<asking::Asked>,
 }
 
 impl Worker {
@@ -97,6 +100,7 @@ impl Worker {
                     finished: false,
                     reported: Instant::now(),
                     observed,
+                    asked: None,
                 };
                 worker.first_parameters()?;
                 worker.observed.begins(worker.clock);

@@ -142,6 +142,61 @@ static void polled(gw_worker worker) {
     FAILS(gw_pull(worker, 1000, 50), GW_TIMEOUT, "server 0");
 }
 
+/* Another rate at a clock that the servers agree on, a checkpoint that is complete some steps later, and how the job stands. */
+static void asked(gw_worker worker) {
+    uint64_t now, from = 0, written = 0;
+    size_t length = 0;
+    bool done = false;
+    char few[8], text[4096];
+    FAILS(gw_set(worker, "speed=1", &from), GW_INVALID, "speed");
+    FAILS(gw_set(worker, NULL, &from), GW_INVALID, "settings is a null pointer");
+    FAILS(gw_checkpoint_test(worker, &done, &written), GW_INVALID, "no checkpoint has been asked for");
+    EXPECT(gw_clock(worker, &now) == GW_OK);
+    EXPECT(gw_set(worker, "lr=0.25", &from) == GW_OK && from >= now);
+    EXPECT(gw_set(worker, "lr=0.125", NULL) == GW_OK);
+    EXPECT(gw_checkpoint(worker) == GW_OK);
+    FAILS(gw_checkpoint(worker), GW_INVALID, "already");
+    while (!done) {
+        EXPECT(gw_push_pull(worker, FLOATS, QUARTERS, 4) == GW_OK);
+        EXPECT(gw_wait(worker, 60000) == GW_OK);
+        EXPECT(gw_checkpoint_test(worker, &done, &written) == GW_OK);
+    }
+    EXPECT(written >= now);
+    FAILS(gw_job_status(worker, few, sizeof few, &length), GW_INVALID, "there is room for 8");
+    EXPECT(length > sizeof few && length < sizeof text);
+    FAILS(gw_job_status(worker, NULL, sizeof text, &length), GW_INVALID, "out is a null pointer");
+    EXPECT(gw_job_status(worker, text, sizeof text, &length) == GW_OK && strlen(text) + 1 == length);
+    EXPECT(strstr(text, "\"ranks\"") != NULL && strstr(text, "running") != NULL);
+}
+
+/* Written and read where it lies, and where the caller keeps it. The rate is 1/8 by now. */
+static void in_place(gw_worker worker) {
+    float before[4], after[4], kept[4] = {0}, gradient[4] = {8, 16, 24, 32};
+    gw_view slot, parameters;
+    FAILS(gw_gradient_view(worker, FLOATS, NULL), GW_INVALID, "view is a null pointer");
+    FAILS(gw_gradient_view(worker, TENSORS, &slot), GW_INVALID, "");
+    EXPECT(gw_gradient_view(worker, FLOATS, &slot) == GW_OK && slot.elements == 4 && slot.dtype == GW_F32);
+    EXPECT(gw_parameter_view(worker, FLOATS, &parameters) == GW_OK && parameters.elements == 4);
+    EXPECT((uintptr_t)slot.data % 4 == 0);
+    EXPECT(gw_parameters(worker, FLOATS, before, 4) == GW_OK);
+    memcpy(slot.data, gradient, sizeof gradient);
+    EXPECT(gw_push_pull_in_place(worker, FLOATS) == GW_OK);
+    EXPECT(gw_wait(worker, 60000) == GW_OK);
+    memcpy(after, parameters.data, sizeof after);
+    for (int i = 0; i < 4; i++)
+        EXPECT(after[i] == before[i] - (float)(i + 1));
+    FAILS(gw_push_pull_registered(worker, FLOATS), GW_INVALID, "nothing is registered of tensor 0");
+    FAILS(gw_register(worker, FLOATS, gradient, kept, 3), GW_INVALID, "has 4 elements, and 3 were given");
+    FAILS(gw_register(worker, FLOATS, (char *)gradient + 1, kept, 4), GW_INVALID, "no multiple of 4");
+    EXPECT(gw_register(worker, FLOATS, gradient, kept, 4) == GW_OK);
+    gradient[0] = 80;
+    EXPECT(gw_push_pull_registered(worker, FLOATS) == GW_OK);
+    EXPECT(gw_wait(worker, 60000) == GW_OK);
+    EXPECT(gw_parameters_registered(worker) == GW_OK);
+    EXPECT(kept[0] == after[0] - 10.0f && kept[3] == after[3] - 4.0f);
+    EXPECT(gw_push_in_place(worker, FLOATS) == GW_OK && gw_wait(worker, 60000) == GW_OK);
+}
+
 static atomic_bool waiting;
 
 /* Waits in vain for a version, and so keeps the worker busy. */
@@ -194,6 +249,8 @@ static void closed(gw_worker worker) {
     EXPECT(gw_pull(worker, 0, 0) == GW_CLOSED && gw_wait(worker, 0) == GW_CLOSED);
     EXPECT(gw_test(worker, &done) == GW_CLOSED && gw_completion_fd(worker, &fd) == GW_CLOSED);
     EXPECT(gw_parameters(worker, 0, out, 4) == GW_CLOSED && gw_set_learning_rate(worker, 1.0) == GW_CLOSED);
+    EXPECT(gw_set(worker, "lr=1", &clock) == GW_CLOSED && gw_checkpoint(worker) == GW_CLOSED);
+    EXPECT(gw_push_pull_in_place(worker, 0) == GW_CLOSED && gw_register(worker, 0, out, out, 4) == GW_CLOSED);
     EXPECT(gw_finish(worker) == GW_CLOSED && gw_close(worker) == GW_CLOSED);
 }
 
@@ -206,6 +263,8 @@ int main(void) {
     arguments(worker);
     step(worker);
     polled(worker);
+    asked(worker);
+    in_place(worker);
     beside(worker);
     EXPECT(gw_finish(worker) == GW_OK);
     closed(worker);
