@@ -7,7 +7,7 @@ const N: usize = 10;
 
 /// Joins the job that the environment names and learns until the loss is small.
 pub fn main() -> Result<()> {
-    let steps = std::env::args().nth(1).map_or(1000, |text| text.parse().expect("a number of steps"));
+    let steps = std::env::args().nth(1).and_then(|text| text.parse().ok()).unwrap_or(1000);
     let mut worker = Worker::join(vec![TensorSpec::new("w", [N as u64, N as u64]).init(Init::Normal(1.0))])?;
     let (mut w, mut loss) = (vec![0.0; N * N], 0.0);
     for step in worker.clock()..steps {
