@@ -1,5 +1,9 @@
 """``gradwire.torch.Optimizer`` in jobs of two workers, beside one process of torch with twice the batch."""
 
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +101,74 @@ def test_two_workers_train_what_one_process_trains(
         assert abs((one + two) / 2 - whole) < 1e-4, f"step {step}"
     if kind == "sgd":
         assert max(far(ours, theirs).values()) < 1e-5, far(ours, theirs)
+
+
+DDP = """
+import os, sys, torch
+import gpt2
+torch.set_num_threads(1)
+rank = int(os.environ["RANK"])
+torch.distributed.init_process_group("gloo")
+
+class Loss(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch):
+        return self.model.loss(batch)
+
+model = gpt2.Gpt2(7 + rank)
+whole = torch.nn.parallel.DistributedDataParallel(Loss(model))
+decay, keep = gpt2.groups(model)
+optimizer = torch.optim.OPTIMIZER([decay, keep | {"weight_decay": 0.0}], **OPTIONS)
+scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step / 4))
+losses = []
+for step in range(STEPS):
+    optimizer.zero_grad()
+    loss = whole(gpt2.batch(step)[rank::2])
+    loss.backward()
+    optimizer.step()
+    scheduler.step()
+    losses.append(loss.item())
+torch.save((losses, model.state_dict()), f"ddp{rank}.pt")
+torch.distributed.destroy_process_group()
+""".replace("STEPS", str(STEPS))
+
+
+def with_ddp(place: Path, optimizer: Any, **options: Any) -> None:
+    """The same training by two processes of DistributedDataParallel over gloo; they leave their outcome in `place`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = place / "ddp.py"
+    program.write_text(DDP.replace("OPTIMIZER", optimizer.__name__).replace("OPTIONS", repr(options)))
+    found = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": found}
+    ranks = [
+        subprocess.Popen([sys.executable, str(program)], cwd=place, env=os.environ | meet | {"RANK": str(rank)}) for rank in range(2)
+    ]
+    try:
+        assert [rank.wait(120) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
+@pytest.mark.parametrize(("kind", "optimizer", "rate", "options", "settings"), [KINDS[1], KINDS[2]], ids=["momentum", "adamw"])
+def test_two_workers_train_what_ddp_trains(
+    run: Any, tmp_path: Path, kind: str, optimizer: Any, rate: float, options: dict[str, Any], settings: tuple[str, ...]
+) -> None:
+    """Two workers here and two processes of DDP, each with the same half of every batch."""
+    flags = [flag for setting in settings for flag in ("--set", setting)]
+    run(GPT2, "--optimizer", kind, "--lr", str(rate), *flags, *NO_DECAY, *INITIAL, "--set", "chunk_bytes=4096")
+    with_ddp(tmp_path, optimizer, lr=rate, **options)
+    for rank in range(2):
+        (losses, ours), (theirs, state) = (torch.load(tmp_path / f"{kind}{rank}.pt") for kind in ("rank", "ddp"))
+        for step, (one, other) in enumerate(zip(losses, theirs, strict=True)):
+            assert abs(one - other) < 1e-4, f"rank {rank}, step {step}"
+        if kind == "sgd":
+            assert max(far(ours, state).values()) < 1e-5, far(ours, state)
 
 
 def test_accumulation_unused_and_frozen_parameters(run: Any, tmp_path: Path) -> None:
