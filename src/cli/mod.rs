@@ -1,4 +1,4 @@
-//! The command line: `gradwire run`, `node`, `status`, `set`, `checkpoint`, `bench`, `plan`, `info`, `doctor`.
+//! The command line: `gradwire run`, `node`, `status`, `top`, `set`, `checkpoint`, `bench`, `plan`, `info`, `doctor`.
 //!
 //! Invariant: what a command prints for machines goes to standard output, everything else to standard error; a failure ends with
 //! one line that says what happened, to whom, and what to do.
@@ -17,6 +17,7 @@ mod run;
 mod set;
 mod settings;
 mod status;
+mod top;
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -35,6 +36,7 @@ use crate::Result;
   gradwire run -s 1 -n 4 --consistency ssp:3 -- ./train
   gradwire status                                   what runs here
   gradwire status myjob                             who has joined, and how far they are
+  gradwire top myjob                                rates, each second
   gradwire set myjob lr=0.0003                      change a setting while it runs
   gradwire checkpoint now myjob                     write a checkpoint now
   gradwire checkpoint export ckpt model.safetensors the parameters, for other tools
@@ -63,6 +65,8 @@ enum Command {
     Doctor(doctor::DoctorArguments),
     /// List the running jobs, or say who has joined one and how far it is.
     Status(status::StatusArguments),
+    /// Show a running job in the terminal, each second: rates, clocks, who is behind and why.
+    Top(top::TopArguments),
     /// Change settings of a running job, at one clock on every server.
     Set(set::SetArguments),
     /// Have a running job write a checkpoint; list, verify and export what has been written.
@@ -99,6 +103,7 @@ pub fn main() -> ExitCode {
         Command::Info(arguments) => info::run(&arguments),
         Command::Doctor(arguments) => doctor::run(&arguments),
         Command::Status(arguments) => status::status(&arguments),
+        Command::Top(arguments) => top::top(&arguments),
         Command::Set(arguments) => set::set(&arguments),
         Command::Checkpoint(arguments) => checkpoint::run(&arguments),
         Command::Bench(arguments) => bench::run(arguments),

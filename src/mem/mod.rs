@@ -6,6 +6,7 @@
 
 mod device;
 mod lease;
+mod owner;
 mod pages;
 mod region;
 mod shared;
@@ -13,6 +14,7 @@ pub mod topology;
 
 pub use device::{DeviceMemory, DeviceRange, PinnedRegion};
 pub use lease::{Lease, SharedLease};
+pub use owner::Owner;
 pub use region::{HugePages, Locking, Region, RegionId, RegionOptions, RegionReport};
 pub use shared::SharedMapping;
 pub(crate) use shared::{receive_files, send_files};

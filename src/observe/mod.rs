@@ -20,7 +20,11 @@ pub use log::log_filter;
 pub use meter::{BUCKETS, Cause, Counter, Gauge, Histogram, LaneMeter, Meters, PeerMeter, Queue, TaskKind, bucket_ns};
 pub use timeline::{MARKS_MAX, Mark, Ring, WORDS, What, monotonic_ns};
 
-static SENT: AtomicU64 = AtomicU64::new(0);
+/// Fabrics by whose names bytes are counted.
+const FABRICS: [&str; 4] = ["shm", "verbs", "tcp", "soft"];
+
+/// By fabric.
+static SENT: [AtomicU64; FABRICS.len()] = [const { AtomicU64::new(0) }; FABRICS.len()];
 static COPIED: AtomicU64 = AtomicU64::new(0);
 
 /// What a process, or several together, have used.
@@ -42,7 +46,8 @@ impl Usage {
         // It fails only for a `who` that does not exist.
         let cpu = getrusage(UsageWho::RUSAGE_SELF).map(|used| used.user_time() + used.system_time());
         let cpu_ns = cpu.map_or(0, |time| time.num_nanoseconds().max(0) as u64);
-        let [sent_bytes, copied_bytes] = [&SENT, &COPIED].map(|count| count.load(Ordering::Relaxed));
+        let sent_bytes = sent_by_fabric().map(|(_, bytes)| bytes).sum();
+        let copied_bytes = COPIED.load(Ordering::Relaxed);
         Usage { cpu_ns, sent_bytes, copied_bytes }
     }
 
@@ -67,8 +72,15 @@ impl std::iter::Sum for Usage {
 }
 
 /// So many payload bytes were handed to a fabric.
-pub fn count_sent(bytes: usize) {
-    SENT.fetch_add(bytes as u64, Ordering::Relaxed);
+pub fn count_sent(fabric: &str, bytes: usize) {
+    if let Some(at) = FABRICS.iter().position(|known| *known == fabric) {
+        SENT[at].fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+}
+
+/// Payload bytes that this process has handed to each fabric.
+pub fn sent_by_fabric() -> impl Iterator<Item = (&'static str, u64)> {
+    FABRICS.into_iter().zip(&SENT).map(|(fabric, sent)| (fabric, sent.load(Ordering::Relaxed)))
 }
 
 /// So many bytes were copied by a processor.
@@ -83,7 +95,7 @@ mod tests {
     #[test]
     fn counts_add_up_and_differences_are_taken() {
         let before = Usage::now();
-        count_sent(5);
+        count_sent("tcp", 5);
         count_copied(7);
         let used = Usage::now().since(before);
         // Other tests of this process may count too.

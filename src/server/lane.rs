@@ -194,6 +194,7 @@ impl Lane {
         if clock > before && now >= when + PROGRESS_EVERY {
             self.reported = (now, clock);
             self.reporter.report(Report::Progress { clock })?;
+            self.reporter.report(Report::sent())?;
         }
         Ok(())
     }

@@ -28,6 +28,7 @@ use tiny_http::{Header, Response, Server};
 use super::{JobConfig, Status};
 use crate::{
     Error, Result,
+    mem::Owner,
     observe::{BUCKETS, Cause, Histogram, LaneMeter, Meters, PeerMeter, Queue, TaskKind, Usage, bucket_ns},
     types::{Rank, Role},
 };
@@ -101,6 +102,7 @@ pub struct MetricsEndpoint {
     address: SocketAddr,
     ending: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
+    owner: Owner,
 }
 
 impl fmt::Debug for MetricsEndpoint {
@@ -137,7 +139,7 @@ impl MetricsEndpoint {
         };
         let thread = std::thread::Builder::new().name("metrics".into()).spawn(serve);
         let thread = thread.map_err(|error| Error::os("pthread_create", "the metrics' thread", error))?;
-        Ok(MetricsEndpoint { address, ending, thread: Some(thread) })
+        Ok(MetricsEndpoint { address, ending, thread: Some(thread), owner: Owner::here() })
     }
 
     /// Where it answers.
@@ -148,6 +150,10 @@ impl MetricsEndpoint {
 
 impl Drop for MetricsEndpoint {
     fn drop(&mut self) {
+        if !self.owner.is_here() {
+            // A copy that fork has made: there is no such thread here.
+            return std::mem::forget(self.thread.take());
+        }
         self.ending.store(true, Ordering::Relaxed);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();

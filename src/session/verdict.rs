@@ -39,6 +39,8 @@ pub enum Owed {
     Decision,
     /// That it takes note of a worker's leaving.
     Goodbye,
+    /// Any report to the launcher.
+    Report,
 }
 
 /// One thing that a rank waits for.
@@ -195,6 +197,26 @@ pub(super) fn names(ranks: &[Rank]) -> String {
 }
 
 impl Verdict {
+    /// The launcher's own verdict where no rank says anything; `None` if there is no rank.
+    pub(super) fn all_silent(ranks: Vec<Rank>, silence_ms: u64, hosts: &BTreeMap<Rank, String>) -> Option<Verdict> {
+        let first = hosts.get(ranks.first()?);
+        let host = first.filter(|host| ranks.iter().all(|rank| hosts.get(rank) == Some(host))).cloned();
+        Some(Verdict {
+            finding: Finding::Silent,
+            whole_host: host.is_some() && ranks.len() > 1,
+            host,
+            owed: Owed::Report,
+            chunk: None,
+            clock: None,
+            fabric: String::new(),
+            others: 0,
+            holds_workers: true,
+            since_ms: silence_ms,
+            silence_ms: Some(silence_ms),
+            ranks,
+        })
+    }
+
     /// What they have not done.
     fn debt(&self) -> String {
         let clock = self.clock.map(|clock| format!(" clock {clock}")).unwrap_or_default();
@@ -210,6 +232,7 @@ impl Verdict {
             Owed::Room => format!("made no room for a gradient{of_clock}"),
             Owed::Decision => format!("not decided upon{clock}"),
             Owed::Goodbye => "not said goodbye".into(),
+            Owed::Report => "not reported anything to the launcher".into(),
         }
     }
 
@@ -256,6 +279,9 @@ impl fmt::Display for Verdict {
         let details: Vec<String> = chunk.into_iter().chain(fabric).collect();
         if !details.is_empty() {
             write!(f, " ({})", details.join(", "))?;
+        }
+        if self.owed == Owed::Report {
+            return f.write_str(&self.life());
         }
         let (others, wait) = if self.others == 1 { ("other", "waits") } else { ("others", "wait") };
         write!(f, "; {} {others} {wait} for {them} since {} s", self.others, seconds(self.since_ms))?;

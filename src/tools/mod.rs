@@ -7,3 +7,4 @@ pub mod bench;
 pub mod doctor;
 pub mod gpu;
 pub mod plan;
+pub mod top;

@@ -229,8 +229,9 @@ impl Transport for Fabrics {
         let peer = request.peer;
         if let Some(driver) = self.of(peer) {
             let bytes = request.payload.as_ref().map_or(0, |_| request.note.length as usize);
+            let fabric = driver.fabric(peer);
             driver.post(request)?;
-            count_sent(bytes);
+            count_sent(fabric, bytes);
             return Ok(());
         }
         let error = Error::Broken { peer, reason: "there is none: connect comes first".into() };

@@ -6,6 +6,7 @@ mod asking;
 mod ending;
 mod in_place;
 mod observed;
+mod pulling;
 
 use std::{
     collections::VecDeque,
@@ -26,9 +27,9 @@ use super::{
 use crate::{
     Error, Result,
     layout::{Layout, TensorSpec},
-    mem::DeviceMemory,
+    mem::{DeviceMemory, Owner},
     session::{JobConfig, Member, Paths, Report, fabrics},
-    types::{Clock, PeerId, Role, Version},
+    types::{Clock, PeerId, Role},
 };
 
 /// What a worker is made of once its paths have begun.
@@ -56,6 +57,7 @@ pub struct Worker {
     events: VecDeque<Event>,
     attached: bool,
     finished: bool,
+    owner: Owner,
     /// The factor on the loss, and the clock from which on it is that.
     loss_scale: (Clock, f32),
     reported: Instant,
@@ -98,6 +100,7 @@ impl Worker {
                     events: VecDeque::new(),
                     attached: false,
                     finished: false,
+                    owner: Owner::here(),
                     reported: Instant::now(),
                     observed,
                     asked: None,
@@ -244,6 +247,7 @@ impl Worker {
 
     /// [`wait`](Worker::wait) with a deadline of its own.
     pub fn wait_for(&mut self, time: Duration) -> Result<()> {
+        self.is_ours()?;
         if !self.closed {
             let wants_reply = self.wants_reply.unwrap_or(true);
             self.decide_reply(wants_reply)?;
@@ -271,6 +275,7 @@ impl Worker {
     ///
     /// As [`wait`](Worker::wait), but for the deadline.
     pub fn test(&mut self) -> Result<bool> {
+        self.is_ours()?;
         self.progress.rest();
         match self.wait_for(Duration::ZERO) {
             Ok(()) => Ok(true),
@@ -286,49 +291,8 @@ impl Worker {
     ///
     /// [`Error::Os`] where the process has no descriptor left.
     pub fn completion_fd(&self) -> Result<BorrowedFd<'_>> {
+        self.is_ours()?;
         self.progress.fd()
-    }
-
-    /// Brings every chunk's parameters up to `min_version` or later (under `bsp`, version = clocks applied), waiting at most
-    /// `time` for it.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Deadline`] naming the chunk that did not reach the version in time; what there was has been brought all the same.
-    pub fn pull(&mut self, min_version: Version, time: Duration) -> Result<()> {
-        if self.wants_reply == Some(true) {
-            return Err(Error::Config(
-                "pull between push_pull and wait: the parameters are on their way already".into(),
-            ));
-        }
-        let since = Instant::now();
-        let mut commands = Vec::with_capacity(self.buffers.chunks.len());
-        for chunk in &mut self.buffers.chunks {
-            if let Some(into) = chunk.parameters.take() {
-                commands.push(Command::Pull { chunk: chunk.id, min_version, patience: Some(time), into });
-            }
-        }
-        self.progress.command(commands);
-        self.progress.set_waiting(true);
-        // The server answers in time even if the version is not there; this allows for the way.
-        let answered = self.until(time + Duration::from_secs(5), Buffers::parameters_home);
-        self.progress.set_waiting(false);
-        answered?;
-        match self.buffers.chunks.iter().find(|chunk| chunk.version < min_version) {
-            None => Ok(()),
-            Some(chunk) => Err(Error::Deadline {
-                from: self.owner(chunk.id).to_string(),
-                awaited: "a version that was not reached",
-                chunk: Some(chunk.id),
-                clock: None,
-                waited: since.elapsed(),
-            }),
-        }
-    }
-
-    /// The version of the parameters at hand: the oldest of all chunks.
-    pub fn version(&self) -> Version {
-        self.buffers.chunks.iter().map(|chunk| chunk.version).min().unwrap_or(0)
     }
 
     /// Changes the default group's learning rate on every server, from this clock on. Under `bsp` it takes effect at exactly
@@ -339,6 +303,7 @@ impl Worker {
     /// [`Error::Config`] for a rate that is negative or not finite, and where groups with rates of their own have no proportion to
     /// a default of 0.
     pub fn set_learning_rate(&mut self, rate: f64) -> Result<()> {
+        self.is_ours()?;
         self.config().optimizer.learning_rates().set(rate, self.clock)?;
         self.progress.command([Command::SetLearningRate { rate, clock: self.clock }]);
         Ok(())
@@ -368,6 +333,7 @@ impl Worker {
     }
 
     fn decide_reply(&mut self, wants_reply: bool) -> Result<()> {
+        self.is_ours()?;
         if self.closed {
             return Err(Error::Config("the clock is over: call wait() again before pushing".into()));
         }
@@ -468,6 +434,7 @@ impl Worker {
             self.reported = now;
             // If the launcher is gone, the progress thread says so at the next wait.
             let _ = self.member.reporter().report(Report::Progress { clock: self.clock });
+            let _ = self.member.reporter().report(Report::sent());
         }
     }
 
@@ -479,7 +446,20 @@ impl Worker {
         Err(Error::Config(format!("`{}` has {} elements, and {len} were given", known.name, known.len)))
     }
 
+    /// Refuses a copy of this worker that `fork` has made: its threads, its paths and its place in the job are the parent's.
+    fn is_ours(&self) -> Result<()> {
+        if self.owner.is_here() {
+            return Ok(());
+        }
+        Err(Error::Config(format!(
+            "this worker belongs to process {}, and fork() has copied it into this one, where it can do nothing: use it there, or \
+             start processes instead of forking (in Python: multiprocessing's `spawn`)",
+            self.owner.process()
+        )))
+    }
+
     fn known(&self, tensor: usize) -> Result<&TensorBuffer> {
+        self.is_ours()?;
         let count = self.buffers.tensors.len();
         let none = || Error::Config(format!("there is no tensor {tensor}: this worker declared {count}"));
         self.buffers.tensors.get(tensor).ok_or_else(none)

@@ -17,6 +17,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use super::{Command, Engine, Event};
 use crate::{
     Error, Result,
+    mem::Owner,
     session::{self, Commands, Report, Reporter},
     transport::{Armed, Idle, Transport, Waiter, WakeHandle, Wakeup},
     types::Clock,
@@ -69,6 +70,7 @@ pub(super) struct Progress {
     shared: Arc<Shared>,
     wake: WakeHandle,
     thread: Option<JoinHandle<()>>,
+    owner: Owner,
 }
 
 impl Progress {
@@ -105,7 +107,7 @@ impl Progress {
         };
         let handle = std::thread::Builder::new().name("gradwire".into()).spawn(run);
         let thread = handle.map_err(|error| Error::os("pthread_create", "the progress thread", error))?;
-        Ok(Progress { shared, wake, thread: Some(thread) })
+        Ok(Progress { shared, wake, thread: Some(thread), owner: Owner::here() })
     }
 
     /// The program begins to wait, or goes on.
@@ -175,6 +177,10 @@ impl Progress {
 
 impl Drop for Progress {
     fn drop(&mut self) {
+        if !self.owner.is_here() {
+            // A copy that fork has made: there is no such thread here, and the parent's may have held the lock.
+            return std::mem::forget(self.thread.take());
+        }
         self.shared.lock().ending = true;
         self.wake.wake();
         if let Some(thread) = self.thread.take() {

@@ -22,6 +22,7 @@ mod random_faults;
 mod seccomp;
 mod seen;
 mod surface;
+mod together;
 mod verbs_hosts;
 mod verbs_links;
 mod verdicts;

@@ -112,6 +112,41 @@ fn join(member: Member, tensors: Vec<TensorSpec>) -> Result<Worker> {
     }
 }
 
+/// Forks; the child tries everything with its copy of the worker, drops it, and ends. The parent's worker.
+fn fork_away(mut worker: Worker) -> Worker {
+    // SAFETY: The child calls nothing but functions of the worker that refuse to do anything, allocates (glibc sees to malloc after a
+    // fork), writes to its standard output, and ends without running anybody's exit handlers.
+    match unsafe { nix::unistd::fork() }.unwrap() {
+        nix::unistd::ForkResult::Parent { child } => {
+            let ended = nix::sys::wait::waitpid(child, None).unwrap();
+            assert_eq!(ended, nix::sys::wait::WaitStatus::Exited(child, 0), "the child");
+            worker
+        }
+        nix::unistd::ForkResult::Child => {
+            let all = [
+                worker.push_pull(0, &[1.0; 3]),
+                worker.push(0, &[1.0; 3]),
+                worker.push_pull_in_place(0),
+                worker.push_pull_all(),
+                worker.wait(),
+                worker.test().map(drop),
+                worker.completion_fd().map(drop),
+                worker.pull(0, Duration::from_secs(1)),
+                worker.parameters(0, &mut [0.0; 3]),
+                worker.gradient_view(0).map(drop),
+                worker.set_learning_rate(0.5),
+            ];
+            let refused = |outcome: &Result<()>| {
+                let told = outcome.as_ref().err().map(ToString::to_string).unwrap_or_default();
+                told.contains(&format!("belongs to process {}", std::os::unix::process::parent_id()))
+            };
+            let inert = all.iter().all(refused) && refused(&worker.finish());
+            // SAFETY: It ends the process and nothing else.
+            unsafe { nix::libc::_exit(if inert { 0 } else { 3 }) }
+        }
+    }
+}
+
 /// Plays a part; `WORKER_STEPS` and `WORKER_PAUSE_MS` change the usual run.
 pub fn play(part: &str) -> Result<()> {
     let number = |name: &str| std::env::var(name).ok().map(|text| text.parse::<u64>().unwrap());
@@ -132,6 +167,7 @@ pub fn play(part: &str) -> Result<()> {
         match part {
             "learning rate" if clock == 20 && rank == 0 => worker.set_learning_rate(0.003)?,
             "slow" if rank == 1 => std::thread::sleep(Duration::from_millis(3)),
+            "fork" if clock == 12 => worker = fork_away(worker),
             "schedule" => worker.set_learning_rate(1.0 / (clock + 1) as f64)?,
             "forget" if clock == 10 && rank == 1 => return Ok(()),
             "nap" if clock == 10 && rank == 1 => std::thread::sleep(Duration::from_secs(3)),

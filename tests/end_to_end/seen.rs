@@ -18,7 +18,7 @@ use gradwire::{
 use serde_json::Value;
 
 use crate::{
-    jobs::{end, home, options, run, wait_for_text},
+    jobs::{end, home, options, run, wait_for_text, with_variable},
     program::{STEPS, model},
 };
 
@@ -109,7 +109,9 @@ fn every_process_answers_with_metrics_that_add_up() {
     let launcher = scrape(status["metrics"].as_str().unwrap());
     assert_eq!(value(&launcher, &["gradwire_ranks", "state=\"running\""]), 4.0, "{launcher}");
     assert_eq!(end(&mut job).code, 0, "{}", job.output());
-    documented(&[launcher, scraped_worker, scraped_server]);
+    let texts = [launcher, scraped_worker, scraped_server];
+    documented(&texts);
+    dashboard(&texts);
 }
 
 /// Every metric that is told stands in the documentation, and the other way round.
@@ -228,4 +230,87 @@ fn a_timeline_shows_every_chunk_of_the_chosen_steps_in_causal_order() {
         let threads = trace["otherData"]["threads"].as_array().unwrap();
         assert!(threads.iter().all(|thread| thread["marks_lost"] == 0 && thread["clock_error_ns"] == 0), "{threads:?}");
     }
+}
+
+#[test]
+fn top_shows_rates_clocks_and_who_is_behind() {
+    let home = home();
+    let mut options = options(home.path(), "train");
+    options.config.transports = vec![Fabric::Tcp];
+    with_variable(&mut options, "WORKER_PAUSE_MS", 40);
+    with_variable(&mut options, "WORKER_STEPS", 200);
+    let mut job = Job::start(options).unwrap();
+    wait_for_text(&job, "at clock 10");
+    let ceiling = home.path().join("ceiling.json");
+    std::fs::write(&ceiling, "{\"transport\":\"tcp\",\"ceiling_bytes_per_s\":5e9}\n").unwrap();
+    let with_ceiling = ["top", "test", "--once", "--ceiling", ceiling.to_str().unwrap()];
+    let shown = told(home.path(), &with_ceiling);
+    for part in
+        ["job test ", "steps/s", "server 1     running", "worker 0     running", "tcp ", "5.00 GB/s", "overlong"]
+    {
+        assert!(shown.contains(part), "no `{part}` in\n{shown}");
+    }
+    assert!(!shown.contains('\x1b'), "one look is text alone");
+    let json: Value = serde_json::from_str(&told(home.path(), &["top", "test", "--once", "--json"])).unwrap();
+    assert!(json["steps_per_s"].as_f64().unwrap() > 0.0, "{json}");
+    let fabric = &json["fabrics"][0];
+    assert!(fabric["fabric"] == "tcp" && fabric["sent_bytes_per_s"].as_f64().unwrap() > 0.0, "{json}");
+    assert!(fabric["ceiling_bytes_per_s"].is_null(), "{json}");
+    assert_eq!(json["ranks"].as_array().unwrap().len(), 4);
+    let mut stranger = Command::new(env!("CARGO_BIN_EXE_gradwire"));
+    let stranger = stranger.args(["top", "nobody", "--once"]).env("GRADWIRE_HOME", home.path()).output().unwrap();
+    assert_eq!(stranger.status.code(), Some(2), "no directory, no token, no answer");
+    assert_eq!(end(&mut job).code, 0, "{}", job.output());
+}
+
+/// The dashboard is what Grafana's provisioning takes, and asks for nothing that no process tells.
+fn dashboard(texts: &[String]) {
+    let file = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/grafana/gradwire.json")).unwrap();
+    let board: Value = serde_json::from_slice(&file).unwrap();
+    for field in ["title", "uid"] {
+        assert!(board[field].as_str().is_some_and(|text| !text.is_empty() && text.len() <= 40), "{field}");
+    }
+    assert!(board["schemaVersion"].as_u64().is_some_and(|version| version >= 36), "older ones are migrated");
+    let variables: BTreeSet<&str> = board["templating"]["list"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|variable| variable["name"].as_str().unwrap())
+        .collect();
+    let (mut ids, mut places) = (BTreeSet::new(), Vec::new());
+    let mut asked = BTreeSet::new();
+    for panel in board["panels"].as_array().unwrap() {
+        assert!(ids.insert(panel["id"].as_u64().unwrap()), "two panels have id {}", panel["id"]);
+        assert!(!panel["title"].as_str().unwrap().is_empty());
+        assert!(matches!(panel["type"].as_str().unwrap(), "timeseries" | "stat"), "{panel}");
+        let [x, y, w, h] = ["x", "y", "w", "h"].map(|side| panel["gridPos"][side].as_u64().unwrap());
+        assert!(w > 0 && h > 0 && x + w <= 24, "{panel}");
+        let overlaps =
+            |(ox, oy, ow, oh): &(u64, u64, u64, u64)| x < ox + ow && *ox < x + w && y < oy + oh && *oy < y + h;
+        assert!(!places.iter().any(overlaps), "{panel} lies on another");
+        places.push((x, y, w, h));
+        let mut letters = BTreeSet::new();
+        for target in panel["targets"].as_array().unwrap() {
+            assert!(letters.insert(target["refId"].as_str().unwrap()), "{target}");
+            assert_eq!(target["datasource"]["uid"], "${datasource}", "{target}");
+            let query = target["expr"].as_str().unwrap();
+            for (open, close) in [('(', ')'), ('{', '}'), ('[', ']')] {
+                assert_eq!(query.matches(open).count(), query.matches(close).count(), "{query}");
+            }
+            let words = query.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_' || c == '$'));
+            for word in words {
+                if let Some(variable) = word.strip_prefix('$') {
+                    assert!(variable == "__rate_interval" || variables.contains(variable), "{query}");
+                } else if word.starts_with("gradwire_") {
+                    asked.insert(word.to_string());
+                }
+            }
+        }
+    }
+    assert!(variables.contains("datasource") && asked.len() > 15, "{asked:?}");
+    let samples: BTreeSet<&str> =
+        texts.iter().flat_map(|text| text.lines()).filter_map(|line| line.split(['{', ' ']).next()).collect();
+    // The one that is absent before there is a checkpoint.
+    let missing = asked.iter().filter(|name| !samples.contains(name.as_str()) && *name != "gradwire_checkpoint_clock");
+    assert_eq!(missing.collect::<Vec<_>>(), Vec::<&String>::new(), "asked for, and told by nobody");
 }

@@ -158,3 +158,22 @@ fn a_rank_that_never_joins_is_told_before_the_job_gives_up() {
     assert!(told.iter().all(|line| line.contains("worker 1 has not joined; 3 others wait for it since")), "{output}");
     assert!(!told.is_empty(), "{output}");
 }
+
+/// Nobody is left to report: the launcher says so by itself.
+#[test]
+fn a_job_all_of_whose_ranks_are_stopped_is_told_by_the_launcher() {
+    let home = home();
+    let mut options = watched(home.path(), "train");
+    with_variable(&mut options, "WORKER_PAUSE_MS", 20);
+    let all: Vec<Rank> = options.config.ranks().collect();
+    let mut job = Job::start(options).unwrap();
+    wait_for_text(&job, "at clock 10");
+    all.iter().for_each(|rank| job.kill(*rank, OsSignal::SIGSTOP));
+    wait_for_text(&job, "have not reported anything to the launcher; no sign of life for");
+    let told = job.output();
+    all.iter().for_each(|rank| job.kill(*rank, OsSignal::SIGCONT));
+    let outcome = end(&mut job);
+    assert_eq!(outcome.code, 0, "{:?}\n{}", outcome.reason, job.output());
+    assert!(told.contains("(server 0, server 1, worker 0 and worker 1) have not reported"), "{told}");
+    assert_eq!(stored(home.path(), &vec![model(); 2]), undisturbed());
+}

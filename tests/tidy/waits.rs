@@ -44,6 +44,7 @@ const ALLOWED: &[(&str, &str, &str)] = &[
         "wait",
         "the job, whose own waits have deadlines; the thread of signals waits for signals and ends with the process",
     ),
+    ("src/cli/top.rs", "thread::sleep", "the time between two looks, which was asked for"),
     (
         "src/launch/job.rs",
         "join",

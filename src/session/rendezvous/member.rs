@@ -26,6 +26,7 @@ use super::{
 use crate::{
     Error, Result,
     layout::TensorSpec,
+    mem::Owner,
     observe::monotonic_ns,
     session::{ClockOffset, JobConfig},
     types::{Rank, Role},
@@ -61,6 +62,7 @@ pub struct Member {
 struct Seat {
     link: Arc<Link>,
     reader: Option<JoinHandle<()>>,
+    owner: Owner,
 }
 
 /// What the reader thread and all handles share.
@@ -203,7 +205,7 @@ impl Member {
             .name("rendezvous".into())
             .spawn(move || for_reader.read(buffer))
             .map_err(|e| Error::os("pthread_create", "the rendezvous reader", e))?;
-        let seat = Arc::new(Seat { link, reader: Some(reader) });
+        let seat = Arc::new(Seat { link, reader: Some(reader), owner: Owner::here() });
         Ok(Member { rank, config, token: token.clone(), address: address.clone(), seat, commands })
     }
 
@@ -366,6 +368,10 @@ impl Member {
 
 impl Drop for Seat {
     fn drop(&mut self) {
+        if !self.owner.is_here() {
+            // A copy that fork has made: the connection is the parent's.
+            return std::mem::forget(self.reader.take());
+        }
         // The last report must arrive: a full shutdown with unread bytes about would reset the connection and lose it. So we end
         // our direction, and give the launcher a moment to end its own.
         let _ = self.link.stream.shutdown(Shutdown::Write);

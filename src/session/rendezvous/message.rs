@@ -3,7 +3,7 @@
 //! Invariant: a line is never longer than its limit, and memory for it grows with the bytes that came, never with a length that
 //! somebody claimed.
 
-use std::net::SocketAddr;
+use std::{collections::BTreeMap, net::SocketAddr};
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::Value;
@@ -11,6 +11,7 @@ use serde_json::Value;
 use crate::{
     Error,
     layout::TensorSpec,
+    observe::sent_by_fabric,
     optim::LiveChange,
     session::{JobConfig, TimelinePart, Verdict, Wait},
     transport::{Endpoint, PathChoice},
@@ -124,6 +125,8 @@ pub enum Report {
         /// Which clock.
         clock: Clock,
     },
+    /// Payload bytes that this process has sent, by fabric; told with its progress.
+    Sent(BTreeMap<String, u64>),
     /// The fabrics that carry this worker's paths, one for each lane.
     Paths(Vec<PathChoice>),
     /// A shard's part of a checkpoint is on the disk.
@@ -189,6 +192,12 @@ pub enum Report {
 }
 
 impl Report {
+    /// What this process has sent until now.
+    pub fn sent() -> Report {
+        let fabrics = sent_by_fabric().filter(|(_, bytes)| *bytes > 0);
+        Report::Sent(fabrics.map(|(fabric, bytes)| (fabric.to_string(), bytes)).collect())
+    }
+
     /// The report of an error that ends this rank.
     pub fn failure(error: &Error) -> Report {
         let elsewhere = matches!(error, Error::Broken { .. } | Error::Deadline { .. } | Error::JobFailed(_));
@@ -278,6 +287,10 @@ pub struct RankStatus {
     pub paths: Vec<PathChoice>,
     /// Where its metrics are read, if they are.
     pub metrics: Option<SocketAddr>,
+    /// Payload bytes that it has sent, by fabric, as it reported last.
+    pub sent: BTreeMap<String, u64>,
+    /// When that was, in milliseconds since the launcher began.
+    pub reported_ms: u64,
 }
 
 /// The job, as the launcher sees it.

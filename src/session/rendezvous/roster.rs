@@ -5,6 +5,7 @@
 
 mod changing;
 mod missing;
+mod standing;
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -57,6 +58,8 @@ struct Seat {
     clock: Option<Clock>,
     paths: Vec<PathChoice>,
     metrics: Option<SocketAddr>,
+    sent: BTreeMap<String, u64>,
+    reported: Option<Instant>,
     finished: bool,
 }
 
@@ -94,6 +97,9 @@ pub(super) struct Roster {
     layout: Option<Layout>,
     /// A host and the bytes of memory that it has to give.
     room: Option<(String, u64)>,
+    /// When any rank of the running job was heard last, and when all were asked since.
+    heard: Option<Instant>,
+    asked: Option<Instant>,
     /// Where the launcher's metrics are read.
     metrics: Option<SocketAddr>,
     ended: bool,
@@ -125,6 +131,8 @@ impl Roster {
             checkpoints,
             layout: None,
             room: None,
+            heard: None,
+            asked: None,
             metrics: None,
             ended: false,
             dismissed: false,
@@ -281,6 +289,7 @@ impl Roster {
             self.send(to, FromLauncher::Offers(inboxes.remove(&rank).unwrap_or_default()));
         }
         self.running = true;
+        self.heard = Some(now);
         self.notice(Notice::Running);
         Ok(())
     }
@@ -302,10 +311,15 @@ impl Roster {
     }
 
     fn report(&mut self, rank: Rank, report: Report, now: Instant) -> Result<(), String> {
+        self.heard = Some(now);
         match report {
             Report::Progress { clock } => {
                 let seat = self.seat(rank);
                 seat.clock = seat.clock.max(Some(clock));
+            }
+            Report::Sent(sent) => {
+                let seat = self.seat(rank);
+                (seat.sent, seat.reported) = (sent, Some(now));
             }
             Report::Paths(paths) => {
                 self.seat(rank).paths.clone_from(&paths);
@@ -444,38 +458,6 @@ impl Roster {
         seat.connection = None;
         if !seat.finished {
             self.notice(Notice::Lost(rank));
-        }
-    }
-
-    fn status(&self, now: Instant) -> Status {
-        let ranks = self.seats.iter().map(|(rank, seat)| RankStatus {
-            rank: *rank,
-            state: self.state_of(seat).into(),
-            host: seat.host.clone(),
-            pid: seat.pid,
-            clock: seat.clock,
-            paths: seat.paths.clone(),
-            metrics: seat.metrics,
-        });
-        Status {
-            name: self.config.name.clone(),
-            instance: self.config.instance,
-            ranks: ranks.collect(),
-            checkpoint: self.checkpoints.last(),
-            not_finite: self.not_finite.1,
-            verdict: self.waiting.verdict(now).cloned(),
-            metrics: self.metrics,
-        }
-    }
-
-    fn state_of(&self, seat: &Seat) -> &'static str {
-        match seat {
-            Seat { finished: true, .. } => "finished",
-            Seat { taken: false, .. } => "not joined",
-            Seat { connection: None, .. } => "lost",
-            _ if self.running => "running",
-            Seat { declared: Some(_), .. } => "declared",
-            _ => "joined",
         }
     }
 

@@ -102,6 +102,22 @@ impl Waiting {
         self.conclude(judge(reports, hosts, u64::MAX), now)
     }
 
+    /// No rank has given the launcher a sign of life for so long.
+    pub fn all_silent(
+        &mut self,
+        ranks: Vec<Rank>,
+        silence_ms: u64,
+        hosts: &BTreeMap<Rank, String>,
+        now: Instant,
+    ) -> Option<Verdict> {
+        self.conclude(Verdict::all_silent(ranks, silence_ms, hosts), now)
+    }
+
+    /// How long a rank that was asked may take to answer.
+    pub fn silent(&self) -> Duration {
+        self.silent
+    }
+
     /// How long a wait may be before it is told.
     pub fn warn(&self) -> Duration {
         self.warn

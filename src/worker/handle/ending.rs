@@ -25,6 +25,7 @@ impl Worker {
     ///
     /// As [`wait`](Worker::wait).
     pub fn finish_with(mut self, summary: serde_json::Value) -> Result<()> {
+        self.is_ours()?;
         if self.wants_reply.is_some() {
             self.wait()?;
         }

@@ -37,6 +37,7 @@ impl Roster {
             return self.notice(Notice::TimedOut(text));
         }
         self.warn_of_setup(&waits, now);
+        self.watch_silence(now);
         self.judge(now);
     }
 
@@ -49,7 +50,7 @@ impl Roster {
         let warned = self.warned.map(|at| at + self.waiting.warn());
         let warning = |wait: &SetupWait| Some(warned.unwrap_or(wait.watched? + self.waiting.warn()));
         let setup = waits.iter().flat_map(|wait| [Some(wait.since + wait.limit), warning(wait)]);
-        setup.flatten().chain(self.waiting.next_deadline()).min()
+        setup.flatten().chain(self.waiting.next_deadline()).chain(self.silence_deadline()).min()
     }
 
     /// A thread of a rank says what it waits for.
@@ -69,6 +70,36 @@ impl Roster {
         });
         let verdict = self.waiting.poll(now, expected, &self.hosts());
         self.tell(verdict);
+    }
+
+    /// When the silence of all ranks is to be looked at next.
+    fn silence_deadline(&self) -> Option<Instant> {
+        let heard = self.heard.filter(|_| self.running)?;
+        Some(self.asked.map_or(heard + self.waiting.warn(), |asked| asked + self.waiting.silent()))
+    }
+
+    /// A rank that waits says so, and one that gets on too: where none says anything, none runs. They are asked once more, and then it
+    /// is told, by the launcher's own knowledge.
+    fn watch_silence(&mut self, now: Instant) {
+        let Some(heard) = self.heard.filter(|_| self.running) else { return };
+        if self.asked.is_some_and(|asked| heard > asked) {
+            self.asked = None;
+        }
+        match self.asked {
+            None if now >= heard + self.waiting.warn() => {
+                self.asked = Some(now);
+                self.send(self.everybody(), FromLauncher::Command(Command::TellWaits));
+            }
+            Some(asked) if now >= asked + self.waiting.silent() => {
+                self.asked = Some(now);
+                let here = self.seats.iter().filter(|(_, seat)| seat.connection.is_some() && !seat.finished);
+                let ranks: Vec<Rank> = here.map(|(rank, _)| *rank).collect();
+                let silence_ms = now.saturating_duration_since(heard).as_millis() as u64;
+                let verdict = self.waiting.all_silent(ranks, silence_ms, &self.hosts(), now);
+                self.tell(verdict);
+            }
+            _ => {}
+        }
     }
 
     /// The waits of the beginning, as if those that are there had reported them.
