@@ -147,6 +147,12 @@ fn fork_away(mut worker: Worker) -> Worker {
     }
 }
 
+/// Stays a while when everything is done.
+fn linger() {
+    println!("lingering");
+    std::thread::sleep(Duration::from_secs(2));
+}
+
 /// Plays a part; `WORKER_STEPS` and `WORKER_PAUSE_MS` change the usual run.
 pub fn play(part: &str) -> Result<()> {
     let number = |name: &str| std::env::var(name).ok().map(|text| text.parse::<u64>().unwrap());
@@ -204,8 +210,7 @@ pub fn play(part: &str) -> Result<()> {
     }
     assert!(part != "polled" || quiet > 0, "the descriptor was always readable");
     if part == "linger" {
-        println!("lingering");
-        std::thread::sleep(Duration::from_secs(2));
+        linger();
     }
     if part == "midway" {
         worker.push_pull(1, &[0.5; 2000])?;
