@@ -39,7 +39,7 @@ const UNSAFE_ALLOWED: &[&str] = &[
     "mem",
     "optim::gpu::meter",
     "optim::gpu::pipeline",
-    "optim::simd",
+    "optim::prefetch",
     "sys",
     "transport::region_table",
     "transport::shm",

@@ -17,12 +17,14 @@ mod loss_scale;
 mod norm;
 pub mod oracle;
 mod plan;
+pub mod prefetch;
 mod schedule;
+mod update;
 
 pub use chunk::{ChunkParts, ChunkStep, Pass, StepArguments, clip_coefficient, clipped_scale};
 pub use config::{Clip, GroupConfig, OptimizerConfig, OptimizerKind};
 pub use isa::{Isa, isa};
-pub use kernel::{Contributions, Gradients, Kernels, StateMut, Wire};
+pub use kernel::{AHEAD, Contributions, Gradients, Kernels, RUN, StateMut, Wire};
 pub use live::LiveChange;
 pub use loss_scale::{LossScaleConfig, LossScaleMode, LossScaler};
 pub use norm::{SquaredNorm, squared_norm};

@@ -16,17 +16,14 @@ use crate::{
     layout::Span,
     mem::{Lease, Region, RegionOptions},
     optim::{
-        ChunkParts, ChunkStep, Gradients, Kernels, OptimizerConfig, OptimizerKind, Pass, Reduction, StateMut,
-        StepArguments, Wire,
+        AHEAD, ChunkParts, ChunkStep, Gradients, Kernels, OptimizerConfig, OptimizerKind, Pass, RUN, Reduction,
+        StateMut, StepArguments, Wire, prefetch,
     },
     types::Dtype,
 };
 
 /// Elements of a tile, as in a server.
 const TILE_ELEMENTS: usize = 32 * 1024;
-
-/// Elements that are summed at a time where several workers give a gradient.
-const BLOCK: usize = 1024;
 
 /// Whose arrays are stepped over, and how many there are.
 #[derive(Clone, Debug, PartialEq)]
@@ -227,25 +224,36 @@ fn plain_loop<G: Number, W: Number>(arrays: &mut Arrays) {
     let first: &mut [u32] = bytemuck::cast_slice_mut(first.bytes_mut());
     let second: &mut [u32] = bytemuck::cast_slice_mut(second.bytes_mut());
     let wire: &mut [W] = bytemuck::cast_slice_mut(wire.bytes_mut());
-    if let [gradient] = &gradients[..] {
-        return read_modify_write::<G, W>(bytemuck::cast_slice(gradient.bytes()), master, first, second, wire);
-    }
     let gradients: Vec<&[G]> = gradients.iter().map(|gradient| bytemuck::cast_slice(gradient.bytes())).collect();
-    let mut sums = [0u32; BLOCK];
-    for start in (0..master.len()).step_by(BLOCK) {
-        let end = master.len().min(start + BLOCK);
+    let mut sums = [0u32; RUN];
+    for start in (0..master.len()).step_by(RUN) {
+        let end = master.len().min(start + RUN);
         let sums = &mut sums[..end - start];
         sums.fill(0);
-        gradients.iter().for_each(|gradient| add(sums, &gradient[start..end]));
+        for gradient in &gradients {
+            ask_for(gradient, start);
+            add(sums, &gradient[start..end]);
+        }
+        for state in [&*master, &*first, &*second] {
+            ask_for(state, start);
+        }
+        ask_for(wire, start);
         let cut = |slot: &[u32]| if slot.is_empty() { 0..0 } else { start..end };
         let (first_range, second_range) = (cut(first), cut(second));
-        read_modify_write::<u32, W>(
+        read_modify_write::<W>(
             sums,
             &mut master[start..end],
             &mut first[first_range],
             &mut second[second_range],
             &mut wire[start..end],
         );
+    }
+}
+
+/// As the kernel does: without it either of them could be the slower one for no reason but this.
+fn ask_for<T: bytemuck::Pod>(array: &[T], start: usize) {
+    if !array.is_empty() {
+        prefetch::run(bytemuck::cast_slice(array), (start + AHEAD) * size_of::<T>(), RUN * size_of::<T>());
     }
 }
 
@@ -258,8 +266,8 @@ fn add<G: Number>(sums: &mut [u32], gradient: &[G]) {
 
 /// `first` and `second` are as long as `master`, or empty.
 #[multiversion(targets = "simd")]
-fn read_modify_write<G: Number, W: Number>(
-    gradient: &[G],
+fn read_modify_write<W: Number>(
+    gradient: &[u32],
     master: &mut [u32],
     first: &mut [u32],
     second: &mut [u32],
@@ -269,7 +277,7 @@ fn read_modify_write<G: Number, W: Number>(
     let (gradient, wire) = (&gradient[..len], &mut wire[..len]);
     if first.is_empty() {
         for i in 0..len {
-            master[i] = master[i].wrapping_add(gradient[i].widen());
+            master[i] = master[i].wrapping_add(gradient[i]);
             wire[i] = W::narrow(master[i]);
         }
         return;
@@ -277,7 +285,7 @@ fn read_modify_write<G: Number, W: Number>(
     let first = &mut first[..len];
     if second.is_empty() {
         for i in 0..len {
-            let read = gradient[i].widen();
+            let read = gradient[i];
             first[i] = first[i].wrapping_add(read);
             master[i] = master[i].wrapping_add(read);
             wire[i] = W::narrow(master[i]);
@@ -286,7 +294,7 @@ fn read_modify_write<G: Number, W: Number>(
     }
     let second = &mut second[..len];
     for i in 0..len {
-        let read = gradient[i].widen();
+        let read = gradient[i];
         first[i] = first[i].wrapping_add(read);
         second[i] = second[i].wrapping_add(read);
         master[i] = master[i].wrapping_add(read);
