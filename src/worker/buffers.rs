@@ -56,6 +56,8 @@ pub(super) struct Buffers {
     pub device: Option<DeviceMemory>,
     gradient_dtype: Dtype,
     parameter_dtype: Dtype,
+    /// The chunks that are complete and not pushed yet.
+    ready: Vec<usize>,
 }
 
 impl Buffers {
@@ -100,8 +102,19 @@ impl Buffers {
             });
         }
         let (tensors, kernels) = (Vec::new(), Kernels::best());
-        let mut buffers =
-            Buffers { gradients, parameters, chunks, tensors, own, kernels, device, gradient_dtype, parameter_dtype };
+        let ready = Vec::with_capacity(chunks.len());
+        let mut buffers = Buffers {
+            gradients,
+            parameters,
+            chunks,
+            tensors,
+            own,
+            kernels,
+            device,
+            gradient_dtype,
+            parameter_dtype,
+            ready,
+        };
         names.iter().for_each(|name| buffers.add_tensor(layout, &view, name));
         Ok(buffers)
     }
@@ -146,19 +159,31 @@ impl Buffers {
         Ok(())
     }
 
-    /// A tensor's gradient lies in its chunks; gives those that are complete thereby.
-    pub fn mark_written(&mut self, tensor: usize) -> Vec<usize> {
+    /// A tensor's gradient lies in its chunks; those that are complete thereby are ready to be pushed.
+    pub fn mark_written(&mut self, tensor: usize) {
         let TensorBuffer { pieces, written, .. } = &mut self.tensors[tensor];
         *written = true;
-        let mut complete = Vec::new();
         for (index, _) in pieces {
             let chunk = &mut self.chunks[*index];
             chunk.written += 1;
             if chunk.written == chunk.tensors {
-                complete.push(*index);
+                self.ready.push(*index);
             }
         }
-        complete
+    }
+
+    /// The gradients of all tensors lie in the chunks; all that have not been pushed are ready.
+    pub fn mark_all_written(&mut self) {
+        for tensor in &mut self.tensors {
+            tensor.written = true;
+        }
+        self.ready.clear();
+        self.ready.extend((0..self.chunks.len()).filter(|index| !self.chunks[*index].pushed));
+    }
+
+    /// The chunks that are ready to be pushed, each once.
+    pub fn take_ready(&mut self) -> (std::vec::Drain<'_, usize>, &mut [ChunkBuffer]) {
+        (self.ready.drain(..), &mut self.chunks)
     }
 
     /// A tensor that was not pushed gives zeros to the chunks that it shares with one that was: a chunk is pushed whole. Chunks in

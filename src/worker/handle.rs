@@ -153,7 +153,12 @@ impl Worker {
         let choices = engine.paths().transport().choices().cloned().collect();
         member.reporter().report(Report::Paths(choices))?;
         let pace = Pace { warn: config.warn(), again: config.heartbeat() };
-        let progress = Progress::start(engine, member.commands()?, member.reporter(), pace)?;
+        let links = (member.commands()?, member.reporter());
+        let progress = if config.inline_progress {
+            Progress::inline(engine, links, pace)?
+        } else {
+            Progress::start(engine, links, pace)?
+        };
         Ok((layout, lanes, buffers, progress, observed))
     }
 
@@ -328,8 +333,8 @@ impl Worker {
 
     /// Pushes the chunks that are complete now that this tensor's gradient is in its place.
     fn push_written(&mut self, tensor: usize, wants_reply: bool) {
-        let complete = self.buffers.mark_written(tensor);
-        self.push_chunks(&complete, wants_reply);
+        self.buffers.mark_written(tensor);
+        self.push_ready(wants_reply);
     }
 
     fn decide_reply(&mut self, wants_reply: bool) -> Result<()> {
@@ -356,33 +361,29 @@ impl Worker {
     fn close_clock(&mut self, wants_reply: bool) -> Result<()> {
         self.buffers.fill_gaps()?;
         let clock = self.clock;
-        let mut commands = Vec::new();
-        for chunk in self.buffers.chunks.iter_mut().filter(|chunk| !chunk.pushed) {
+        let observed = &mut self.observed;
+        let left = self.buffers.chunks.iter_mut().filter(|chunk| !chunk.pushed);
+        self.progress.command(left.map(|chunk| {
             chunk.pushed = true;
             let reply = if wants_reply { chunk.parameters.take() } else { None };
-            self.observed.given(chunk.id, clock);
-            let command = if chunk.written == 0 {
-                Command::Push { chunk: chunk.id, clock, gradient: None, reply }
-            } else {
-                Command::Push { chunk: chunk.id, clock, gradient: chunk.gradient.take(), reply }
-            };
-            commands.push(command);
-        }
-        self.progress.command(commands);
+            observed.given(chunk.id, clock);
+            let gradient = if chunk.written == 0 { None } else { chunk.gradient.take() };
+            Command::Push { chunk: chunk.id, clock, gradient, reply }
+        }));
         Ok(())
     }
 
-    fn push_chunks(&mut self, indices: &[usize], wants_reply: bool) {
+    fn push_ready(&mut self, wants_reply: bool) {
         let clock = self.clock;
-        let chunks = &mut self.buffers.chunks;
-        let commands = indices.iter().map(|index| {
-            let chunk = &mut chunks[*index];
+        let observed = &mut self.observed;
+        let (ready, chunks) = self.buffers.take_ready();
+        self.progress.command(ready.map(|index| {
+            let chunk = &mut chunks[index];
             chunk.pushed = true;
-            self.observed.given(chunk.id, clock);
+            observed.given(chunk.id, clock);
             let reply = if wants_reply { chunk.parameters.take() } else { None };
             Command::Push { chunk: chunk.id, clock, gradient: chunk.gradient.take(), reply }
-        });
-        self.progress.command(commands);
+        }));
     }
 
     fn until(&mut self, time: Duration, home: fn(&Buffers) -> bool) -> Result<()> {

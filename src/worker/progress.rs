@@ -1,5 +1,6 @@
-//! The progress thread: it turns a worker's engine while the user computes, sleeps when there is nothing to do, and listens to
-//! the launcher.
+//! Who turns a worker's engine, and listens to the launcher: a thread of its own while the user computes, asleep when there is
+//! nothing to do; or, where the job asks for it (`inline_progress`), the user's own thread in its calls. A caretaker then turns the
+//! engine a few times a heartbeat, so that a worker that computes for long is not taken for dead.
 //!
 //! Invariant: commands are carried out in the order in which they were given, events are handed over in the order in which they
 //! happened, and after a failure every wait of the user ends with it.
@@ -64,50 +65,63 @@ impl Shared {
     }
 }
 
-/// The user's end of a progress thread.
+/// The user's end of an engine.
 #[derive(Debug)]
 pub(super) struct Progress {
     shared: Arc<Shared>,
     wake: WakeHandle,
+    /// What the user's own thread turns; `None`: the thread does.
+    inline: Option<Inline>,
     thread: Option<JoinHandle<()>>,
     owner: Owner,
 }
 
+struct Inline(Arc<Mutex<dyn Turn>>);
+
+impl std::fmt::Debug for Inline {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Inline")
+    }
+}
+
+impl Inline {
+    fn once(&self, rest: Rest) {
+        self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).once(rest);
+    }
+}
+
 impl Progress {
-    /// Starts the thread.
-    pub fn start<T>(engine: Engine<T>, commands: Commands, reporter: Reporter, pace: Pace) -> Result<Progress>
+    /// Starts the thread that turns the engine.
+    pub fn start<T>(engine: Engine<T>, links: (Commands, Reporter), pace: Pace) -> Result<Progress>
     where
         T: Transport + Wakeup + Send + 'static,
     {
-        let shared = Arc::new(Shared::default());
-        let waiter = Waiter::new()?;
-        let wake = waiter.handle();
-        let mut thread = ProgressThread {
-            shared: shared.clone(),
-            engine,
-            waiter,
-            launcher: Launcher(commands),
-            reporter: reporter.clone(),
-            pace,
-            told: Some(Instant::now()),
-        };
-        let run = move || {
-            if let Err(error) = thread.run() {
-                let failure = match error {
-                    Error::Preempted { clock } => Failure::Preempted(clock),
-                    error => {
-                        // If the launcher is gone, nobody is left to be told.
-                        let _ = reporter.report(Report::failure(&error));
-                        Failure::Failed(error.to_string())
-                    }
-                };
-                thread.shared.lock().failure = Some(failure);
-                thread.shared.notify();
+        let mut turner = Turner::new(engine, links, pace)?;
+        let (shared, wake) = (turner.shared.clone(), turner.waiter.handle());
+        let thread = spawn(move || while turner.once(Rest::Until(None)) {})?;
+        Ok(Progress { shared, wake, inline: None, thread: Some(thread), owner: Owner::here() })
+    }
+
+    /// Leaves the engine to the user's thread, and starts the caretaker.
+    pub fn inline<T>(engine: Engine<T>, links: (Commands, Reporter), pace: Pace) -> Result<Progress>
+    where
+        T: Transport + Wakeup + Send + 'static,
+    {
+        let turner = Turner::new(engine, links, pace)?;
+        let (shared, wake) = (turner.shared.clone(), turner.waiter.handle());
+        let turner = Arc::new(Mutex::new(turner));
+        let inline: Arc<Mutex<dyn Turn>> = turner.clone();
+        let watched = shared.clone();
+        let care = move || {
+            while !watched.lock().ending {
+                std::thread::park_timeout(pace.again / 4);
+                // Whoever holds it is turning it.
+                if let Ok(mut turner) = turner.try_lock() {
+                    turner.once(Rest::No);
+                }
             }
         };
-        let handle = std::thread::Builder::new().name("gradwire".into()).spawn(run);
-        let thread = handle.map_err(|error| Error::os("pthread_create", "the progress thread", error))?;
-        Ok(Progress { shared, wake, thread: Some(thread), owner: Owner::here() })
+        Ok(Progress { shared, wake, inline: Some(Inline(inline)), thread: Some(spawn(care)?), owner: Owner::here() })
     }
 
     /// The program begins to wait, or goes on.
@@ -123,14 +137,25 @@ impl Progress {
         state.commands.extend(commands);
         let are_new = state.commands.len() > before;
         drop(state);
-        if are_new {
-            self.wake.wake();
+        match &self.inline {
+            Some(inline) if are_new => inline.once(Rest::No),
+            None if are_new => self.wake.wake(),
+            _ => {}
         }
     }
 
     /// A descriptor that becomes readable when there are events to take or the worker's part in the job has ended. It is readable
     /// at first, and until [`Progress::rest`].
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Config`] where nobody but the user's thread would make it readable.
     pub fn fd(&self) -> Result<BorrowedFd<'_>> {
+        if self.inline.is_some() {
+            let text =
+                "there is no descriptor to wait for under `inline_progress`: a worker's data move in its calls alone";
+            return Err(Error::Config(text.into()));
+        }
         if self.shared.readable.get().is_none() {
             let event = EventFd::from_value_and_flags(1, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
                 .map_err(|error| Error::os("eventfd", "a worker's completions", error))?;
@@ -167,6 +192,12 @@ impl Progress {
             if left.is_zero() {
                 return Ok(());
             }
+            if let Some(inline) = &self.inline {
+                drop(state);
+                inline.once(Rest::Until(Some(deadline)));
+                state = self.shared.lock();
+                continue;
+            }
             state = match self.shared.changed.wait_timeout(state, left) {
                 Ok((state, _)) => state,
                 Err(poisoned) => poisoned.into_inner().0,
@@ -184,6 +215,7 @@ impl Drop for Progress {
         self.shared.lock().ending = true;
         self.wake.wake();
         if let Some(thread) = self.thread.take() {
+            thread.thread().unpark();
             let _ = thread.join();
         }
     }
@@ -206,15 +238,38 @@ impl Wakeup for Launcher {
     }
 }
 
-struct ProgressThread<T> {
+fn spawn(run: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>> {
+    let handle = std::thread::Builder::new().name("gradwire".into()).spawn(run);
+    handle.map_err(|error| Error::os("pthread_create", "the progress thread", error))
+}
+
+/// What to do when there was nothing to do.
+#[derive(Clone, Copy, Debug)]
+enum Rest {
+    /// Nothing: whoever turns has something else to do.
+    No,
+    /// Look again, or sleep until something happens, at most until then.
+    Until(Option<Instant>),
+}
+
+/// An engine, whatever its transport.
+trait Turn: Send {
+    /// Does what can be done now, then rests; a failure is left where the user finds it. `false` when there is nothing more to turn.
+    fn once(&mut self, rest: Rest) -> bool;
+}
+
+struct Turner<T> {
     shared: Arc<Shared>,
     engine: Engine<T>,
     waiter: Waiter,
     launcher: Launcher,
     reporter: Reporter,
     pace: Pace,
+    idle: Idle,
     /// When the launcher was last told what is waited for; `None` if it has asked since.
     told: Option<Instant>,
+    commands: VecDeque<Command>,
+    events: VecDeque<Event>,
 }
 
 /// When waits are reported.
@@ -226,37 +281,69 @@ pub(super) struct Pace {
     pub again: Duration,
 }
 
-impl<T: Transport + Wakeup> ProgressThread<T> {
-    fn run(&mut self) -> Result<()> {
-        let (mut commands, mut events) = (VecDeque::new(), VecDeque::new());
-        let mut idle = Idle::default();
-        loop {
-            let waiting = {
-                let mut state = self.shared.lock();
-                if state.ending {
-                    return Ok(());
-                }
-                std::mem::swap(&mut commands, &mut state.commands);
-                state.waiting
-            };
-            self.obey()?;
-            let now = Instant::now();
-            let commanded = !commands.is_empty();
-            let turned = self.engine.turn(now, &mut commands, &mut events);
-            if !events.is_empty() {
-                self.shared.lock().events.append(&mut events);
-                self.shared.notify();
+impl<T: Transport + Wakeup + Send> Turn for Turner<T> {
+    fn once(&mut self, rest: Rest) -> bool {
+        let waiting = {
+            let mut state = self.shared.lock();
+            if state.ending || state.failure.is_some() {
+                return false;
             }
-            let moved = turned.map_err(|error| self.explain(error))?;
-            self.engine.record(waiting, now);
-            self.report_waits(waiting, now)?;
-            if moved || commanded {
-                idle.busy(now);
-            } else if !idle.may_spin(now) {
-                let until = self.engine.next_deadline();
-                self.waiter.wait_from(now, &mut [self.engine.paths().transport(), &mut self.launcher], until)?;
+            std::mem::swap(&mut self.commands, &mut state.commands);
+            state.waiting
+        };
+        let Err(error) = self.turn(waiting, rest) else { return true };
+        let failure = match error {
+            Error::Preempted { clock } => Failure::Preempted(clock),
+            error => {
+                // If the launcher is gone, nobody is left to be told.
+                let _ = self.reporter.report(Report::failure(&error));
+                Failure::Failed(error.to_string())
             }
+        };
+        self.shared.lock().failure = Some(failure);
+        self.shared.notify();
+        false
+    }
+}
+
+impl<T: Transport + Wakeup> Turner<T> {
+    fn new(engine: Engine<T>, (commands, reporter): (Commands, Reporter), pace: Pace) -> Result<Turner<T>> {
+        Ok(Turner {
+            shared: Arc::new(Shared::default()),
+            engine,
+            waiter: Waiter::new()?,
+            launcher: Launcher(commands),
+            reporter,
+            pace,
+            idle: Idle::default(),
+            told: Some(Instant::now()),
+            commands: VecDeque::new(),
+            events: VecDeque::new(),
+        })
+    }
+
+    fn turn(&mut self, waiting: Option<Instant>, rest: Rest) -> Result<()> {
+        self.obey()?;
+        let now = Instant::now();
+        let commanded = !self.commands.is_empty();
+        let turned = self.engine.turn(now, &mut self.commands, &mut self.events);
+        if !self.events.is_empty() {
+            self.shared.lock().events.append(&mut self.events);
+            self.shared.notify();
         }
+        let moved = turned.map_err(|error| self.explain(error))?;
+        self.engine.record(waiting, now);
+        self.report_waits(waiting, now)?;
+        if moved || commanded {
+            self.idle.busy(now);
+            return Ok(());
+        }
+        let Rest::Until(latest) = rest else { return Ok(()) };
+        if !self.idle.may_spin(now) {
+            let until = [self.engine.next_deadline(), latest].into_iter().flatten().min();
+            self.waiter.wait_from(now, &mut [self.engine.paths().transport(), &mut self.launcher], until)?;
+        }
+        Ok(())
     }
 
     /// Says what the program waits for, or that it computes: when the launcher asks, and while it has waited for too long.

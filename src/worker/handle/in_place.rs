@@ -145,11 +145,8 @@ impl Worker {
 
     fn give_all(&mut self, wants_reply: bool) -> Result<()> {
         self.decide_reply(wants_reply)?;
-        for tensor in &mut self.buffers.tensors {
-            tensor.written = true;
-        }
-        let all: Vec<usize> = (0..self.buffers.chunks.len()).filter(|i| !self.buffers.chunks[*i].pushed).collect();
-        self.push_chunks(&all, wants_reply);
+        self.buffers.mark_all_written();
+        self.push_ready(wants_reply);
         Ok(())
     }
 }

@@ -22,13 +22,10 @@ impl Worker {
             ));
         }
         let since = Instant::now();
-        let mut commands = Vec::with_capacity(self.buffers.chunks.len());
-        for chunk in &mut self.buffers.chunks {
-            if let Some(into) = chunk.parameters.take() {
-                commands.push(Command::Pull { chunk: chunk.id, min_version, patience: Some(time), into });
-            }
-        }
-        self.progress.command(commands);
+        self.progress.command(self.buffers.chunks.iter_mut().filter_map(|chunk| {
+            let into = chunk.parameters.take()?;
+            Some(Command::Pull { chunk: chunk.id, min_version, patience: Some(time), into })
+        }));
         self.progress.set_waiting(true);
         // The server answers in time even if the version is not there; this allows for the way.
         let answered = self.until(time + Duration::from_secs(5), Buffers::parameters_home);
