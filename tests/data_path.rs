@@ -206,8 +206,13 @@ fn main() -> ExitCode {
             gradwire::cli::main()
         }
         _ => {
-            let ways =
-                [("tcp", "epoll", false), ("tcp", "uring", false), ("shm", "auto", false), ("shm", "auto", true)];
+            let ways = [
+                ("tcp", "epoll", false),
+                ("tcp", "uring", false),
+                ("shm", "auto", false),
+                ("shm", "auto", true),
+                ("tcp", "auto", true),
+            ];
             for (transport, tcp_io, inline) in ways {
                 job(transport, tcp_io, inline);
             }

@@ -12,7 +12,7 @@ use crate::{
         Driver, Fabrics, Missing,
         shm::{ShmOptions, ShmTransport},
         soft::{SoftFaults, SoftOptions, SoftTransport},
-        tcp::{TcpOptions, TcpTransport},
+        tcp::{Io, TcpOptions, TcpTransport},
         verbs::{VerbsOptions, VerbsTransport, numa_node_of},
     },
     types::PeerId,
@@ -82,9 +82,25 @@ fn driver(
                 ports: config.ports.map(|ports| ports.first..=ports.last),
                 ..TcpOptions::new(identity)
             };
-            Box::new(TcpTransport::new(options.with_environment(|name| std::env::var(name).ok())?)?)
+            let mut options = options.with_environment(|name| std::env::var(name).ok())?;
+            if config.inline_progress && !listen {
+                options.io = on_two_threads(options.io)?;
+            }
+            Box::new(TcpTransport::new(options)?)
         }
     })
+}
+
+/// How tcp moves a worker's bytes under `inline_progress`: two threads turn its engine, and a ring belongs to one.
+fn on_two_threads(asked: Io) -> Result<Io> {
+    match asked {
+        Io::Auto | Io::Epoll => Ok(Io::Epoll),
+        Io::Uring => Err(Error::Config(
+            "GRADWIRE_TCP_IO=uring under `inline_progress`: an io_uring belongs to one thread, and two take turns here; leave it \
+             to auto, or set inline_progress=false"
+                .into(),
+        )),
+    }
 }
 
 fn verbs(identity: Identity) -> Result<VerbsTransport> {
@@ -155,6 +171,12 @@ fn allowed(job: &[Fabric], own: Option<&str>) -> Result<Vec<Fabric>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_ring_of_one_thread_is_not_shared_by_two() {
+        assert_eq!(on_two_threads(Io::Auto).unwrap(), Io::Epoll);
+        assert!(on_two_threads(Io::Uring).unwrap_err().to_string().contains("inline_progress"));
+    }
 
     #[test]
     fn a_rank_may_do_without_a_fabric_but_not_without_all() {

@@ -198,7 +198,7 @@ impl Default for JobConfig {
             optimizer: OptimizerConfig::new(OptimizerKind::ADAMW, 1e-3),
             gradient_dtype: Dtype::F32,
             parameter_dtype: Dtype::F32,
-            chunk_bytes: 1 << 20,
+            chunk_bytes: 512 << 10,
             landing_bytes: 1 << 30,
             seed: 0,
             two_step: false,

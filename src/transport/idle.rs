@@ -11,14 +11,16 @@
 
 use std::time::{Duration, Instant};
 
-/// The longest time that a wait is spun through: about what two wake-ups cost.
-pub const SPIN_MAX: Duration = Duration::from_micros(20);
+/// The longest time that a wait is spun through: about what two wake-ups of an idle core cost in a virtual machine (57 to 105
+/// microseconds for a round trip of two sleepers, of which the way itself takes 7). Who spins for as long as sleeping would have
+/// cost loses at most the same again.
+pub const SPIN_MAX: Duration = Duration::from_micros(50);
 
 /// A wait of this length, slept through, is short: spinning might have done.
-const SHORT: Duration = Duration::from_micros(40);
+const SHORT: Duration = Duration::from_micros(120);
 
 /// Short waits without spinning after many failures: what spinning in vain costs is then less than a hundredth of the time.
-const PAUSE_MAX: u32 = 256;
+const PAUSE_MAX: u32 = 1024;
 
 /// The idle time of one thread.
 #[derive(Clone, Copy, Debug)]

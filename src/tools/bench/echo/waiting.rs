@@ -26,7 +26,7 @@ const SPIN_TIME: Duration = Duration::from_millis(100);
 pub enum Wait {
     /// Sleep in the kernel at once.
     Sleep,
-    /// As gradwire's threads: look again for up to 20 microseconds if the last waits were that short, then sleep.
+    /// As gradwire's threads: look again for up to 50 microseconds if the last waits were that short, then sleep.
     Adaptive,
     /// Look again and again: no wake-up is ever paid, and a core is used up by each process.
     Spin,
