@@ -416,7 +416,7 @@ mod tests {
             ("shards_per_server", |j| j.shards_per_server = 0),
             ("parameter_dtype", |j| j.parameter_dtype = Dtype::F16),
             ("chunk_bytes", |j| j.chunk_bytes = 100),
-            ("landing_bytes", |j| j.landing_bytes = 1 << 20),
+            ("landing_bytes", |j| j.landing_bytes = 1 << 19),
             ("deadline_ms", |j| j.deadline_ms = j.heartbeat_ms),
             ("checkpoint.dir", |j| j.checkpoint.every = Some(5)),
             ("../x", |j| j.name = "../x".into()),

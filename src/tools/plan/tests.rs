@@ -12,6 +12,7 @@ use crate::{
 fn question() -> Question {
     Question {
         config: JobConfig {
+            chunk_bytes: 1 << 20,
             workers: 64,
             servers: 8,
             gradient_dtype: Dtype::Bf16,
