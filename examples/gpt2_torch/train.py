@@ -100,7 +100,8 @@ def main() -> None:
         encoding = tokenizer()
         torch.manual_seed(1)
         prompt = encoding(options.prompt, return_tensors="pt")
-        text = model.generate(**prompt, max_new_tokens=60, do_sample=True, top_k=40, pad_token_id=encoding.eos_token_id)
+        room = min(60, options.length - prompt["input_ids"].shape[1])
+        text = model.generate(**prompt, max_new_tokens=room, do_sample=True, top_k=40, pad_token_id=encoding.eos_token_id)
         print("text:", " ".join(encoding.decode(text[0]).split()))
 
 

@@ -226,6 +226,36 @@ class Worker:
         """
         self._worker.set_learning_rate(rate)
 
+    def set(self, **settings: float) -> int:
+        """Change settings on all servers at one clock, as ``gradwire set``: ``worker.set(lr=0.01, weight_decay=0.1, clip_norm=1)``.
+
+        Returns:
+            The clock from which on they hold.
+
+        Raises:
+            ConfigError: naming what cannot be changed.
+            RefusedError: with the launcher's reason.
+        """
+        return self._worker.change_settings([f"{key.replace('_', '-')}={value}" for key, value in settings.items()])
+
+    def request_checkpoint(self) -> None:
+        """Ask for a checkpoint at the next clock that no server has passed, and go on at once: it is complete some steps of all
+        workers later, which :meth:`checkpoint_written` tells. One at a time."""
+        self._worker.request_checkpoint()
+
+    def checkpoint_written(self) -> int | None:
+        """The clock of the checkpoint that was asked for, once it is complete; None while it is not. Told once. Never waits.
+
+        Raises:
+            RefusedError: there is none to be had, as in a job without a checkpoint directory.
+        """
+        return self._worker.checkpoint_written()
+
+    def job_status(self) -> dict[str, Any]:
+        """How the job stands: what ``gradwire status --json`` prints."""
+        status: dict[str, Any] = json.loads(self._worker.job_status())
+        return status
+
     def finish(self) -> None:
         """This worker has done its part: end the clock if something has been pushed in it, wait (at most the job's ``wait_ms``)
         until every server knows, and leave the job in order."""

@@ -231,6 +231,32 @@ impl Worker {
         self.slot.with(py, |worker| worker.set_learning_rate(rate))
     }
 
+    /// Changes settings (`KEY=VALUE`) on all servers; the clock from which on they hold.
+    fn change_settings(&self, py: Python<'_>, settings: Vec<String>) -> PyResult<u64> {
+        let mut held = self.slot.lock(py)?;
+        let worker = held.as_mut().expect("`lock` has looked");
+        let outcome = py.detach(|| worker.change_settings(settings.iter().map(String::as_str)));
+        outcome.map_err(|error| raised(py, &error))
+    }
+
+    /// Asks for a checkpoint, and goes on.
+    fn request_checkpoint(&self, py: Python<'_>) -> PyResult<()> {
+        self.slot.with(py, gradwire::Worker::request_checkpoint)
+    }
+
+    /// The clock of the checkpoint that was asked for, once it is complete.
+    fn checkpoint_written(&self, py: Python<'_>) -> PyResult<Option<u64>> {
+        self.slot.with(py, gradwire::Worker::checkpoint_written)
+    }
+
+    /// How the job stands, in JSON.
+    fn job_status(&self, py: Python<'_>) -> PyResult<String> {
+        let mut held = self.slot.lock(py)?;
+        let worker = held.as_mut().expect("`lock` has looked");
+        let status = py.detach(move || worker.job_status()).map_err(|error| raised(py, &error))?;
+        Ok(serde_json::to_string(&status).expect("a status has text keys"))
+    }
+
     /// Leaves the job in order.
     fn finish(&self, py: Python<'_>) -> PyResult<()> {
         let worker = self.slot.take(py)?;

@@ -397,3 +397,34 @@ def test_torch_is_not_imported() -> None:
     program = "import sys, gradwire; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], text=True, capture_output=True, check=True).stdout == "False\n"
     assert np.float32 is not None
+
+
+def test_a_worker_asks_its_job(run: Run) -> None:
+    """Another rate from one clock on, a checkpoint that is complete some steps later, and how the job stands."""
+    outcome = run(
+        """
+        with gradwire.join([gradwire.Tensor("w", (4,))]) as worker:
+            first = worker.set(lr=0.25)
+            assert first >= 0, first
+            try:
+                worker.set(speed=1)
+            except gradwire.ConfigError as error:
+                assert "speed" in str(error), error
+            else:
+                raise AssertionError("`speed` was changed")
+            worker.request_checkpoint()
+            written = None
+            while written is None:
+                worker.push_pull("w", np.ones(4, np.float32))
+                worker.wait(timeout=60)
+                written = worker.checkpoint_written()
+            assert np.allclose(worker.parameters("w"), -0.25 * worker.clock), worker.parameters("w")
+            status = worker.job_status()
+            assert status["checkpoint"] == written and len(status["ranks"]) == 2, status
+            print(f"asked: {written > 0}")
+        """,
+        *("--optimizer", "sgd", "--lr", "1", "--checkpoint-dir", "checkpoints"),
+        workers=1,
+        servers=1,
+    )
+    assert outcome.values("asked") == ["True"]
