@@ -399,7 +399,7 @@ def test_torch_is_not_imported() -> None:
     assert np.float32 is not None
 
 
-def test_a_worker_asks_its_job(run: Run) -> None:
+def test_a_worker_asks_its_job(run: Any) -> None:
     """Another rate from one clock on, a checkpoint that is complete some steps later, and how the job stands."""
     outcome = run(
         """
@@ -418,7 +418,8 @@ def test_a_worker_asks_its_job(run: Run) -> None:
                 worker.push_pull("w", np.ones(4, np.float32))
                 worker.wait(timeout=60)
                 written = worker.checkpoint_written()
-            assert np.allclose(worker.parameters("w"), -0.25 * worker.clock), worker.parameters("w")
+            moved = -(first + 0.25 * (worker.clock - first))
+            assert np.allclose(worker.parameters("w"), moved), (worker.parameters("w"), moved, first)
             status = worker.job_status()
             assert status["checkpoint"] == written and len(status["ranks"]) == 2, status
             print(f"asked: {written > 0}")
