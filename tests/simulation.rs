@@ -10,6 +10,8 @@
 mod bits;
 #[path = "simulation/live.rs"]
 mod live;
+#[path = "simulation/rebuilt.rs"]
+mod rebuilt;
 
 use std::{collections::HashMap, time::Duration};
 

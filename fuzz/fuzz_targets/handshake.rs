@@ -25,14 +25,14 @@ fuzz_target!(|input: (u8, &[u8])| {
             break;
         }
         answering.space()[..count].copy_from_slice(&piece[..count]);
-        match answering.received(count, &identity(server), |_| Ok(())) {
+        match answering.received(count, &identity(server), |_, _| Ok(())) {
             Ok(Heard::More) => {}
             Ok(Heard::Accept { .. }) => panic!("accepted without the token"),
             Ok(Heard::Refuse { .. }) | Err(_) => break,
         }
     }
 
-    let mut calling = Calling::begin(server, [4; 32]);
+    let mut calling = Calling::begin(server, 0, [4; 32]);
     for piece in bytes.chunks(step) {
         let count = piece.len().min(calling.space().len());
         calling.space()[..count].copy_from_slice(&piece[..count]);

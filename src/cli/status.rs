@@ -10,7 +10,7 @@ use clap::Args;
 use crate::{
     Error, Result,
     launch::JobDirectory,
-    session::{Control, ControlAnswer, Status, control},
+    session::{Control, ControlAnswer, PathCounts, Status, control},
 };
 
 /// How long a launcher may take to say how things stand.
@@ -70,6 +70,12 @@ fn table(status: &Status) -> String {
     }
     if status.not_finite > 0 {
         text += &format!("gradients that were not finite at {} clocks\n", status.not_finite);
+    }
+    for rank in &status.ranks {
+        let PathCounts { rebuilt, corrupt } = rank.path_counts;
+        if rebuilt + corrupt > 0 {
+            text += &format!("{}: {rebuilt} ends of broken paths rebuilt, {corrupt} damaged payloads\n", rank.rank);
+        }
     }
     if let Some(verdict) = &status.verdict {
         text += &format!("waiting: {verdict}\n");

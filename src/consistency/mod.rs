@@ -1,12 +1,15 @@
-//! Who may run how far ahead: the staleness gate, the window over the agreed chunk order, and the arrival bits. Pure.
+//! Who may run how far ahead: the staleness gate, the window over the agreed chunk order, the arrival bits, and what may have to be
+//! sent again. Pure.
 //!
 //! Invariant: nothing here knows memory or time; the same code runs in the simulator and in the server.
 #![forbid(unsafe_code)]
 
 mod gate;
+mod unproven;
 mod window;
 
 pub use gate::StalenessGate;
+pub use unproven::Unproven;
 pub use window::{Window, WindowRefusal, position};
 
 use std::{fmt, str::FromStr};

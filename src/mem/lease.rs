@@ -69,7 +69,14 @@
 //! induction: `whole` makes the first block, once a mapping (its one caller is `Region::allocate`); `split_at` and `join` consume
 //! what they cut or glue; nothing else makes a block, and a block is shared only after `freeze` has consumed its lease.
 
-use std::{ops::Not, ptr::NonNull, sync::Arc};
+use std::{
+    ops::Not,
+    ptr::NonNull,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
 
 use super::region::{Mapping, RegionId};
 
@@ -78,6 +85,8 @@ struct Block {
     mapping: Arc<Mapping>,
     start: usize,
     len: usize,
+    /// While it is shared: a length + 1 and the checksum of so many bytes; 0 if none has been asked for.
+    checked: AtomicU64,
 }
 
 /// An exclusive byte range of a region.
@@ -96,7 +105,7 @@ impl Lease {
     /// The lease over all of a new mapping; at most one a mapping.
     pub(super) fn whole(mapping: Arc<Mapping>) -> Lease {
         let len = mapping.len();
-        Lease { block: Arc::new(Block { mapping, start: 0, len }) }
+        Lease { block: Arc::new(Block::new(mapping, 0, len)) }
     }
 
     /// The region that the range is of.
@@ -164,8 +173,8 @@ impl Lease {
     /// If `at` lies beyond the end.
     pub fn split_at(self, at: usize) -> (Lease, Lease) {
         assert!(at <= self.block.len, "split at {at} of {}", self.block.len);
-        let Block { mapping, start, len } = &*self.block;
-        let cut = |start, len| Lease { block: Arc::new(Block { mapping: mapping.clone(), start, len }) };
+        let Block { mapping, start, len, .. } = &*self.block;
+        let cut = |start, len| Lease { block: Arc::new(Block::new(mapping.clone(), start, len)) };
         (cut(*start, at), cut(start + at, len - at))
     }
 
@@ -177,7 +186,7 @@ impl Lease {
             return Err((self, next));
         }
         let (mapping, start, len) = (self.block.mapping.clone(), self.offset(), self.len() + next.len());
-        Ok(Lease { block: Arc::new(Block { mapping, start, len }) })
+        Ok(Lease { block: Arc::new(Block::new(mapping, start, len)) })
     }
 
     /// Cuts the range into pieces of `size` bytes each (the last may be shorter); an empty range is one empty piece.
@@ -236,18 +245,47 @@ impl SharedLease {
         unsafe { std::slice::from_raw_parts(self.block.host_pointer().as_ptr(), self.block.len) }
     }
 
+    /// CRC-32C of the first `length` bytes, computed once however many ask: nobody can change what is shared. `None` if the bytes
+    /// lie on a device.
+    ///
+    /// # Panics
+    ///
+    /// If the range is shorter.
+    pub fn checksum(&self, length: u32) -> Option<u32> {
+        if !self.block.mapping.is_host() {
+            return None;
+        }
+        let known = self.block.checked.load(Ordering::Relaxed);
+        if known >> 32 == u64::from(length) + 1 {
+            return Some(known as u32);
+        }
+        let checksum = crc32c::crc32c(&self.bytes()[..length as usize]);
+        if length < u32::MAX {
+            let both = (u64::from(length) + 1) << 32 | u64::from(checksum);
+            self.block.checked.store(both, Ordering::Relaxed);
+        }
+        Some(checksum)
+    }
+
     /// The exclusive lease again, if this was the last holder; itself otherwise.
     pub fn thaw(mut self) -> Result<Lease, SharedLease> {
         // `get_mut` and not `strong_count`: it succeeds only for the sole owner (there are no weak ones), and its Acquire meets
         // the Release of every holder dropped before, in whatever thread. So their reads happen before our writes.
         match Arc::get_mut(&mut self.block) {
-            Some(_) => Ok(Lease { block: self.block }),
+            Some(block) => {
+                *block.checked.get_mut() = 0; // the bytes may change from here on
+                Ok(Lease { block: self.block })
+            }
             None => Err(self),
         }
     }
 }
 
 impl Block {
+    fn new(mapping: Arc<Mapping>, start: usize, len: usize) -> Block {
+        Block { mapping, start, len, checked: AtomicU64::new(0) }
+    }
+
     /// The first byte, which the processor can reach.
     fn host_pointer(&self) -> NonNull<u8> {
         assert!(
@@ -263,219 +301,5 @@ impl Block {
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-    use crate::mem::{Region, RegionOptions};
-
-    const BYTES: usize = 4096;
-
-    fn fresh() -> (Region, Lease) {
-        Region::allocate(BYTES, &RegionOptions::default()).unwrap()
-    }
-
-    /// What a random program does to the leases of a region; numbers are taken modulo what there is.
-    #[derive(Clone, Debug)]
-    enum Step {
-        Split { which: usize, at: usize },
-        Join { left: usize, right: usize },
-        Write { which: usize, value: u8 },
-        Freeze { which: usize },
-        Share { which: usize },
-        Drop { which: usize },
-        Thaw { which: usize },
-    }
-
-    fn steps() -> impl Strategy<Value = Vec<Step>> {
-        let which = 0..64usize;
-        let step = prop_oneof![
-            3 => (which.clone(), 0..=BYTES).prop_map(|(which, at)| Step::Split { which, at }),
-            3 => (which.clone(), which.clone()).prop_map(|(left, right)| Step::Join { left, right }),
-            3 => (which.clone(), any::<u8>()).prop_map(|(which, value)| Step::Write { which, value }),
-            2 => which.clone().prop_map(|which| Step::Freeze { which }),
-            1 => which.clone().prop_map(|which| Step::Share { which }),
-            1 => which.clone().prop_map(|which| Step::Drop { which }),
-            3 => which.prop_map(|which| Step::Thaw { which }),
-        ];
-        prop::collection::vec(step, 1..200)
-    }
-
-    /// The leases of one region, and beside them what its bytes must be.
-    struct World {
-        held: Vec<Lease>,
-        shared: Vec<SharedLease>,
-        expected: Vec<u8>,
-    }
-
-    impl World {
-        fn take(leases: &mut Vec<Lease>, which: usize) -> Option<Lease> {
-            if leases.is_empty() { None } else { Some(leases.swap_remove(which % leases.len())) }
-        }
-
-        fn holders(&self, of: &SharedLease) -> usize {
-            self.shared.iter().filter(|other| (other.offset(), other.len()) == (of.offset(), of.len())).count()
-        }
-
-        fn run(&mut self, step: Step) {
-            match step {
-                Step::Split { which, at } => {
-                    let Some(lease) = World::take(&mut self.held, which) else { return };
-                    let at = at % (lease.len() + 1);
-                    let (left, right) = lease.split_at(at);
-                    // Empty ranges are alike; two of one place would make `holders` count wrong.
-                    self.held.extend([left, right].into_iter().filter(|part| !part.is_empty()));
-                }
-                Step::Join { left, right } => {
-                    if self.held.len() < 2 {
-                        return;
-                    }
-                    let left = World::take(&mut self.held, left).expect("there are two");
-                    // Chance alone rarely finds a neighbour, so every other time it is looked for.
-                    let end = left.offset() + left.len();
-                    let neighbour = self.held.iter().position(|lease| lease.offset() == end && right % 2 == 0);
-                    let right = World::take(&mut self.held, neighbour.unwrap_or(right)).expect("there are two");
-                    let begin = right.offset();
-                    match left.join(right) {
-                        Ok(joined) => {
-                            assert_eq!(end, begin);
-                            self.held.push(joined);
-                        }
-                        Err((left, right)) => {
-                            assert_ne!(end, begin);
-                            self.held.extend([left, right]);
-                        }
-                    }
-                }
-                Step::Write { which, value } => {
-                    let Some(mut lease) = World::take(&mut self.held, which) else { return };
-                    lease.bytes_mut().fill(value);
-                    self.expected[lease.offset()..][..lease.len()].fill(value);
-                    self.held.push(lease);
-                }
-                Step::Freeze { which } => {
-                    let Some(lease) = World::take(&mut self.held, which) else { return };
-                    self.shared.push(lease.freeze());
-                }
-                Step::Share { which } if !self.shared.is_empty() => {
-                    self.shared.push(self.shared[which % self.shared.len()].clone());
-                }
-                Step::Drop { which } if !self.shared.is_empty() => {
-                    let which = which % self.shared.len();
-                    if self.holders(&self.shared[which]) > 1 {
-                        self.shared.swap_remove(which);
-                    }
-                }
-                Step::Thaw { which } if !self.shared.is_empty() => {
-                    let which = which % self.shared.len();
-                    let holders = self.holders(&self.shared[which]);
-                    match self.shared.swap_remove(which).thaw() {
-                        Ok(lease) => {
-                            assert_eq!(holders, 1);
-                            self.held.push(lease);
-                        }
-                        Err(shared) => {
-                            assert!(holders > 1);
-                            self.shared.push(shared);
-                        }
-                    }
-                }
-                Step::Share { .. } | Step::Drop { .. } | Step::Thaw { .. } => {}
-            }
-        }
-
-        /// Every byte of the region is in exactly one range, and is what was last written to it.
-        fn check(&self) {
-            let mut ranges: Vec<(usize, &[u8])> =
-                self.held.iter().map(|lease| (lease.offset(), lease.bytes())).collect();
-            ranges.extend(self.shared.iter().map(|lease| (lease.offset(), lease.bytes())));
-            ranges.sort_by_key(|&(offset, bytes)| (offset, bytes.len()));
-            ranges.dedup_by_key(|&mut (offset, bytes)| (offset, bytes.len()));
-            let mut end = 0;
-            for (offset, bytes) in ranges {
-                assert_eq!(offset, end);
-                end = offset + bytes.len();
-                assert_eq!(bytes, &self.expected[offset..end]);
-            }
-            assert_eq!(end, BYTES);
-        }
-    }
-
-    proptest! {
-        #[test]
-        fn ranges_stay_disjoint_and_complete_and_keep_their_contents(steps in steps()) {
-            let (_region, lease) = fresh();
-            let len = lease.len();
-            let (lease, _rest) = lease.split_at(BYTES.min(len));
-            let mut world = World { held: vec![lease], shared: Vec::new(), expected: vec![0; BYTES] };
-            for step in steps {
-                world.run(step);
-                world.check();
-            }
-        }
-
-        #[test]
-        fn chunks_cover_the_range_in_order(len in 0..=BYTES, size in 1..=BYTES) {
-            let (_region, lease) = fresh();
-            let pieces = lease.split_at(len).0.chunks(size);
-            prop_assert_eq!(pieces.len(), len.div_ceil(size).max(1));
-            let mut end = 0;
-            for (index, piece) in pieces.iter().enumerate() {
-                prop_assert_eq!(piece.offset(), end);
-                prop_assert!(piece.len() == size || index == pieces.len() - 1);
-                end += piece.len();
-            }
-            prop_assert_eq!(end, len);
-        }
-    }
-
-    #[test]
-    fn neighbours_of_two_regions_do_not_join() {
-        let ((_one, first), (_two, second)) = (fresh(), fresh());
-        let (left, _) = first.split_at(64);
-        let (_, right) = second.split_at(64);
-        let (left, right) = left.join(right).unwrap_err();
-        assert_ne!(left.region_id(), right.region_id());
-        assert_eq!(left.region_id(), left.freeze().region_id());
-    }
-
-    #[test]
-    #[should_panic(expected = "infinitely many")]
-    fn chunks_of_nothing_are_a_bug_of_the_caller() {
-        fresh().1.chunks(0);
-    }
-
-    #[test]
-    #[should_panic(expected = "split at 4097")]
-    fn a_split_beyond_the_end_is_a_bug_of_the_caller() {
-        let (_region, lease) = fresh();
-        lease.split_at(BYTES).0.split_at(BYTES + 1);
-    }
-
-    /// The last reader may drop in another thread than the one that then writes: no order but that of `thaw` keeps them apart.
-    #[test]
-    fn a_range_thaws_once_the_readers_of_other_threads_are_gone() {
-        let (_region, mut lease) = fresh();
-        for round in 0..200u8 {
-            lease.bytes_mut().fill(round);
-            let shared = lease.freeze();
-            let readers: Vec<_> = (0..2)
-                .map(|_| {
-                    let reader = shared.clone();
-                    std::thread::spawn(move || assert!(reader.bytes().iter().all(|&byte| byte == round)))
-                })
-                .collect();
-            let mut waiting = shared;
-            lease = loop {
-                match waiting.thaw() {
-                    Ok(lease) => break lease,
-                    Err(shared) => waiting = shared,
-                }
-                std::thread::yield_now();
-            };
-            for reader in readers {
-                reader.join().unwrap();
-            }
-        }
-    }
-}
+#[path = "lease_tests.rs"]
+mod tests;

@@ -5,7 +5,7 @@
 //! a tile, or than it takes to hand jobs to a GPU.
 
 use std::{
-    collections::VecDeque,
+    collections::{BTreeMap, VecDeque},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -57,6 +57,8 @@ pub struct EventLoop<T> {
     shard: Shard,
     memory: Memory,
     landing: Landing,
+    /// By worker: the fabric of its path, and what it was told of its slots.
+    landings: BTreeMap<u16, (&'static str, Attachment)>,
     slots: u32,
     queue: VecDeque<Work>,
     completions: Vec<Completion>,
@@ -97,6 +99,7 @@ impl<T: Transport> EventLoop<T> {
             paths,
             memory,
             landing,
+            landings: BTreeMap::new(),
             queue: VecDeque::new(),
             completions: Vec::new(),
             copying: None,
@@ -264,13 +267,13 @@ impl<T: Transport> EventLoop<T> {
                 // A broken path's `Broken` follows and says more; anything else would be waited for in vain.
                 if matches!(error, Error::Broken { .. }) { Ok(()) } else { Err(error) }
             }
-            Completion::Released { .. } => Ok(()), // nobody connects to a fenced peer again
+            Completion::Released { .. } => Ok(()), // the paths keep them
             Completion::Arrived { from, note, lease } => {
                 if let Err(error) = self.shard.handle_arrived(now, from, note, lease) {
                     self.paths.fence(from);
                     return self.lost(from, error);
                 }
-                if self.shard.has_left(from) {
+                if self.shard.has_parted(from) {
                     self.paths.release(from);
                 }
                 Ok(())
@@ -279,22 +282,42 @@ impl<T: Transport> EventLoop<T> {
         }
     }
 
-    /// A worker is connected: its landing slots are opened and it is told of them. Another shard needs nothing.
+    /// A worker is connected, for the first time or again: its landing slots are opened and it is told of them. Another shard is told
+    /// something only over a path that was rebuilt.
     fn attach(&mut self, peer: PeerId) -> Result<()> {
+        let is_rebuilt = self.paths.generation(peer) > 0;
         if peer.rank.role == Role::Server {
+            if is_rebuilt {
+                self.shard.resume_lane(peer);
+            }
             return Ok(());
         }
         let worker = peer.rank.index;
-        let mut first = None;
-        for slot in self.landing.take(worker, self.paths.fabric(peer)) {
-            let remote = self.paths.arm(peer, slot)?;
-            first.get_or_insert(remote);
+        if is_rebuilt {
+            self.shard.resume(worker);
         }
-        let first = first.expect("a window has at least one slot");
-        let (slot_bytes, slots) = (first.len, self.slots);
-        let landing = Attachment { rkey: first.rkey, offset: first.offset, slot_bytes, slots, credit: 0 };
+        let fabric = self.paths.fabric(peer);
+        let landing = match self.landings.get(&worker) {
+            None => self.open(peer, fabric)?,
+            // Slots that nobody is reading were armed again with the path.
+            Some((before, landing)) if *before == fabric => *landing,
+            Some((before, _)) => {
+                let reason = format!("it was rebuilt over {fabric}, and its slots were registered for {before}");
+                return Err(Error::Broken { peer, reason });
+            }
+        };
+        self.landings.insert(worker, (fabric, landing));
         self.shard.attach(worker, landing);
         Ok(())
+    }
+
+    /// Opens a worker's landing slots.
+    fn open(&mut self, peer: PeerId, fabric: &str) -> Result<Attachment> {
+        let (rkey, slots) = self.landing.take(peer.rank.index, fabric);
+        let first = slots.first().expect("a window has at least one slot");
+        let (offset, slot_bytes) = (first.offset() as u64, first.len() as u32);
+        slots.into_iter().try_for_each(|slot| self.paths.arm(peer, slot))?;
+        Ok(Attachment { rkey, offset, slot_bytes, slots: self.slots, credit: 0 })
     }
 
     /// A path is gone: harmless if the peer owes and is owed nothing more, the end of the job otherwise.

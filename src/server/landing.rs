@@ -34,7 +34,7 @@ pub(super) struct LandingShape {
 
 /// Slots by worker, until the worker is connected.
 pub(super) struct Landing {
-    host: Vec<Vec<Lease>>,
+    host: Option<(MemoryRegion, Vec<Vec<Lease>>)>,
     direct: Option<(MemoryRegion, Vec<Vec<Lease>>)>,
 }
 
@@ -54,8 +54,11 @@ impl Landing {
         let is_everywhere = direct.as_ref().is_some_and(|(region, _)| region.is_everywhere());
         let direct = direct.map(|(region, lease)| (region, shape.cut(lease)));
         let host = match is_everywhere {
-            true => Vec::new(),
-            false => shape.cut(on_host("landing", landing_bytes, shape, memory, paths)?),
+            true => None,
+            false => {
+                let (region, lease) = on_host("landing", landing_bytes, shape, memory, paths)?;
+                Some((region, shape.cut(lease)))
+            }
         };
         let reply_bytes = shape.copies * shape.copy_bytes;
         let replies = match is_everywhere {
@@ -64,20 +67,19 @@ impl Landing {
         };
         let replies = match replies {
             Some(lease) => lease,
-            None => on_host("replies", reply_bytes, shape, memory, paths)?,
+            None => on_host("replies", reply_bytes, shape, memory, paths)?.1,
         };
         let mut pool = replies.chunks(shape.copy_bytes.max(1));
         pool.truncate(shape.copies);
         Ok((Landing { host, direct }, pool))
     }
 
-    /// The slots of a worker whose path is over `fabric`; once a worker.
-    pub(super) fn take(&mut self, worker: u16, fabric: &str) -> Vec<Lease> {
-        let by_worker = match &mut self.direct {
-            Some((region, direct)) if region.rkey(fabric) != 0 => direct,
-            _ => &mut self.host,
-        };
-        std::mem::take(&mut by_worker[usize::from(worker)])
+    /// The slots of a worker whose path is over `fabric`, and their region's key there; once a worker.
+    pub(super) fn take(&mut self, worker: u16, fabric: &str) -> (u32, Vec<Lease>) {
+        let is_direct = self.direct.as_ref().is_some_and(|(region, _)| region.rkey(fabric) != 0);
+        let of = if is_direct { &mut self.direct } else { &mut self.host };
+        let (region, by_worker) = of.as_mut().expect("what is not everywhere is on the host as well");
+        (region.rkey(fabric), std::mem::take(&mut by_worker[usize::from(worker)]))
     }
 }
 
@@ -94,12 +96,12 @@ fn on_host<T: Transport>(
     shape: &LandingShape,
     memory: &mut Memory,
     paths: &mut Paths<T>,
-) -> Result<Lease> {
+) -> Result<(MemoryRegion, Lease)> {
     let options = RegionOptions { name: format!("{}-{what}", shape.region.name), ..shape.region.clone() };
     let (region, lease) = Region::allocate(bytes, &options)?;
-    paths.register(&region)?;
+    let registered = paths.register(&region)?;
     memory.adopt(&region)?;
-    Ok(lease)
+    Ok((registered, lease))
 }
 
 /// Memory of the shard's GPU, registered; `None`, with the reason said once a process, where that cannot be.

@@ -21,7 +21,7 @@ use crate::{
     Error, Result,
     checkpoint::{self, ChunkState},
     layout::Layout,
-    session::{Command, Commands, Offer, Report, Reporter},
+    session::{Command, Commands, Offer, PathCounts, Report, Reporter},
     transport::{Armed, Fabrics, Idle, Waiter, Wakeup},
     types::{Clock, PeerId, ShardId},
 };
@@ -46,6 +46,8 @@ pub(super) struct Lane {
     /// The checkpoint with which the job ends is complete: workers are given until then to leave first.
     leaving: Option<(Clock, Instant)>,
     reported: (Instant, Clock),
+    /// What the launcher has been told of the paths.
+    counted: PathCounts,
     /// When the launcher was last told what is waited for; `None` if it has asked since.
     told: Option<Instant>,
 }
@@ -90,6 +92,7 @@ impl Lane {
             end: None,
             leaving: None,
             told: Some(reported.0),
+            counted: PathCounts::default(),
             reported,
         }
     }
@@ -128,6 +131,7 @@ impl Lane {
                 self.reporter.report(Report::NotFinite { clock, worker, tensor })?;
             }
             self.report_progress(now)?;
+            self.report_paths()?;
             self.report_waits(now)?;
             if self.event_loop.is_done() && self.end.is_some() {
                 return self.finish();
@@ -166,6 +170,10 @@ impl Lane {
                 self.reporter.report(Report::Prepared { number, lane: self.lane, from })?;
             }
             Command::Change { number, change } => self.event_loop.settle_change(number, change)?,
+            Command::Rebuild { lane, proposal } if lane == self.lane => {
+                self.event_loop.paths().proposed(proposal, Instant::now());
+            }
+            Command::Rebuild { .. } => {} // another lane's
             Command::End { clock, checkpoint } => self.end = Some((clock, checkpoint)),
             Command::JobFailed { text } => return Err(Error::JobFailed(text)),
         }
@@ -197,6 +205,21 @@ impl Lane {
             self.reporter.report(Report::sent())?;
         }
         Ok(())
+    }
+
+    /// Passes on what broken paths need of the launcher, and what became of them.
+    fn report_paths(&mut self) -> Result<()> {
+        let (lane, reporter) = (self.lane, &self.reporter);
+        let paths = self.event_loop.paths();
+        for proposal in paths.take_proposals() {
+            reporter.report(Report::Rebuild { lane, proposal })?;
+        }
+        let counts = paths.counts();
+        if counts == self.counted {
+            return Ok(());
+        }
+        self.counted = counts;
+        reporter.report(Report::PathCounts { lane, counts })
     }
 
     /// Says what is waited for: when the launcher asks, and with every heartbeat while nothing has moved for too long.

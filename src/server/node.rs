@@ -235,7 +235,7 @@ impl LaneThread {
         };
         let mut memory = Memory::new(memory, plan.layout.clone(), shard, &*initial_values(config)?, device)?;
         let versions = restore(&plan, shard, &mut memory)?;
-        let mut paths = Paths::new(self.transport, 0, config.heartbeat(), config.deadline());
+        let mut paths = Paths::new(self.transport, config.path_options());
         paths.record(self.recorder);
         let shard_config = ShardConfig {
             me: self.me,

@@ -7,7 +7,7 @@ use std::{path::PathBuf, str::FromStr, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
-use super::{DeviceChoice, MetricsAddress, StepRange};
+use super::{DeviceChoice, MetricsAddress, PathOptions, PayloadChecksums, StepRange};
 use crate::{
     Error, Result,
     consistency::Consistency,
@@ -160,6 +160,11 @@ pub struct JobConfig {
     /// How long a rank waits for another before the launcher asks all of them who waits for whom, and says so, in milliseconds; at
     /// least three heartbeats. The job goes on.
     pub warn_ms: u64,
+    /// How long the two ends of a broken path may take to rebuild it before the job ends, in milliseconds; 0: a broken path ends the
+    /// job.
+    pub rebuild_ms: u64,
+    /// Which payloads carry a checksum from the sender's memory to the receiver's.
+    pub payload_checksums: PayloadChecksums,
     /// How long the launcher waits for every rank to join, in milliseconds.
     pub join_ms: u64,
     /// How long, from the first rank that is there, the others may take to declare, to offer or to reach a barrier, in
@@ -214,6 +219,8 @@ impl Default for JobConfig {
             heartbeat_ms: 1000,
             deadline_ms: 10_000,
             warn_ms: 5_000,
+            rebuild_ms: 10_000,
+            payload_checksums: PayloadChecksums::default(),
             join_ms: 60_000,
             setup_ms: 600_000,
             wait_ms: 600_000,
@@ -376,6 +383,17 @@ impl JobConfig {
     /// Silence after which a rank counts as silent in a verdict: two heartbeats may be lost to a busy machine.
     pub fn silent_ms(&self) -> u64 {
         3 * self.heartbeat_ms
+    }
+
+    /// How the job's paths live.
+    pub fn path_options(&self) -> PathOptions {
+        PathOptions {
+            epoch: 0,
+            heartbeat: self.heartbeat(),
+            deadline: self.deadline(),
+            rebuild: Duration::from_millis(self.rebuild_ms),
+            checksums: self.payload_checksums,
+        }
     }
 
     /// How long a silent peer is waited for.

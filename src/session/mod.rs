@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod changes;
+mod checksums;
 mod device;
 pub(crate) mod fabrics;
 mod footprint;
@@ -14,6 +15,7 @@ mod metrics;
 mod observation;
 mod paths;
 mod placement;
+mod rebuild;
 mod recorder;
 mod rendezvous;
 mod setting;
@@ -22,14 +24,16 @@ mod timeline;
 mod verdict;
 
 pub use changes::Changes;
+pub use checksums::PayloadChecksums;
 pub use device::{DeviceChoice, device_of};
 pub use footprint::{ShardMemory, ShardShape, memory_available};
 pub use job::{CheckpointConfig, Fabric, JobConfig, PortRange, RANKS_MAX, check_name};
 pub use liveness::{Liveness, LivenessEvent};
 pub use metrics::{MetricsAddress, MetricsEndpoint, launcher_text};
 pub use observation::Observation;
-pub use paths::Paths;
+pub use paths::{PathCounts, PathOptions, Paths};
 pub use placement::cores_from_environment;
+pub use rebuild::Proposal;
 pub use recorder::{Recorder, Trace};
 pub use rendezvous::{
     Address, CheckpointSink, Command, Commands, Control, Member, Notice, NoticeSink, Offer, Order, RankStatus,

@@ -55,6 +55,8 @@ const SETTINGS: &[(&str, Kind)] = &[
     ("heartbeat_ms", Kind::Whole),
     ("deadline_ms", Kind::Whole),
     ("warn_ms", Kind::Whole),
+    ("rebuild_ms", Kind::Whole),
+    ("payload_checksums", Kind::Choice(&["auto", "on", "off"])),
     ("join_ms", Kind::Whole),
     ("setup_ms", Kind::Whole),
     ("wait_ms", Kind::Whole),

@@ -220,9 +220,9 @@ impl Transport for Fabrics {
     }
 
     fn fence(&mut self, peer: PeerId) -> Vec<Lease> {
-        let slots = self.of(peer).map(|driver| driver.fence(peer)).unwrap_or_default();
         self.routes.remove(&peer);
-        slots
+        // All of them: what was offered and not chosen is worth nothing any more either.
+        self.drivers.iter_mut().flat_map(|driver| driver.fence(peer)).collect()
     }
 
     fn post(&mut self, request: WorkRequest) -> Result<(), QueueFull> {

@@ -27,6 +27,24 @@ pub fn format_addresses(addresses: &[SocketAddr]) -> String {
     addresses.iter().map(SocketAddr::to_string).collect::<Vec<_>>().join(",")
 }
 
+/// An address and the number of the path that it was offered for: `ADDRESS#N`, without `#N` for the first (0). Empty stays empty.
+pub fn with_incarnation(address: String, incarnation: u32) -> String {
+    if incarnation == 0 || address.is_empty() { address } else { format!("{address}#{incarnation}") }
+}
+
+/// The inverse of [`with_incarnation`].
+pub fn split_incarnation(text: &str) -> Result<(&str, u32)> {
+    let Some((address, number)) = text.split_once('#') else { return Ok((text, 0)) };
+    let is_plain = number.bytes().all(|byte| byte.is_ascii_digit()) && !number.starts_with('0');
+    match number.parse() {
+        Ok(number) if is_plain && !address.is_empty() => Ok((address, number)),
+        _ => Err(Error::Config(format!(
+            "`{}` is not an endpoint: what follows # must be the number of a path, from 1",
+            text.chars().take(200).collect::<String>().escape_debug()
+        ))),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -35,6 +53,17 @@ mod tests {
     fn round_trip() {
         for text in ["127.0.0.1:1", "[::1]:65535", "10.0.0.1:80,[fe80::1%2]:80,192.168.1.1:80"] {
             assert_eq!(format_addresses(&parse_addresses(text).unwrap()), text);
+        }
+    }
+
+    #[test]
+    fn incarnations_round_trip() {
+        for (address, number) in [("127.0.0.1:1", 0), ("127.0.0.1:1", 1), ("[::1]:9,[::2]:9", u32::MAX), ("", 0)] {
+            let text = with_incarnation(address.into(), number);
+            assert_eq!(split_incarnation(&text).unwrap(), (address, number));
+        }
+        for text in ["a#", "a#0", "a#01", "a#-1", "a#+1", "a#1#2", "#1", "a#4294967296"] {
+            assert!(split_incarnation(text).is_err(), "{text}");
         }
     }
 

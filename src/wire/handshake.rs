@@ -64,10 +64,12 @@ pub enum Refusal {
     Duplicate = 6,
     /// The caller is of another membership of the job.
     WrongEpoch = 7,
+    /// The call is for a path that has ended since.
+    Stale = 8,
 }
 
 impl Refusal {
-    const ALL: [Refusal; 7] = [
+    const ALL: [Refusal; 8] = [
         Refusal::WrongVersion,
         Refusal::WrongJob,
         Refusal::WrongToken,
@@ -75,6 +77,7 @@ impl Refusal {
         Refusal::UnknownPeer,
         Refusal::Duplicate,
         Refusal::WrongEpoch,
+        Refusal::Stale,
     ];
 
     /// Whether to call again later can help: the listener may not have got to expecting us yet.
@@ -97,6 +100,7 @@ impl fmt::Display for Refusal {
             Refusal::UnknownPeer => "this peer is not expected",
             Refusal::Duplicate => "a peer of this name is connected already",
             Refusal::WrongEpoch => "the two sides are of different epochs of the job",
+            Refusal::Stale => "the call is for a path that has ended since",
         })
     }
 }
@@ -184,12 +188,13 @@ impl Answering {
         &mut self.hello[self.filled..]
     }
 
-    /// `count` more bytes lie in [`Answering::space`]. `admit` says whether an authenticated caller is wanted.
+    /// `count` more bytes lie in [`Answering::space`]. `admit` says whether an authenticated caller, who means this incarnation of
+    /// the path, is wanted.
     pub fn received(
         &mut self,
         count: usize,
         identity: &Identity,
-        admit: impl FnOnce(PeerId) -> Result<(), Refusal>,
+        admit: impl FnOnce(PeerId, u32) -> Result<(), Refusal>,
     ) -> Result<Heard, HandshakeError> {
         self.filled += count;
         let theirs = match read_prefix(&self.hello[..self.filled])? {
@@ -209,7 +214,7 @@ impl Answering {
         Ok(self.judge(identity, admit))
     }
 
-    fn judge(&self, identity: &Identity, admit: impl FnOnce(PeerId) -> Result<(), Refusal>) -> Heard {
+    fn judge(&self, identity: &Identity, admit: impl FnOnce(PeerId, u32) -> Result<(), Refusal>) -> Heard {
         let caller = PeerId::from_bits(u64_at(&self.hello, 16));
         if u64_at(&self.hello, 8) != identity.job {
             return refuse(Refusal::WrongJob, caller);
@@ -225,7 +230,7 @@ impl Answering {
             return refuse(Refusal::WrongEpoch, caller);
         }
         let Some(peer) = caller else { return refuse(Refusal::UnknownPeer, None) };
-        if let Err(why) = admit(peer) {
+        if let Err(why) = admit(peer, u32_at(&self.hello, 36)) {
             return refuse(why, caller);
         }
         let mut reply = [0; ACCEPT];
@@ -239,6 +244,7 @@ impl Answering {
 #[derive(Debug)]
 pub struct Calling {
     wanted: PeerId,
+    incarnation: u32,
     nonce: [u8; NONCE],
     challenge: [u8; CHALLENGE],
     hello: Option<[u8; HELLO]>,
@@ -258,9 +264,9 @@ pub enum Told {
 }
 
 impl Calling {
-    /// Begins with a nonce that was never used before.
-    pub fn begin(wanted: PeerId, nonce: [u8; NONCE]) -> Calling {
-        Calling { wanted, nonce, challenge: [0; CHALLENGE], hello: None, reply: [0; ACCEPT], filled: 0 }
+    /// Begins with a nonce that was never used before. `incarnation` is the number of the path in the listener's last offer.
+    pub fn begin(wanted: PeerId, incarnation: u32, nonce: [u8; NONCE]) -> Calling {
+        Calling { wanted, incarnation, nonce, challenge: [0; CHALLENGE], hello: None, reply: [0; ACCEPT], filled: 0 }
     }
 
     /// What to send before closing when the listener speaks another version, so that its side can tell as well.
@@ -327,6 +333,7 @@ impl Calling {
         hello[16..24].copy_from_slice(&identity.me.to_bits().to_le_bytes());
         hello[24..32].copy_from_slice(&self.wanted.to_bits().to_le_bytes());
         hello[32..36].copy_from_slice(&identity.epoch.to_le_bytes());
+        hello[36..40].copy_from_slice(&self.incarnation.to_le_bytes());
         hello[40..HELLO_SIGNED].copy_from_slice(&self.nonce);
         let signature = identity.token.sign(&[HELLO_LABEL, &self.challenge, &hello[..HELLO_SIGNED]]);
         hello[HELLO_SIGNED..].copy_from_slice(&signature);

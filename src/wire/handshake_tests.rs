@@ -25,7 +25,7 @@ fn hear(listener: &mut Answering, bytes: &[u8], step: usize) -> Result<Heard, Ha
     let mut heard = Ok(Heard::More);
     for piece in bytes.chunks(step) {
         listener.space()[..piece.len()].copy_from_slice(piece);
-        heard = listener.received(piece.len(), &identity(SERVER), |peer| match peer {
+        heard = listener.received(piece.len(), &identity(SERVER), |peer, _| match peer {
             WORKER => Ok(()),
             _ => Err(Refusal::UnknownPeer),
         });
@@ -39,7 +39,7 @@ fn hear(listener: &mut Answering, bytes: &[u8], step: usize) -> Result<Heard, Ha
 /// The listener, and the hello that `caller` sends it.
 fn hello_of(caller: &Identity, wanted: PeerId) -> (Answering, Calling, [u8; HELLO]) {
     let listener = Answering::begin([1; NONCE]);
-    let mut calling = Calling::begin(wanted, [2; NONCE]);
+    let mut calling = Calling::begin(wanted, 0, [2; NONCE]);
     let told = tell(&mut calling, &listener.challenge().clone(), 7, caller);
     let Ok(Told::Answer(hello)) = told else { panic!("{told:?}") };
     (listener, calling, hello)
@@ -134,13 +134,13 @@ fn another_version_is_told_to_both_sides_whatever_follows_its_prefix() {
 
     // The other version's caller reads our refusal by the same eight bytes; here ours reads one of another version.
     reply[4] = 9;
-    let mut calling = Calling::begin(SERVER, [2; NONCE]);
+    let mut calling = Calling::begin(SERVER, 0, [2; NONCE]);
     let told = tell(&mut calling, &reply, 8, &identity(WORKER));
     assert_eq!(told, Err(HandshakeError::Refused(Refusal::WrongVersion)));
 
     let mut challenge = *listener.challenge();
     challenge[4] = 9;
-    let mut calling = Calling::begin(SERVER, [2; NONCE]);
+    let mut calling = Calling::begin(SERVER, 0, [2; NONCE]);
     let told = tell(&mut calling, &challenge[..8], 8, &identity(WORKER));
     assert_eq!(told, Err(HandshakeError::Version { theirs: 9 }));
 }
@@ -151,7 +151,7 @@ fn strangers_are_told_by_their_first_bytes() {
         let heard = hear(&mut Answering::begin([1; NONCE]), bytes, 4);
         let expected = if bytes == b"G" { Ok(Heard::More) } else { Err(HandshakeError::Stranger) };
         assert_eq!(heard, expected, "{bytes:?}");
-        let mut calling = Calling::begin(SERVER, [2; NONCE]);
+        let mut calling = Calling::begin(SERVER, 0, [2; NONCE]);
         let told = tell(&mut calling, bytes, bytes.len(), &identity(WORKER));
         assert_eq!(told.is_err(), bytes != b"G", "{bytes:?}");
     }

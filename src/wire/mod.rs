@@ -13,7 +13,7 @@ mod share;
 mod token;
 
 pub use attachment::Attachment;
-pub use endpoint::{ADDRESSES_MAX, format_addresses, parse_addresses};
+pub use endpoint::{ADDRESSES_MAX, format_addresses, parse_addresses, split_incarnation, with_incarnation};
 pub use frame::{FrameHeader, FrameTarget};
 pub use note::{Note, NoteFlags, NoteKind};
 pub use share::ShareMessage;

@@ -35,10 +35,12 @@ pub enum NoteKind {
     Decided = 12,
     /// The factor on the loss of a clock, from a shard to a worker.
     LossScale = 13,
+    /// A path has been rebuilt: how many of its receiver's notes the sender has.
+    Resume = 14,
 }
 
 impl NoteKind {
-    const ALL: [NoteKind; 13] = [
+    const ALL: [NoteKind; 14] = [
         NoteKind::Attach,
         NoteKind::Heartbeat,
         NoteKind::Push,
@@ -52,6 +54,7 @@ impl NoteKind {
         NoteKind::Measured,
         NoteKind::Decided,
         NoteKind::LossScale,
+        NoteKind::Resume,
     ];
 
     /// Whether a note of this kind travels with a payload.
@@ -79,7 +82,9 @@ impl NoteFlags {
     pub const NONE: NoteFlags = NoteFlags(0);
     /// The sender of a push wants the parameters back as soon as consistency allows.
     pub const WANTS_REPLY: NoteFlags = NoteFlags(1);
-    const ALL: u8 = 1;
+    /// A pull asks once more for the reply to the push of its clock: the path that was to bring it has been rebuilt.
+    pub const REPLY_AGAIN: NoteFlags = NoteFlags(2);
+    const ALL: u8 = 3;
 
     /// Whether every bit of `other` is set.
     pub const fn contains(self, other: NoteFlags) -> bool {

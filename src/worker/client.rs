@@ -3,6 +3,10 @@
 //! A gradient whose turn has not come waits here, in the worker's own memory: backward never blocks on a credit. A chunk's
 //! parameters are armed from the push (or pull) until they have arrived.
 //!
+//! What a lane may not have received is kept, and sent again when the lane says, over a path that has been rebuilt, how much of it
+//! came: a gradient goes back to its user only when its arrival is proven, by a reply to it, by a count, or by the lane's goodbye.
+//! Requests for parameters are repeated as they are then; the lane has forgotten them.
+//!
 //! Invariant: a position is posted only while it is below the lane's credit, and a chunk has at most one request for its
 //! parameters under way.
 
@@ -15,7 +19,7 @@ use std::{
 
 use crate::{
     Error, Result,
-    consistency::Consistency,
+    consistency::{Consistency, Unproven},
     layout::{Layout, WorkerView},
     mem::{Lease, SharedLease},
     session::Owed,
@@ -119,18 +123,43 @@ struct Lane {
     chunks: usize,
     /// What waits for its turn, lowest position first.
     waiting: BinaryHeap<Outgoing>,
+    /// What has been sent and may not have arrived.
+    unproven: Unproven<Sent>,
+    /// The lane has said over this path how many of our notes it has.
+    resumes_at: Option<u64>,
+    /// There has been a path to it before this one.
+    was_attached: bool,
     finished: bool,
     goodbye: bool,
 }
 
+/// What was sent: enough to send it again.
+#[derive(Debug)]
+struct Sent {
+    note: Note,
+    /// A push's position and gradient.
+    payload: Option<(u64, SharedLease)>,
+}
+
+/// Why a chunk's parameters are awaited.
 #[derive(Clone, Copy, Debug)]
+enum Request {
+    /// With a push of this clock, which has this number among all that the lane was sent, once it has been sent.
+    Push { clock: Clock, number: Option<u64> },
+    /// A pull.
+    Pull { min_version: Version, patience_ms: u64 },
+}
+
+#[derive(Debug)]
 struct ChunkState {
     lane: usize,
     /// Its place in the order that positions are counted in.
     place: usize,
-    awaits: Option<Option<Clock>>,
+    awaits: Option<Request>,
     /// Offset of the memory that was armed for them.
     armed: usize,
+    /// A gradient that has arrived, while the transport still has a share of it.
+    parting: Option<SharedLease>,
 }
 
 /// The protocol of one worker.
@@ -150,14 +179,14 @@ impl Client {
     /// A client at the start of a job.
     pub fn new(config: ClientConfig, layout: Arc<Layout>) -> Client {
         let view = WorkerView::new(&layout, config.worker);
-        let mut chunks = vec![None; layout.chunks.len()];
+        let mut chunks: Vec<Option<ChunkState>> = (0..layout.chunks.len()).map(|_| None).collect();
         let mut lanes = Vec::with_capacity(config.lanes.len());
         for (index, peer) in config.lanes.iter().enumerate() {
             let own = view.order(&layout, ShardId(index as u16));
             let all = &layout.shards[index];
             let order = if config.consistency.aggregates() { all } else { &own };
             for (place, id) in order.iter().enumerate().filter(|(_, id)| view.start(**id).is_some()) {
-                chunks[id.index()] = Some(ChunkState { lane: index, place, awaits: None, armed: 0 });
+                chunks[id.index()] = Some(ChunkState { lane: index, place, awaits: None, armed: 0, parting: None });
             }
             lanes.push(Lane {
                 peer: *peer,
@@ -166,6 +195,9 @@ impl Client {
                 pushed: 0,
                 chunks: order.len(),
                 waiting: BinaryHeap::with_capacity(2 * own.len()),
+                unproven: Unproven::default(),
+                resumes_at: None,
+                was_attached: false,
                 finished: false,
                 goodbye: false,
             });
@@ -185,18 +217,19 @@ impl Client {
 
     /// Asks for a chunk's parameters at `min_version` or later. After `patience` (`None`: never) what there is comes back.
     pub fn pull(&mut self, chunk: ChunkId, min_version: Version, patience: Option<Duration>, into: Lease) {
-        let peer = self.lanes[self.own(chunk).lane].peer;
-        self.await_parameters(chunk, None, into);
+        let (lane, _) = self.own(chunk);
         let patience_ms = patience.map_or(0, |patience| (patience.as_millis() as u64).max(1));
-        let note = Note { chunk, version: min_version, credit: patience_ms, ..Note::new(NoteKind::Pull) };
-        self.post(peer, u64::MAX - 1, note, None);
+        self.await_parameters(chunk, Request::Pull { min_version, patience_ms }, into);
+        if self.lanes[lane].landing.is_some() {
+            self.request(chunk); // otherwise when the lane says where we are
+        }
     }
 
     /// Changes the default group's learning rate from `clock` on, on every shard.
     pub fn set_learning_rate(&mut self, rate: f64, clock: Clock) {
         for lane in 0..self.lanes.len() {
             let note = Note { version: rate.to_bits(), clock, ..Note::new(NoteKind::SetLearningRate) };
-            self.post(self.lanes[lane].peer, u64::MAX - 1, note, None);
+            self.send(lane, Sent { note, payload: None });
         }
     }
 
@@ -206,8 +239,14 @@ impl Client {
         (0..self.lanes.len()).for_each(|lane| self.pump(lane));
     }
 
-    /// The path to a lane is there: it is told where this worker's parameters lie.
+    /// The path to a lane is there, perhaps once more: it is told where this worker's parameters lie. Nothing else is sent on it
+    /// before the lane has said where gradients land and, of an older path, what it has received.
     pub fn attach(&mut self, peer: PeerId, rkey: u32, offset: u64) {
+        if let Some(lane) = self.lanes.iter_mut().find(|lane| lane.peer == peer) {
+            (lane.landing, lane.resumes_at) = (None, None);
+        }
+        // Of an older path: what it would have sent must not come before the lane has said what it has.
+        self.effects.retain(|effect| !matches!(effect, Effect::Post(request) if request.peer == peer));
         let parameters = Attachment { rkey, offset, slot_bytes: 0, slots: 0, credit: 0 };
         self.post(peer, u64::MAX - 1, parameters.to_note(), None);
     }
@@ -231,13 +270,27 @@ impl Client {
                 if landing.slots == 0 {
                     return Err(protocol("a landing window without slots".into()));
                 }
+                let is_first = !std::mem::replace(&mut self.lanes[lane].was_attached, true);
                 self.lanes[lane].landing = Some(landing);
+                self.resume(lane).map_err(protocol)?;
                 self.earn(lane, note.credit);
-                if self.lanes.iter().all(|lane| lane.landing.is_some()) {
+                if is_first && self.lanes.iter().all(|lane| lane.was_attached) {
                     self.events.push_back(Event::Attached);
                 }
             }
-            (NoteKind::Credit, None) => self.earn(lane, note.credit),
+            (NoteKind::Resume, None) if self.lanes[lane].landing.is_none() => {
+                if !self.lanes[lane].unproven.allows(note.credit) {
+                    return Err(protocol(format!("it says to have {} notes of ours", note.credit)));
+                }
+                self.lanes[lane].resumes_at = Some(note.credit);
+            }
+            (NoteKind::Credit, None) => {
+                if note.version > self.lanes[lane].unproven.end() {
+                    return Err(protocol(format!("it says to have {} notes of ours", note.version)));
+                }
+                self.prove(lane, note.version);
+                self.earn(lane, note.credit);
+            }
             (NoteKind::Parameters, Some(lease)) => {
                 let state = self.chunks.get_mut(note.chunk.index()).and_then(Option::as_mut);
                 let state = state.filter(|state| state.lane == lane && state.awaits.is_some());
@@ -251,7 +304,9 @@ impl Client {
                         note.chunk.0
                     )));
                 }
-                state.awaits = None;
+                if let Some(Request::Push { number: Some(number), .. }) = state.awaits.take() {
+                    self.prove(lane, number + 1);
+                }
                 self.events.push_back(Event::Parameters { chunk: note.chunk, version: note.version, lease });
                 self.earn(lane, note.credit);
             }
@@ -263,6 +318,7 @@ impl Client {
                 self.events.push_back(Event::LossScale { clock: note.clock, scale });
             }
             (NoteKind::Goodbye, None) => {
+                self.prove(lane, u64::MAX);
                 self.lanes[lane].goodbye = true;
                 if self.lanes.iter().all(|lane| lane.goodbye) {
                     self.events.push_back(Event::Finished);
@@ -273,11 +329,12 @@ impl Client {
         Ok(())
     }
 
-    /// A post no longer needs its source. `id` is the chunk of a push.
+    /// The transport no longer needs the source of a post, which may have arrived or not. `id` is the chunk of a push.
     pub fn handle_sent(&mut self, id: u64, source: Option<SharedLease>) {
-        let Some(source) = source else { return };
-        let lease = source.thaw().expect("a gradient has one reader, and it is done");
-        self.events.push_back(Event::GradientSent { chunk: ChunkId(id as u32), lease });
+        if source.is_some() {
+            drop(source);
+            self.part(ChunkId(id as u32), None);
+        }
     }
 
     /// What is to be done next.
@@ -305,7 +362,10 @@ impl Client {
         self.chunks.iter().enumerate().find_map(|(index, state)| {
             let state = state.as_ref()?;
             let owner = self.lanes[state.lane].peer;
-            let clock = state.awaits?;
+            let clock = match state.awaits? {
+                Request::Push { clock, .. } => Some(clock),
+                Request::Pull { .. } => None,
+            };
             let wanted = peer.is_none_or(|peer| peer == owner);
             wanted.then_some(Awaited { peer: owner, chunk: ChunkId(index as u32), clock })
         })
@@ -337,10 +397,10 @@ impl Client {
     }
 
     fn contribute(&mut self, chunk: ChunkId, clock: Clock, gradient: Option<Lease>, reply: Option<Lease>) {
-        let ChunkState { lane, place, .. } = self.own(chunk);
+        let (lane, place) = self.own(chunk);
         let wants_reply = reply.is_some();
         if let Some(reply) = reply {
-            self.await_parameters(chunk, Some(clock), reply);
+            self.await_parameters(chunk, Request::Push { clock, number: None }, reply);
         }
         let lane_state = &mut self.lanes[lane];
         let position = crate::consistency::position(clock, lane_state.chunks, place);
@@ -348,11 +408,11 @@ impl Client {
         self.pump(lane);
     }
 
-    fn await_parameters(&mut self, chunk: ChunkId, clock: Option<Clock>, into: Lease) {
-        let peer = self.lanes[self.own(chunk).lane].peer;
+    fn await_parameters(&mut self, chunk: ChunkId, request: Request, into: Lease) {
+        let peer = self.lanes[self.own(chunk).0].peer;
         let state = self.chunks[chunk.index()].as_mut().expect("own has looked");
         assert!(state.awaits.is_none(), "chunk {} is awaited already", chunk.0);
-        (state.awaits, state.armed) = (Some(clock), into.offset());
+        (state.awaits, state.armed) = (Some(request), into.offset());
         self.effects.push_back(Effect::Arm { peer, slot: into });
     }
 
@@ -363,34 +423,115 @@ impl Client {
 
     /// Posts whatever has its turn.
     fn pump(&mut self, lane: usize) {
-        let Some(landing) = self.lanes[lane].landing else { return };
+        if self.lanes[lane].landing.is_none() {
+            return;
+        }
         while self.lanes[lane].waiting.peek().is_some_and(|next| next.position < self.lanes[lane].credit) {
             let next = self.lanes[lane].waiting.pop().expect("just seen");
-            self.send(lane, landing, next);
+            self.send_contribution(lane, next);
         }
-        let lane = &mut self.lanes[lane];
-        if self.finishing && !lane.finished && lane.waiting.is_empty() {
-            lane.finished = true;
-            let peer = lane.peer;
-            self.post(peer, u64::MAX - 1, Note::new(NoteKind::Finished), None);
+        if self.finishing && !self.lanes[lane].finished && self.lanes[lane].waiting.is_empty() {
+            self.lanes[lane].finished = true;
+            self.send(lane, Sent { note: Note::new(NoteKind::Finished), payload: None });
         }
     }
 
-    fn send(&mut self, lane: usize, landing: Attachment, next: Outgoing) {
+    fn send_contribution(&mut self, lane: usize, next: Outgoing) {
         let Outgoing { position, chunk, clock, wants_reply, gradient } = next;
         let flags = if wants_reply { NoteFlags::WANTS_REPLY } else { NoteFlags::NONE };
         self.lanes[lane].pushed = position + 1;
-        let peer = self.lanes[lane].peer;
-        let Some(gradient) = gradient else {
-            let note = Note { chunk, clock, flags, ..Note::new(NoteKind::Absent) };
-            return self.post(peer, chunk.0.into(), note, None);
+        let sent = match gradient {
+            None => Sent { note: Note { chunk, clock, flags, ..Note::new(NoteKind::Absent) }, payload: None },
+            Some(gradient) => {
+                let length = self.layout.chunk(chunk).len * self.config.gradient_dtype.size() as u32;
+                let note = Note { chunk, clock, flags, weight: 1, length, ..Note::new(NoteKind::Push) };
+                Sent { note, payload: Some((position, gradient.freeze())) }
+            }
         };
-        let slot = position % u64::from(landing.slots);
-        let offset = landing.offset + slot * u64::from(landing.slot_bytes);
-        let target = RemoteSlot { rkey: landing.rkey, offset, len: landing.slot_bytes };
-        let length = self.layout.chunk(chunk).len * self.config.gradient_dtype.size() as u32;
-        let note = Note { chunk, clock, flags, weight: 1, length, ..Note::new(NoteKind::Push) };
-        self.post(peer, chunk.0.into(), note, Some((gradient.freeze(), target)));
+        let number = self.send(lane, sent);
+        let state = self.chunks[chunk.index()].as_mut().expect("own has looked");
+        if let Some(Request::Push { clock: awaited, number: place }) = &mut state.awaits
+            && wants_reply
+            && *awaited == clock
+        {
+            *place = Some(number);
+        }
+    }
+
+    /// Sends what must arrive exactly once: at once if the lane is ready for it, and again until its arrival is proven. Its number.
+    fn send(&mut self, lane: usize, sent: Sent) -> u64 {
+        if self.lanes[lane].landing.is_some() {
+            self.post_sent(lane, sent.note, sent.payload.clone());
+        }
+        self.lanes[lane].unproven.push(sent)
+    }
+
+    fn post_sent(&mut self, lane: usize, note: Note, payload: Option<(u64, SharedLease)>) {
+        let Lane { peer, landing, .. } = &self.lanes[lane];
+        let (peer, landing) = (*peer, landing.expect("sent only to a lane that has said where"));
+        let payload = payload.map(|(position, gradient)| {
+            let slot = position % u64::from(landing.slots);
+            let offset = landing.offset + slot * u64::from(landing.slot_bytes);
+            (gradient, RemoteSlot { rkey: landing.rkey, offset, len: landing.slot_bytes })
+        });
+        self.post(peer, note.chunk.0.into(), note, payload);
+    }
+
+    /// The lane is ready, for the first time or over a path that has been rebuilt: what it lacks is sent again, and what it had been
+    /// asked for is asked for again.
+    fn resume(&mut self, lane: usize) -> Result<(), String> {
+        let received = match (self.lanes[lane].resumes_at.take(), self.lanes[lane].unproven.allows(0)) {
+            (Some(received), _) => received,
+            (None, true) => 0, // nothing has come over an older path
+            (None, false) => return Err("it does not say what it has received".into()),
+        };
+        self.prove(lane, received);
+        let again: Vec<_> = self.lanes[lane].unproven.iter().map(|sent| (sent.note, sent.payload.clone())).collect();
+        again.into_iter().for_each(|(note, payload)| self.post_sent(lane, note, payload));
+        for index in 0..self.chunks.len() {
+            let Some(state) = self.chunks[index].as_ref().filter(|state| state.lane == lane) else { continue };
+            let is_lost = match state.awaits {
+                Some(Request::Pull { .. }) => true,
+                // Otherwise the push itself asks, now or when its turn comes.
+                Some(Request::Push { number, .. }) => number.is_some_and(|number| number < received),
+                None => false,
+            };
+            if is_lost {
+                self.request(ChunkId(index as u32));
+            }
+        }
+        Ok(())
+    }
+
+    /// Asks for the parameters of a chunk that are awaited.
+    fn request(&mut self, chunk: ChunkId) {
+        let state = self.chunks[chunk.index()].as_ref().expect("own has looked");
+        let peer = self.lanes[state.lane].peer;
+        let pull = Note { chunk, ..Note::new(NoteKind::Pull) };
+        let note = match state.awaits.expect("they are awaited") {
+            Request::Pull { min_version, patience_ms } => Note { version: min_version, credit: patience_ms, ..pull },
+            Request::Push { clock, .. } => Note { clock, flags: NoteFlags::REPLY_AGAIN, ..pull },
+        };
+        self.post(peer, u64::MAX - 1, note, None);
+    }
+
+    /// The first `count` of what the lane was sent have arrived: their gradients go back to the user.
+    fn prove(&mut self, lane: usize, count: u64) {
+        while let Some(Sent { note, payload }) = self.lanes[lane].unproven.prove(count) {
+            if let Some((_, gradient)) = payload {
+                self.part(note.chunk, Some(gradient));
+            }
+        }
+    }
+
+    /// A chunk's gradient has arrived, or the transport has given up its share of it: it goes back to the user once both is so.
+    fn part(&mut self, chunk: ChunkId, arrived: Option<SharedLease>) {
+        let state = self.chunks[chunk.index()].as_mut().expect("a gradient of an own chunk");
+        match arrived.or_else(|| state.parting.take()).map(SharedLease::thaw) {
+            Some(Ok(lease)) => self.events.push_back(Event::GradientSent { chunk, lease }),
+            Some(Err(shared)) => state.parting = Some(shared),
+            None => {}
+        }
     }
 
     fn post(&mut self, peer: PeerId, id: u64, note: Note, payload: Option<(SharedLease, RemoteSlot)>) {
@@ -398,8 +539,10 @@ impl Client {
         self.effects.push_back(Effect::Post(WorkRequest { id, peer, note, payload }));
     }
 
-    fn own(&self, chunk: ChunkId) -> ChunkState {
-        self.chunks[chunk.index()].expect("a worker pushes and pulls its own chunks only")
+    /// A chunk's lane, and its place in the order that positions are counted in.
+    fn own(&self, chunk: ChunkId) -> (usize, usize) {
+        let state = self.chunks[chunk.index()].as_ref().expect("a worker pushes and pulls its own chunks only");
+        (state.lane, state.place)
     }
 }
 

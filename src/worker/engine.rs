@@ -201,7 +201,7 @@ impl<T: Transport> Engine<T> {
                 // A broken path's `Broken` follows and says more; anything else would be waited for in vain.
                 if matches!(error, Error::Broken { .. }) { Ok(()) } else { Err(error) }
             }
-            Completion::Released { .. } => Ok(()), // nobody connects to a fenced peer again
+            Completion::Released { .. } => Ok(()), // the paths keep them
             Completion::Arrived { from, note, lease } => {
                 if let Err(error) = self.client.handle_arrived(from, note, lease) {
                     self.paths.fence(from);

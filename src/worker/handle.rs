@@ -140,7 +140,7 @@ impl Worker {
         };
         let (observed, recorder) = Observed::start(member)?;
         observed.memory(&config, &layout, rank.index);
-        let mut paths = Paths::new(fabrics::open(member, 0, false)?, 0, config.heartbeat(), config.deadline());
+        let mut paths = Paths::new(fabrics::open(member, 0, false)?, config.path_options());
         paths.record(recorder);
         let mut engine = Engine::new(client, layout.clone(), paths, &buffers.parameters, &buffers.gradients)?;
         let me = PeerId::worker(rank.index);

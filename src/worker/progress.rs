@@ -19,7 +19,7 @@ use super::{Command, Engine, Event};
 use crate::{
     Error, Result,
     mem::Owner,
-    session::{self, Commands, Report, Reporter},
+    session::{self, Commands, PathCounts, Report, Reporter},
     transport::{Armed, Idle, Transport, Waiter, WakeHandle, Wakeup},
     types::Clock,
 };
@@ -268,6 +268,8 @@ struct Turner<T> {
     idle: Idle,
     /// When the launcher was last told what is waited for; `None` if it has asked since.
     told: Option<Instant>,
+    /// What the launcher has been told of the paths.
+    counted: PathCounts,
     commands: VecDeque<Command>,
     events: VecDeque<Event>,
 }
@@ -317,6 +319,7 @@ impl<T: Transport + Wakeup> Turner<T> {
             pace,
             idle: Idle::default(),
             told: Some(Instant::now()),
+            counted: PathCounts::default(),
             commands: VecDeque::new(),
             events: VecDeque::new(),
         })
@@ -334,6 +337,7 @@ impl<T: Transport + Wakeup> Turner<T> {
         let moved = turned.map_err(|error| self.explain(error))?;
         self.engine.record(waiting, now);
         self.report_waits(waiting, now)?;
+        self.report_paths()?;
         if moved || commanded {
             self.idle.busy(now);
             return Ok(());
@@ -356,6 +360,20 @@ impl<T: Transport + Wakeup> Turner<T> {
         self.told = Some(now);
         let waits = since.map_or_else(Vec::new, |since| self.engine.waits(since, now));
         self.reporter.report(Report::Waits { lane: 0, waits })
+    }
+
+    /// Passes on what broken paths need of the launcher, and what became of them.
+    fn report_paths(&mut self) -> Result<()> {
+        let (paths, reporter) = (self.engine.paths(), &self.reporter);
+        for proposal in paths.take_proposals() {
+            reporter.report(Report::Rebuild { lane: 0, proposal })?;
+        }
+        let counts = paths.counts();
+        if counts == self.counted {
+            return Ok(());
+        }
+        self.counted = counts;
+        reporter.report(Report::PathCounts { lane: 0, counts })
     }
 
     /// When a job ends early the servers go too, and a path may break before the launcher's word is here: it is waited for, since
@@ -383,6 +401,9 @@ impl<T: Transport + Wakeup> Turner<T> {
                 session::Command::JobFailed { text } => return Err(Error::JobFailed(text)),
                 session::Command::Stop { clock: None, reason, .. } => return Err(Error::JobFailed(reason)),
                 session::Command::TellWaits => self.told = None,
+                session::Command::Rebuild { proposal, .. } => {
+                    self.engine.paths().proposed(proposal, Instant::now());
+                }
                 // The servers' business: they hold the workers at the checkpoint's clock.
                 session::Command::Stop { .. }
                 | session::Command::Checkpoint { .. }

@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod changes;
+mod relay;
 mod trainer;
 
 use std::{
@@ -23,7 +24,7 @@ use crate::{
     server::{
         DecisionConfig, DecisionRules, EventLoop, Memory, MemoryOptions, Progress, Seeded, ShardConfig, Snapshot,
     },
-    session::Paths,
+    session::{PathCounts, PathOptions, Paths, PayloadChecksums, Proposal},
     transport::{
         Endpoint,
         sim::{SimNetwork, SimOptions, SimRandom, SimTransport},
@@ -64,8 +65,14 @@ pub enum Chaos {
     Calm,
     /// Paths stand still for up to this long now and then.
     Partitions(Duration),
-    /// One path breaks.
+    /// One path breaks, and nobody rebuilds it.
     BrokenPath,
+    /// Paths break again and again, at one end or at both, and are rebuilt; now and then one stands still, and where `corrupt` says so
+    /// payloads are damaged.
+    Rebuilding {
+        /// One payload in so many arrives with a wrong bit; 0: none.
+        corrupt: u64,
+    },
     /// One process dies and its paths break.
     Death,
     /// One process stops running; its paths stay up.
@@ -128,6 +135,13 @@ impl WorldOptions {
 }
 
 impl WorldOptions {
+    fn path_options(&self) -> PathOptions {
+        let rebuild = if self.chaos == Chaos::BrokenPath { Duration::ZERO } else { DEADLINE };
+        let corrupts = matches!(self.chaos, Chaos::Rebuilding { corrupt } if corrupt > 0);
+        let checksums = if corrupts { PayloadChecksums::On } else { PayloadChecksums::Off };
+        PathOptions { epoch: 0, heartbeat: HEARTBEAT, deadline: DEADLINE, rebuild, checksums }
+    }
+
     fn decides(&self) -> bool {
         self.skip_nonfinite || self.loss_scale.is_dynamic() || self.optimizer.clip.global_norm.is_some()
     }
@@ -158,6 +172,10 @@ pub struct Outcome {
     pub changed: Option<Clock>,
     /// Simulated time.
     pub elapsed: Duration,
+    /// Payloads that the network damaged.
+    pub corrupted: u64,
+    /// What all ends together say of their paths: each end of a rebuilt path counts it.
+    pub paths: PathCounts,
 }
 
 /// Heartbeats of a simulated job.
@@ -184,6 +202,8 @@ struct World<'a> {
     /// Requests for checkpoints on their way: the round in which a server hears of one, the server, the clock.
     orders: Vec<(u64, usize, Clock)>,
     changing: Option<Changing>,
+    /// Offers for paths that are to be rebuilt, on their way: when, to whom, what.
+    relay: Vec<(Instant, PeerId, Proposal)>,
     progressed: Instant,
 }
 
@@ -197,6 +217,7 @@ pub fn run(options: &WorldOptions, program: &mut dyn Program) -> Result<Outcome,
     let failure = world.run(program)?;
     let finals: Result<_> = world.servers.iter_mut().map(|server| server.snapshot(options.clocks)).collect();
     let finals = finals.map_err(|error| error.to_string())?;
+    let paths = world.path_counts();
     Ok(Outcome {
         failure,
         victims: world.victims,
@@ -204,6 +225,8 @@ pub fn run(options: &WorldOptions, program: &mut dyn Program) -> Result<Outcome,
         snapshots: world.snapshots,
         changed: world.changing.and_then(|changing| changing.clock),
         elapsed: world.now - world.start,
+        corrupted: world.network.corrupted(),
+        paths,
     })
 }
 
@@ -211,7 +234,12 @@ impl<'a> World<'a> {
     fn new(options: &'a WorldOptions) -> Result<World<'a>> {
         let mut random = SimRandom::new(options.seed);
         let start = Instant::now();
-        let sim = SimOptions { delay_max: options.delay_max, queue_max: 1 + random.below(12) as usize };
+        let queue_max = 1 + random.below(12) as usize;
+        let (lingers, corrupt_one_in) = match options.chaos {
+            Chaos::Rebuilding { corrupt } => (true, corrupt),
+            _ => (false, 0),
+        };
+        let sim = SimOptions { delay_max: options.delay_max, queue_max, lingers, corrupt_one_in };
         let network = SimNetwork::new(random.bits(), sim, start);
         let layout_options = LayoutOptions { chunk_elements: options.chunk_elements, shards: options.servers };
         let layout = Arc::new(Layout::build(&options.declarations, layout_options)?);
@@ -222,7 +250,7 @@ impl<'a> World<'a> {
         let trainers = trainers.collect::<Result<Vec<_>>>()?;
         let chaos_at = match options.chaos {
             Chaos::Calm => None,
-            Chaos::Partitions(_) => Some(1 + random.below(50)),
+            Chaos::Partitions(_) | Chaos::Rebuilding { .. } => Some(1 + random.below(50)),
             _ => Some(1 + random.below(400)),
         };
         let snapshots = vec![Vec::new(); servers.len()];
@@ -242,6 +270,7 @@ impl<'a> World<'a> {
             chaos_at,
             orders: Vec::new(),
             changing,
+            relay: Vec::new(),
             progressed: start,
         };
         world.connect()?;
@@ -271,6 +300,7 @@ impl<'a> World<'a> {
             self.wreak(round);
             self.request(round);
             self.change(round)?;
+            self.pass_on();
             let mut busy = false;
             let nodes = self.servers.len() + self.trainers.len();
             let first = self.random.below(nodes as u64) as usize;
@@ -289,6 +319,7 @@ impl<'a> World<'a> {
             if self.now - self.progressed > STALL {
                 return Err(format!("deadlock: nothing got on for {} s; {}", STALL.as_secs(), self.waits()));
             }
+            self.take_offers();
             self.pass_time(busy);
         }
         unreachable!("the loop ends by a return")
@@ -336,13 +367,18 @@ impl<'a> World<'a> {
 
     /// A little time passes while anybody is busy; otherwise, mostly, it jumps to the next thing that happens.
     fn pass_time(&mut self, busy: bool) {
-        if busy || !self.network.is_quiet() || self.random.once_in(8) {
+        if busy || !self.network.is_quiet(&self.halted) || self.random.once_in(8) {
             self.now += Duration::from_micros(self.random.below(50));
             return;
         }
-        let servers = self.servers.iter().filter_map(EventLoop::next_deadline);
-        let trainers = self.trainers.iter().filter_map(Trainer::next_deadline);
-        let next = self.network.next_due().into_iter().chain(servers).chain(trainers).min();
+        // Whoever does not run any more has nothing to do at any time.
+        let runs = |peer: PeerId| !self.halted.contains(&peer);
+        let servers = (0u16..).zip(&self.servers).filter(|(server, _)| runs(PeerId::server(*server, 0)));
+        let servers = servers.filter_map(|(_, server)| server.next_deadline());
+        let trainers = (0u16..).zip(&self.trainers).filter(|(worker, _)| runs(PeerId::worker(*worker)));
+        let trainers = trainers.filter_map(|(_, trainer)| trainer.next_deadline());
+        let relay = self.relay.iter().map(|(due, ..)| *due);
+        let next = self.network.next_due().into_iter().chain(servers).chain(trainers).chain(relay).min();
         let soon = self.now + Duration::from_micros(1);
         self.now = next.map_or(soon, |next| next.max(soon));
     }
@@ -369,6 +405,17 @@ impl<'a> World<'a> {
             }
             // An injection that hits nothing in flight proves nothing: wait for a moment when there is something.
             _ if self.network.in_flight(lane, worker) == 0 => self.chaos_at = Some(round + 1),
+            Chaos::Rebuilding { .. } => {
+                match self.random.below(8) {
+                    0 => self.network.cut(lane, worker, self.now + Duration::from_micros(self.random.below(3_000_000))),
+                    1..5 => self.network.break_path(lane, worker),
+                    _ => {
+                        let other = if victim == lane { worker } else { lane };
+                        self.network.break_end(victim, other);
+                    }
+                }
+                self.chaos_at = Some(round + 1 + self.random.below(1500));
+            }
             Chaos::BrokenPath => {
                 self.network.break_path(lane, worker);
                 self.victims = Some((lane, worker));
@@ -470,7 +517,7 @@ fn build_server(
         region: region.clone(),
     };
     let memory = Memory::new(memory, layout.clone(), ShardId(server), &Seeded(options.seed), None)?;
-    let paths = Paths::new(network.transport(me), 0, HEARTBEAT, DEADLINE);
+    let paths = Paths::new(network.transport(me), options.path_options());
     let mut server = EventLoop::new(config, layout.clone(), memory, paths, &region, None)?;
     if let Some((clock, change)) = options.change_from {
         server.change_from(clock, change)?;

@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{At, DEADLINE, HEARTBEAT, Program, WorldOptions};
+use super::{At, Program, WorldOptions};
 use crate::{
     Result,
     layout::{Layout, WorkerView},
@@ -82,7 +82,7 @@ impl Trainer {
             gradient_dtype: Dtype::F32,
             parameter_dtype: Dtype::F32,
         };
-        let paths = Paths::new(network.transport(me), 0, HEARTBEAT, DEADLINE);
+        let paths = Paths::new(network.transport(me), options.path_options());
         Ok(Trainer {
             engine: Engine::new(config, layout.clone(), paths, &parameters, &gradients)?,
             worker,

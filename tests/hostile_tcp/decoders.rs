@@ -80,7 +80,7 @@ fn a_hundred_thousand_handshake_messages_let_nobody_in() {
     let token = JobToken::random().unwrap();
     let identity = |me| Identity { job: 1, token: token.clone(), me, epoch: 0 };
     let (server, worker) = (identity(PeerId::server(0, 0)), identity(PeerId::worker(0)));
-    let mut calling = Calling::begin(server.me, [2; 32]);
+    let mut calling = Calling::begin(server.me, 0, [2; 32]);
     let listening = Answering::begin([1; 32]);
     calling.space().copy_from_slice(listening.challenge());
     let Ok(Told::Answer(hello)) = calling.received(40, &worker) else { panic!("a challenge is answered") };
@@ -97,11 +97,11 @@ fn a_hundred_thousand_handshake_messages_let_nobody_in() {
         let length = if turn % 2 == 0 { 104 } else { random.below(104) + 1 };
         let mut answering = Answering::begin([1; 32]);
         answering.space()[..length].copy_from_slice(&bytes[..length]);
-        let heard = answering.received(length, &server, |_| Ok(()));
+        let heard = answering.received(length, &server, |_, _| Ok(()));
         assert!(!matches!(heard, Ok(Heard::Accept { .. })), "turn {turn}");
         kept_waiting += usize::from(heard == Ok(Heard::More));
 
-        let mut calling = Calling::begin(server.me, [2; 32]);
+        let mut calling = Calling::begin(server.me, 0, [2; 32]);
         calling.space().copy_from_slice(listening.challenge());
         let _ = calling.received(40, &worker);
         calling.space().copy_from_slice(&bytes[..40]);

@@ -31,7 +31,7 @@ pub fn call(
     alter: impl FnOnce(&mut [u8; 104]),
 ) -> std::io::Result<Result<TcpStream, HandshakeError>> {
     let mut stream = dial(address);
-    let mut calling = Calling::begin(wanted, [5; 32]);
+    let mut calling = Calling::begin(wanted, 0, [5; 32]);
     let mut alter = Some(alter);
     loop {
         let count = stream.read(calling.space())?;

@@ -27,7 +27,7 @@ const SENT: u8 = 0x11;
 fn dial(address: &str, token: &JobToken) -> TcpStream {
     let mut stream = TcpStream::connect(address).unwrap();
     stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-    let mut calling = Calling::begin(SERVER, [5; 32]);
+    let mut calling = Calling::begin(SERVER, 0, [5; 32]);
     loop {
         let count = stream.read(calling.space()).unwrap();
         match calling.received(count, &identity(WORKER, token)).unwrap() {

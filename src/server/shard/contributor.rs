@@ -21,6 +21,12 @@ pub(super) struct Contributor {
     pub credit_sent: u64,
     pub parameters: Option<Attachment>,
     pub finished: bool,
+    /// Notes of its that must come exactly once and have come, over all paths.
+    pub received: u64,
+    /// Contributions that have come since all of a clock's had.
+    contributed: usize,
+    /// Among them is one that no reply will tell it of.
+    is_unanswered: bool,
 }
 
 impl Contributor {
@@ -49,6 +55,9 @@ impl Contributor {
             credit_sent: 0,
             parameters: None,
             finished: false,
+            received: 0,
+            contributed: 0,
+            is_unanswered: false,
         }
     }
 }
@@ -118,18 +127,38 @@ impl Shard {
         }
     }
 
+    /// A contribution has come. With the last of a clock the worker is told how many of its notes are here, if there was one among
+    /// them to which no reply will say so: until then it keeps the gradients.
+    pub(super) fn note_contribution(&mut self, worker: u16, wants_reply: bool) {
+        let contributor = &mut self.contributors[usize::from(worker)];
+        contributor.contributed += 1;
+        contributor.is_unanswered |= !wants_reply;
+        if contributor.contributed >= contributor.own {
+            contributor.contributed = 0;
+            if std::mem::take(&mut contributor.is_unanswered) {
+                self.tell_credit(worker);
+            }
+        }
+    }
+
+    /// Tells a worker which positions it may push, and how many of its notes are here.
+    fn tell_credit(&mut self, worker: u16) {
+        let credit = self.take_credit(worker);
+        let contributor = &self.contributors[usize::from(worker)];
+        let note = Note { credit, version: contributor.received, ..Note::new(NoteKind::Credit) };
+        self.post(contributor.peer, note, None);
+    }
+
     /// Tells those workers of their credit that no reply has told lately.
     pub(super) fn flush_credits(&mut self) {
         self.credits_dirty = false;
         let worthwhile = (u64::from(self.config.slots) / 2).max(1);
         for worker in 0..self.config.workers {
             let credit = self.credit_of(worker);
-            let contributor = &mut self.contributors[usize::from(worker)];
+            let contributor = &self.contributors[usize::from(worker)];
             let attached = contributor.slot_bytes > 0 && !contributor.finished;
             if attached && credit - contributor.credit_sent >= worthwhile {
-                contributor.credit_sent = credit;
-                let peer = contributor.peer;
-                self.post(peer, Note { credit, ..Note::new(NoteKind::Credit) }, None);
+                self.tell_credit(worker);
             }
         }
     }

@@ -229,8 +229,8 @@ impl Shard {
         decides.then(|| (self.decided - 1, self.decision))
     }
 
-    /// A note of another shard.
-    pub(super) fn on_lane_note(&mut self, from: PeerId, note: &Note) -> Result<()> {
+    /// A note of another shard about a decision.
+    pub(super) fn on_decision_note(&mut self, from: PeerId, note: &Note) -> Result<()> {
         match (&mut self.deciding, note.kind) {
             (Deciding::Here(collector), NoteKind::Measured | NoteKind::Finished) => {
                 let shard = collector.shard_of(from).ok_or_else(|| protocol(from, "it is not a shard of this job"))?;
@@ -239,7 +239,7 @@ impl Shard {
                 }
                 if note.kind == NoteKind::Finished {
                     collector.finish(shard);
-                    self.post(from, Note::new(NoteKind::Goodbye), None);
+                    self.post_lane(from, Note::new(NoteKind::Goodbye));
                 } else {
                     let measured = collector.record(shard, note.clock, note.chunk, f64::from_bits(note.version));
                     measured.map_err(|what| protocol(from, what))?;
@@ -260,6 +260,22 @@ impl Shard {
                 Ok(())
             }
             (_, kind) => Err(protocol(from, format!("a {kind:?} note has no place here"))),
+        }
+    }
+
+    /// Whether nothing more is owed between this shard and another.
+    fn lane_has_parted(&self, lane: PeerId) -> bool {
+        match &self.deciding {
+            Deciding::There { decider, dismissed, .. } if *decider == lane => *dismissed,
+            _ => self.lane_has_left(lane),
+        }
+    }
+
+    /// Whether the path of `peer` is not needed any more here: its end is no failure, and only the peer would rebuild it.
+    pub fn has_parted(&self, peer: PeerId) -> bool {
+        match peer.rank.role {
+            Role::Worker => self.has_left(peer),
+            Role::Server => self.lane_has_parted(peer),
         }
     }
 
@@ -311,7 +327,7 @@ impl Shard {
             Deciding::There { decider, .. } => {
                 let decider = *decider;
                 let note = Note { chunk, clock, version: squared_norm.to_bits(), ..Note::new(NoteKind::Measured) };
-                self.post(decider, note, None);
+                self.post_lane(decider, note);
             }
         }
     }
@@ -343,7 +359,7 @@ impl Shard {
         let others = others.filter(|(lane, finished)| **lane != self.config.me && !**finished);
         let lanes: Vec<PeerId> = others.map(|(lane, _)| *lane).collect();
         for lane in lanes {
-            self.post(lane, decision.to_note(clock), None);
+            self.post_lane(lane, decision.to_note(clock));
         }
         self.on_decision(clock, decision);
     }
@@ -383,7 +399,7 @@ impl Shard {
             Deciding::There { decider, told_finished, .. } => {
                 if !std::mem::replace(told_finished, true) {
                     let decider = *decider;
-                    self.post(decider, Note::new(NoteKind::Finished), None);
+                    self.post_lane(decider, Note::new(NoteKind::Finished));
                 }
             }
         }

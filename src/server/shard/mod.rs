@@ -11,15 +11,21 @@ mod checkpointing;
 mod contributor;
 mod decision;
 mod figures;
+mod lane_link;
 mod live_state;
 mod reply;
+mod resuming;
 mod step;
 #[cfg(test)]
 mod tests;
 mod waiting;
 mod work;
 
-use std::{collections::VecDeque, sync::Arc, time::Instant};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::Arc,
+    time::Instant,
+};
 
 use crate::{
     Error, Result,
@@ -36,6 +42,7 @@ use contributor::Contributor;
 use decision::Deciding;
 pub use decision::{Decision, DecisionConfig, DecisionRules};
 pub use figures::Figures;
+use lane_link::LaneLink;
 pub use live_state::LiveState;
 use reply::{PendingPull, PendingReply};
 use step::Arrival;
@@ -167,6 +174,8 @@ pub struct Shard {
     /// Bounds of staleness that were set while the job runs, each with its first clock; the clocks ascend.
     staleness: Vec<(Clock, u64)>,
     deciding: Deciding,
+    /// What goes to and comes from other shards.
+    links: BTreeMap<PeerId, LaneLink>,
     computing: usize,
     effects: VecDeque<Effect>,
     request_next: u64,
@@ -232,6 +241,7 @@ impl Shard {
             loss_scale,
             staleness: config.live.staleness.clone(),
             deciding: Deciding::new(&config, &layout),
+            links: BTreeMap::new(),
             computing: 0,
             effects: VecDeque::new(),
             request_next: 0,
@@ -248,7 +258,8 @@ impl Shard {
         }
     }
 
-    /// Tells worker `worker` where it may write; `landing` names its slots.
+    /// Tells worker `worker` where it may write; `landing` names its slots. Over a path that was rebuilt, it is told first how much of
+    /// what it sent is here ([`Shard::resume`]).
     pub fn attach(&mut self, worker: u16, landing: Attachment) {
         let credit = self.credit_of(worker);
         let contributor = &mut self.contributors[usize::from(worker)];
@@ -259,6 +270,7 @@ impl Shard {
         let peer = contributor.peer;
         self.post(peer, note, None);
         self.tell_loss_scale(worker);
+        self.repeat_goodbye(worker);
     }
 
     /// A peer's write has arrived.
@@ -278,9 +290,12 @@ impl Shard {
             return self.on_lane_note(from, &note);
         }
         let worker = from.rank.index;
-        if self.has_left(from) {
+        if self.has_left(from) && note.kind != NoteKind::Attach {
             return Err(protocol(from, format!("a {:?} note after it has finished", note.kind)));
         }
+        let is_counted =
+            matches!(note.kind, NoteKind::Push | NoteKind::Absent | NoteKind::SetLearningRate | NoteKind::Finished);
+        self.contributors[usize::from(worker)].received += u64::from(is_counted);
         match (note.kind, lease) {
             (NoteKind::Push, Some(lease)) => self.on_push(worker, &note, lease),
             (NoteKind::Absent, None) => self.on_absent(worker, &note),

@@ -41,6 +41,9 @@ impl Shard {
     pub(super) fn on_pull(&mut self, now: Instant, worker: u16, note: &Note) -> Result<()> {
         let index = self.own_chunk(worker, note.chunk)?;
         let peer = self.contributors[usize::from(worker)].peer;
+        if note.flags.contains(NoteFlags::REPLY_AGAIN) {
+            return self.on_reply_again(worker, index, note.clock);
+        }
         if self.chunks[index].pulls.iter().any(|pull| pull.worker == worker) {
             return Err(protocol(
                 peer,

@@ -50,6 +50,7 @@ impl Shard {
         self.record(worker, position)?;
         self.clocks_pushed = self.clocks_pushed.max(note.clock + 1);
         self.want_reply(worker, index, note);
+        self.note_contribution(worker, note.flags.contains(NoteFlags::WANTS_REPLY));
         if self.config.consistency.aggregates() {
             let cell = self.window.slot(position) * usize::from(self.config.workers) + usize::from(worker);
             debug_assert!(self.landed[cell].is_none(), "the window lets a slot be used once");

@@ -138,7 +138,10 @@ impl Link {
             subscriber.notify.wake();
         }
         // Every lane listens before the job runs, and no change is made before.
-        let passes = matches!(command, Command::TellWaits | Command::Prepare { .. } | Command::Change { .. });
+        let passes = matches!(
+            command,
+            Command::TellWaits | Command::Prepare { .. } | Command::Change { .. } | Command::Rebuild { .. }
+        );
         if !passes {
             state.past.push(command);
         }

@@ -13,7 +13,7 @@ use crate::{
     layout::TensorSpec,
     observe::sent_by_fabric,
     optim::LiveChange,
-    session::{JobConfig, TimelinePart, Verdict, Wait},
+    session::{JobConfig, PathCounts, Proposal, TimelinePart, Verdict, Wait},
     transport::{Endpoint, PathChoice},
     types::{Clock, PeerId, Rank, Role, ShardId},
 };
@@ -154,6 +154,20 @@ pub enum Report {
         /// The first clock that is held there.
         from: Clock,
     },
+    /// A thread of this rank has fenced its end of a broken path, and offers itself for its next generation.
+    Rebuild {
+        /// Which thread: the lane of a server's shard, 0 of a worker.
+        lane: u16,
+        /// The offer.
+        proposal: Proposal,
+    },
+    /// What has happened to the paths of a thread since it began.
+    PathCounts {
+        /// Which thread.
+        lane: u16,
+        /// The counts.
+        counts: PathCounts,
+    },
     /// A gradient was not finite.
     NotFinite {
         /// At which clock.
@@ -249,6 +263,13 @@ pub enum Command {
         /// From which clock on it holds, and what it is; nothing if it is given up.
         change: Option<(Clock, LiveChange)>,
     },
+    /// The other end of a path has fenced it, and offers itself for its next generation.
+    Rebuild {
+        /// Which of this rank's lanes is meant.
+        lane: u16,
+        /// The offer, as from the other end.
+        proposal: Proposal,
+    },
     /// Say what you wait for.
     TellWaits,
     /// Another part of the job failed: end at once.
@@ -285,6 +306,8 @@ pub struct RankStatus {
     pub clock: Option<Clock>,
     /// The fabrics of a worker's paths; empty for servers, which are their other ends.
     pub paths: Vec<PathChoice>,
+    /// Its ends of paths that broke and were rebuilt, and payloads that reached it damaged.
+    pub path_counts: PathCounts,
     /// Where its metrics are read, if they are.
     pub metrics: Option<SocketAddr>,
     /// Payload bytes that it has sent, by fabric, as it reported last.

@@ -5,6 +5,7 @@
 
 mod changing;
 mod missing;
+mod paths;
 mod standing;
 
 use std::{
@@ -23,7 +24,7 @@ use super::{
 };
 use crate::{
     layout::{Layout, TensorSpec},
-    session::{Changes, JobConfig},
+    session::{Changes, JobConfig, PathCounts, Proposal},
     transport::PathChoice,
     types::{Clock, PeerId, Rank, Role},
 };
@@ -57,6 +58,8 @@ struct Seat {
     offered: Option<Vec<Offer>>,
     clock: Option<Clock>,
     paths: Vec<PathChoice>,
+    /// By lane.
+    path_counts: BTreeMap<u16, PathCounts>,
     metrics: Option<SocketAddr>,
     sent: BTreeMap<String, u64>,
     reported: Option<Instant>,
@@ -334,6 +337,10 @@ impl Roster {
                 if let Some(command) = self.checkpoints.late(clock, reached) {
                     self.send(self.everybody(), FromLauncher::Command(command));
                 }
+            }
+            Report::Rebuild { lane, proposal } => self.pass_on(PeerId { rank, lane }, proposal)?,
+            Report::PathCounts { lane, counts } => {
+                self.seat(rank).path_counts.insert(lane, counts);
             }
             Report::NotFinite { clock, worker, tensor } => {
                 // The clocks come in order, each from several shards at about the same time.

@@ -31,6 +31,8 @@ const TRY_MAX: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub(super) struct Call {
     peer: PeerId,
+    /// Of the path, in the listener's offer.
+    incarnation: u32,
     /// The listener's abstract name.
     name: String,
     pub(super) deadline: Instant,
@@ -57,9 +59,9 @@ pub(super) enum Outcome {
 }
 
 impl Call {
-    pub(super) fn new(peer: PeerId, name: String, now: Instant, deadline: Instant) -> Call {
+    pub(super) fn new((peer, incarnation): (PeerId, u32), name: String, now: Instant, deadline: Instant) -> Call {
         let stage = Stage::Resting { until: now };
-        Call { peer, name, deadline, pause: PAUSE_MIN, stage, last_defect: "no try was made".into() }
+        Call { peer, incarnation, name, deadline, pause: PAUSE_MIN, stage, last_defect: "no try was made".into() }
     }
 
     /// When [`Call::tick`] has something to do.
@@ -137,7 +139,7 @@ impl Call {
             }
         };
         let token = poller.add(&socket, Kind::Path, index)?;
-        let handshake = Box::new(Calling::begin(self.peer, random_bytes()?));
+        let handshake = Box::new(Calling::begin(self.peer, self.incarnation, random_bytes()?));
         self.stage = Stage::Trying { socket, owner, token, handshake, give_up: now + TRY_MAX };
         Ok(())
     }

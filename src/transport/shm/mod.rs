@@ -69,7 +69,7 @@ use crate::{
     Error, Result,
     mem::{Lease, Region},
     types::PeerId,
-    wire::{FrameHeader, FrameTarget, handshake::Refusal},
+    wire::{FrameHeader, FrameTarget, handshake::Refusal, split_incarnation, with_incarnation},
 };
 
 const FABRIC: &str = "shm";
@@ -89,6 +89,8 @@ pub struct ShmTransport {
     regions: Vec<(u32, Region)>,
     paths: Vec<Option<Path>>,
     index_of: HashMap<PeerId, usize>,
+    /// Paths to a peer that have been fenced: what it is offered is for the next one only.
+    incarnations: HashMap<PeerId, u32>,
     /// Paths that are not connected yet: only they have deadlines.
     pending: usize,
     dirty: Vec<usize>,
@@ -115,6 +117,7 @@ impl ShmTransport {
             regions: Vec::new(),
             paths: Vec::new(),
             index_of: HashMap::new(),
+            incarnations: HashMap::new(),
             pending: 0,
             dirty: Vec::new(),
             withheld: Withheld::default(),
@@ -143,8 +146,11 @@ impl ShmTransport {
 
     fn on_stranger(&mut self, token: Token, now: Instant) -> Result<()> {
         let (paths, index_of) = (&self.paths, &self.index_of);
-        let admit = |peer: PeerId| match index_of.get(&peer).and_then(|index| paths[*index].as_ref()).map(|p| &p.state)
-        {
+        let incarnations = &self.incarnations;
+        let state_of = |peer: &PeerId| index_of.get(peer).and_then(|index| paths[*index].as_ref()).map(|p| &p.state);
+        let admit = |peer: PeerId, meant: u32| match state_of(&peer) {
+            // Who calls by an offer that a fence has ended may not have fenced its own end.
+            _ if meant != incarnations.get(&peer).copied().unwrap_or(0) => Err(Refusal::Stale),
             Some(State::Expecting { .. }) => Ok(()),
             Some(State::Linked(_)) => Err(Refusal::Duplicate),
             // Not fenced and connected again yet, or never expected: the caller may try again.
@@ -320,8 +326,9 @@ impl Transport for ShmTransport {
         FABRIC
     }
 
-    fn offer(&mut self, _peer: PeerId) -> Result<Endpoint> {
-        Ok(Endpoint::new(FABRIC, self.address.to_string()))
+    fn offer(&mut self, peer: PeerId) -> Result<Endpoint> {
+        let incarnation = self.incarnations.get(&peer).copied().unwrap_or(0);
+        Ok(Endpoint::new(FABRIC, with_incarnation(self.address.to_string(), incarnation)))
     }
 
     fn connect(&mut self, peer: PeerId, remote: &Endpoint, deadline: Instant) -> Result<()> {
@@ -332,11 +339,12 @@ impl Transport for ShmTransport {
             return Err(Error::Config(format!("there is a path to {peer} already; fence it first")));
         }
         let refuse = |why: String| Error::Config(format!("{peer} cannot be reached by {FABRIC}: {why}"));
+        let (address, incarnation) = split_incarnation(address)?;
         reachable(&self.address.to_string(), address).map_err(refuse)?;
         // The larger name calls, so that there is one connection and not two.
         let state = if self.options.identity.me > peer {
             let name = Address::parse(address).map_err(refuse)?.socket_name();
-            State::Calling(Box::new(Call::new(peer, name, Instant::now(), deadline)))
+            State::Calling(Box::new(Call::new((peer, incarnation), name, Instant::now(), deadline)))
         } else {
             State::Expecting { deadline }
         };
@@ -359,6 +367,7 @@ impl Transport for ShmTransport {
         if let Some(index) = self.index_of.remove(&peer)
             && let Some(mut path) = self.paths[index].take()
         {
+            *self.incarnations.entry(peer).or_default() += 1;
             if is_pending(&path.state) {
                 self.pending -= 1;
             }
@@ -440,7 +449,8 @@ impl Transport for ShmTransport {
 
 impl Driver for ShmTransport {
     fn judge(&self, own: &str, remote: &str) -> Result<String, String> {
-        reachable(own, remote).map(|()| "both are on one host, of one user".into())
+        let bare = |text| split_incarnation(text).map(|(address, _)| address).map_err(|error| error.to_string());
+        reachable(bare(own)?, bare(remote)?).map(|()| "both are on one host, of one user".into())
     }
 }
 

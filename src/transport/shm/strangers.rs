@@ -129,7 +129,7 @@ impl Strangers {
         token: Token,
         identity: &Identity,
         poller: &mut Poller,
-        admit: impl FnOnce(PeerId) -> Result<(), Refusal>,
+        admit: impl FnOnce(PeerId, u32) -> Result<(), Refusal>,
     ) -> Option<Guest> {
         let index = token.index();
         let stranger = self.seats.get_mut(index)?.as_mut().filter(|stranger| stranger.token == token)?;

@@ -1,7 +1,7 @@
 //! The simulated fabric: a network of queues whose seed decides when what happens.
 //!
 //! Delay, reordering between paths, partitions, broken paths and deaths; never reordering or loss *within* a path, which a
-//! reliable-connected fabric does not have either. Time is what [`SimNetwork::advance`] says it is. It holds no protocol code: it
+//! reliable-connected fabric does not have either; and, if that is asked for, payloads that are damaged. Time is what [`SimNetwork::advance`] says it is. It holds no protocol code: it
 //! moves bytes and notes.
 //!
 //! Invariant: what happens is a function of the seed and of the calls made; a payload is copied either when it is sent or when it
@@ -21,6 +21,7 @@ use crate::{
     Result,
     mem::{Lease, Region},
     types::PeerId,
+    wire::{split_incarnation, with_incarnation},
 };
 use network::Network;
 
@@ -63,6 +64,10 @@ pub struct SimOptions {
     pub delay_max: Duration,
     /// Requests that a path takes before `post` says `QueueFull`.
     pub queue_max: usize,
+    /// Of what was under way when one end of a path ended, some still arrives at the other, for as long as that holds its own.
+    pub lingers: bool,
+    /// One payload in so many arrives with a wrong bit; 0: none.
+    pub corrupt_one_in: u64,
 }
 
 /// The network that all simulated transports of a run share.
@@ -93,6 +98,16 @@ impl SimNetwork {
         self.inner.borrow().next_due()
     }
 
+    /// Payloads that were damaged.
+    pub fn corrupted(&self) -> u64 {
+        self.inner.borrow().corrupted
+    }
+
+    /// One end finds its path broken; the other hears of it when that end fences it.
+    pub fn break_end(&self, one: PeerId, other: PeerId) {
+        self.inner.borrow_mut().break_end(one, other);
+    }
+
     /// Breaks the path between two nodes: both ends are told, each after a delay of its own.
     pub fn break_path(&self, one: PeerId, other: PeerId) {
         self.inner.borrow_mut().break_path(one, other);
@@ -103,9 +118,9 @@ impl SimNetwork {
         self.inner.borrow_mut().cut(one, other, until);
     }
 
-    /// Whether no node has completions that it has not polled.
-    pub fn is_quiet(&self) -> bool {
-        self.inner.borrow().is_quiet()
+    /// Whether no node but `without` has completions that it has not polled.
+    pub fn is_quiet(&self, without: &[PeerId]) -> bool {
+        self.inner.borrow().is_quiet(without)
     }
 
     /// Requests and messages that are on their way between two nodes, in both directions.
@@ -132,13 +147,14 @@ impl Transport for SimTransport {
         FABRIC
     }
 
-    fn offer(&mut self, _peer: PeerId) -> Result<Endpoint> {
-        Ok(Endpoint::new(FABRIC, self.me.to_string()))
+    fn offer(&mut self, peer: PeerId) -> Result<Endpoint> {
+        let incarnation = self.network.borrow_mut().incarnation(self.me, peer);
+        Ok(Endpoint::new(FABRIC, with_incarnation(self.me.to_string(), incarnation)))
     }
 
-    fn connect(&mut self, peer: PeerId, _remote: &Endpoint, deadline: Instant) -> Result<()> {
-        self.network.borrow_mut().connect(self.me, peer, deadline);
-        Ok(())
+    fn connect(&mut self, peer: PeerId, remote: &Endpoint, deadline: Instant) -> Result<()> {
+        let (_, wanted) = split_incarnation(remote.on(FABRIC).unwrap_or_default())?;
+        self.network.borrow_mut().connect(self.me, peer, wanted, deadline)
     }
 
     fn arm(&mut self, peer: PeerId, slot: Lease) -> Result<RemoteSlot> {

@@ -20,11 +20,16 @@ use crate::{
 /// One end of a path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum End {
-    /// `connect` was called; waits for the other end's until then.
-    Connecting(Instant),
+    /// `connect` was called with this offer of the other end's; waits for its call until then.
+    Connecting {
+        wanted: u32,
+        deadline: Instant,
+    },
     Connected,
-    /// Broken or fenced here.
+    /// Broken here, not fenced yet.
     Ended,
+    /// Fenced here.
+    Fenced,
 }
 
 #[derive(Debug)]
@@ -74,6 +79,8 @@ struct Link {
 struct Node {
     table: RegionTable,
     ends: BTreeMap<PeerId, End>,
+    /// Paths to a peer that have been fenced: what it is offered is for the next one only.
+    incarnations: BTreeMap<PeerId, u32>,
     /// Completions with the peer that each is about.
     inbox: VecDeque<(PeerId, Completion)>,
     /// Ends that will be told of a broken path.
@@ -88,11 +95,19 @@ pub(super) struct Network {
     nodes: BTreeMap<PeerId, Node>,
     /// By (from, to).
     links: BTreeMap<(PeerId, PeerId), Link>,
+    pub corrupted: u64,
 }
 
 impl Network {
     pub fn new(seed: u64, options: SimOptions, now: Instant) -> Network {
-        Network { random: SimRandom::new(seed), options, now, nodes: BTreeMap::new(), links: BTreeMap::new() }
+        Network {
+            random: SimRandom::new(seed),
+            options,
+            now,
+            nodes: BTreeMap::new(),
+            links: BTreeMap::new(),
+            corrupted: 0,
+        }
     }
 
     pub fn add(&mut self, me: PeerId) {
@@ -107,13 +122,23 @@ impl Network {
         self.node(me).table.arm(peer, slot)
     }
 
-    pub fn connect(&mut self, me: PeerId, peer: PeerId, deadline: Instant) {
+    /// How many paths to `peer` have been fenced at `me`.
+    pub fn incarnation(&mut self, me: PeerId, peer: PeerId) -> u32 {
+        self.node(me).incarnations.get(&peer).copied().unwrap_or(0)
+    }
+
+    pub fn connect(&mut self, me: PeerId, peer: PeerId, wanted: u32, deadline: Instant) -> Result<()> {
+        if self.node(me).ends.get(&peer).is_some_and(|end| *end != End::Fenced) {
+            return Err(Error::Config(format!("there is a path to {peer} already; fence it first")));
+        }
+        let (own, theirs) = (self.incarnation(me, peer), self.nodes.get(&peer).map(|node| node.incarnations.get(&me)));
+        let theirs = theirs.flatten().copied().unwrap_or(0);
         let node = self.node(me);
-        node.ends.insert(peer, End::Connecting(deadline));
+        node.ends.insert(peer, End::Connecting { wanted, deadline });
         // What was about to be told of an earlier path is none of this one's business.
         node.breaking.retain(|(of, ..)| *of != peer);
         let other = self.nodes.get(&peer).and_then(|node| node.ends.get(&me));
-        if matches!(other, Some(End::Connecting(_))) {
+        if matches!(other, Some(End::Connecting { wanted: ours, .. }) if *ours == own) && wanted == theirs {
             self.links.insert((me, peer), Link::default());
             self.links.insert((peer, me), Link::default());
             for (one, other) in [(me, peer), (peer, me)] {
@@ -122,6 +147,7 @@ impl Network {
                 node.inbox.push_back((other, Completion::Connected { peer: other }));
             }
         }
+        Ok(())
     }
 
     pub fn post(&mut self, me: PeerId, request: WorkRequest) -> Result<(), QueueFull> {
@@ -191,7 +217,7 @@ impl Network {
         let ends = self.nodes.values().flat_map(|node| {
             let breaking = node.breaking.iter().map(|(_, when, _)| *when);
             let connecting = node.ends.values().filter_map(|end| match end {
-                End::Connecting(deadline) => Some(*deadline),
+                End::Connecting { deadline, .. } => Some(*deadline),
                 _ => None,
             });
             breaking.chain(connecting)
@@ -205,6 +231,12 @@ impl Network {
             let when = self.now + Duration::from_micros(self.random.below(delay_us + 1));
             self.node(at).breaking.push((peer, when, "the simulator broke it".into()));
         }
+    }
+
+    pub fn break_end(&mut self, one: PeerId, other: PeerId) {
+        let reason = "the simulator broke this end of it".into();
+        let when = self.now;
+        self.node(one).breaking.push((other, when, reason));
     }
 
     pub fn cut(&mut self, one: PeerId, other: PeerId, until: Instant) {
@@ -222,6 +254,9 @@ impl Network {
 
     pub fn fence(&mut self, me: PeerId, peer: PeerId) -> Vec<Lease> {
         let node = self.node(me);
+        if node.ends.contains_key(&peer) {
+            *node.incarnations.entry(peer).or_default() += 1;
+        }
         let mut leases = Vec::new();
         let mut kept = VecDeque::with_capacity(node.inbox.len());
         for (of, completion) in node.inbox.drain(..) {
@@ -239,6 +274,7 @@ impl Network {
         node.inbox = kept;
         leases.append(&mut node.table.fence(peer));
         self.end(me, peer);
+        self.node(me).ends.insert(peer, End::Fenced);
         self.tell_later(peer, me);
         leases
     }
@@ -251,8 +287,8 @@ impl Network {
         (node.table, node.inbox) = (RegionTable::default(), VecDeque::new());
     }
 
-    pub fn is_quiet(&self) -> bool {
-        self.nodes.values().all(|node| node.inbox.is_empty())
+    pub fn is_quiet(&self, without: &[PeerId]) -> bool {
+        self.nodes.iter().all(|(id, node)| node.inbox.is_empty() || without.contains(id))
     }
 
     pub fn poll(&mut self, me: PeerId, now: Instant, completions: &mut Vec<Completion>) {
@@ -288,6 +324,12 @@ impl Network {
                     };
                     let length = note.length as usize;
                     taken.bytes_mut()[..length].copy_from_slice(&bytes[..length]);
+                    let corrupt = self.options.corrupt_one_in;
+                    if corrupt > 0 && length > 0 && self.random.once_in(corrupt) {
+                        let bit = self.random.below(8 * length as u64) as usize;
+                        taken.bytes_mut()[bit / 8] ^= 1 << (bit % 8);
+                        self.corrupted += 1;
+                    }
                     lease = Some(taken);
                 }
                 Err(refusal) => {
@@ -337,7 +379,7 @@ impl Network {
                 *when > now
             });
             for (peer, end) in &node.ends {
-                if matches!(end, End::Connecting(deadline) if *deadline <= now) {
+                if matches!(end, End::Connecting { deadline, .. } if *deadline <= now) {
                     told.push((*me, *peer, "nobody answered before the deadline".into()));
                 }
             }
@@ -349,7 +391,7 @@ impl Network {
 
     /// Tells an end that the path is gone, unless it has ended there already.
     fn tell_end(&mut self, me: PeerId, peer: PeerId, reason: &str) {
-        if matches!(self.node(me).ends.get(&peer), Some(End::Connected | End::Connecting(_))) {
+        if matches!(self.node(me).ends.get(&peer), Some(End::Connected | End::Connecting { .. })) {
             self.end(me, peer);
             let error = broken(peer, reason);
             self.node(me).inbox.push_back((peer, Completion::Broken { peer, error }));
@@ -368,8 +410,8 @@ impl Network {
     /// Ends the path at `me`; what it had queued fails.
     fn end(&mut self, me: PeerId, peer: PeerId) {
         self.node(me).ends.insert(peer, End::Ended);
+        self.linger(me, peer);
         let Some(link) = self.links.get_mut(&(me, peer)) else { return };
-        link.messages.clear();
         link.told += link.untold.len() as u64;
         let untold = link.untold.drain(..).map(|untold| (untold.id, untold.source));
         let unflushed = link.unflushed.drain(..);
@@ -378,6 +420,20 @@ impl Network {
         for (id, source) in untold.chain(unflushed) {
             let error = broken(peer, "it ended");
             node.inbox.push_back((peer, Completion::Failed { id, source, error }));
+        }
+    }
+
+    /// The path has ended at `me`: of what is under way some still arrives, until the other end has ended it too.
+    fn linger(&mut self, me: PeerId, peer: PeerId) {
+        let Some(link) = self.links.get_mut(&(me, peer)) else { return };
+        let count = if self.options.lingers { self.random.below(link.messages.len() as u64 + 1) as usize } else { 0 };
+        link.messages.truncate(count);
+        for message in &mut link.messages {
+            if let Some((source, _)) = &mut message.payload
+                && let Source::Lent(shared) = source
+            {
+                *source = Source::Copied(shared.bytes().to_vec());
+            }
         }
     }
 

@@ -32,6 +32,8 @@ const TRY_MAX: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub(super) struct Call {
     peer: PeerId,
+    /// Of the path, in the listener's offer.
+    incarnation: u32,
     addresses: Vec<SocketAddr>,
     turn: usize,
     deadline: Instant,
@@ -58,10 +60,16 @@ pub(super) enum Outcome {
 }
 
 impl Call {
-    pub(super) fn new(peer: PeerId, addresses: Vec<SocketAddr>, now: Instant, deadline: Instant) -> Call {
+    pub(super) fn new(
+        (peer, incarnation): (PeerId, u32),
+        addresses: Vec<SocketAddr>,
+        now: Instant,
+        deadline: Instant,
+    ) -> Call {
         assert!(!addresses.is_empty(), "an endpoint without address is expected, not called");
         let stage = Stage::Resting { until: now };
-        Call { peer, addresses, turn: 0, deadline, pause: PAUSE_MIN, stage, last_defect: "no try was made".into() }
+        let last_defect = "no try was made".into();
+        Call { peer, incarnation, addresses, turn: 0, deadline, pause: PAUSE_MIN, stage, last_defect }
     }
 
     /// When [`Call::tick`] has something to do.
@@ -145,7 +153,7 @@ impl Call {
             }
         };
         let token = poller.add(&stream, Kind::Path, index)?;
-        let handshake = Box::new(Calling::begin(self.peer, random_bytes()?));
+        let handshake = Box::new(Calling::begin(self.peer, self.incarnation, random_bytes()?));
         self.stage = Stage::Trying { stream, token, handshake, give_up: now + TRY_MAX };
         Ok(())
     }

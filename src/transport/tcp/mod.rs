@@ -43,7 +43,10 @@ use crate::{
     Error, Result,
     mem::{Lease, Region},
     types::PeerId,
-    wire::{FrameHeader, FrameTarget, format_addresses, handshake::Refusal, parse_addresses},
+    wire::{
+        FrameHeader, FrameTarget, format_addresses, handshake::Refusal, parse_addresses, split_incarnation,
+        with_incarnation,
+    },
 };
 
 const FABRIC: &str = "tcp";
@@ -67,6 +70,8 @@ pub struct TcpTransport {
     table: RegionTable,
     paths: Vec<Option<Path>>,
     index_of: HashMap<PeerId, usize>,
+    /// Paths to a peer that have been fenced: what it is offered is for the next one only.
+    incarnations: HashMap<PeerId, u32>,
     /// Paths that are expected or being called: only they have deadlines.
     pending: usize,
     dirty: Vec<usize>,
@@ -98,6 +103,7 @@ impl TcpTransport {
             table: RegionTable::default(),
             paths: Vec::new(),
             index_of: HashMap::new(),
+            incarnations: HashMap::new(),
             pending: 0,
             dirty: Vec::new(),
             done: Done::default(),
@@ -185,8 +191,11 @@ impl TcpTransport {
     fn on_stranger(&mut self, token: Token) -> Result<()> {
         let Some(strangers) = &mut self.strangers else { return Ok(()) };
         let (paths, index_of) = (&self.paths, &self.index_of);
-        let admit = |peer: PeerId| match index_of.get(&peer).and_then(|index| paths[*index].as_ref()).map(|p| &p.state)
-        {
+        let incarnations = &self.incarnations;
+        let state_of = |peer: &PeerId| index_of.get(peer).and_then(|index| paths[*index].as_ref()).map(|p| &p.state);
+        let admit = |peer: PeerId, meant: u32| match state_of(&peer) {
+            // Who calls by an offer that a fence has ended may not have fenced its own end.
+            _ if meant != incarnations.get(&peer).copied().unwrap_or(0) => Err(Refusal::Stale),
             Some(State::Expecting { .. }) => Ok(()),
             Some(State::Open(_)) => Err(Refusal::Duplicate),
             // Not fenced and connected again yet, or never expected: the caller may try again.
@@ -320,8 +329,9 @@ impl Transport for TcpTransport {
         FABRIC
     }
 
-    fn offer(&mut self, _peer: PeerId) -> Result<Endpoint> {
-        Ok(Endpoint::new(FABRIC, format_addresses(&self.advertised)))
+    fn offer(&mut self, peer: PeerId) -> Result<Endpoint> {
+        let incarnation = self.incarnations.get(&peer).copied().unwrap_or(0);
+        Ok(Endpoint::new(FABRIC, with_incarnation(format_addresses(&self.advertised), incarnation)))
     }
 
     fn connect(&mut self, peer: PeerId, remote: &Endpoint, deadline: Instant) -> Result<()> {
@@ -334,8 +344,9 @@ impl Transport for TcpTransport {
         // Where both listen the larger name calls, so that there is one connection and not two.
         let they_listen = !address.is_empty();
         let state = if they_listen && (!self.options.listen || self.options.identity.me > peer) {
+            let (address, incarnation) = split_incarnation(address)?;
             let addresses = parse_addresses(address)?;
-            State::Calling(Box::new(Call::new(peer, addresses, Instant::now(), deadline)))
+            State::Calling(Box::new(Call::new((peer, incarnation), addresses, Instant::now(), deadline)))
         } else if self.options.listen {
             State::Expecting { deadline }
         } else {
@@ -360,6 +371,7 @@ impl Transport for TcpTransport {
         if let Some(index) = self.index_of.remove(&peer)
             && let Some(mut path) = self.paths[index].take()
         {
+            *self.incarnations.entry(peer).or_default() += 1;
             if is_pending(&path.state) {
                 self.pending -= 1;
             }

@@ -13,6 +13,7 @@ impl Roster {
             pid: seat.pid,
             clock: seat.clock,
             paths: seat.paths.clone(),
+            path_counts: seat.path_counts.values().fold(PathCounts::default(), |sum, counts| sum.and(*counts)),
             metrics: seat.metrics,
             sent: seat.sent.clone(),
             reported_ms: seat.reported.map_or(0, |at| at.saturating_duration_since(self.started).as_millis() as u64),
