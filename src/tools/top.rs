@@ -182,6 +182,7 @@ mod tests {
 
     fn status(ranks: &[(Rank, Clock, u64, u64)]) -> Status {
         let rank = |(rank, clock, reported_ms, tcp): &(Rank, Clock, u64, u64)| RankStatus {
+            path_counts: Default::default(),
             rank: *rank,
             state: "running".into(),
             host: "a".into(),
