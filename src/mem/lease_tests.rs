@@ -1,4 +1,6 @@
 //! Leases under random programs: what is split, joined, frozen and shared stays where it belongs.
+//!
+//! Invariant: every byte is at any time in exactly one lease, and whole again when all of them are back.
 
 use proptest::prelude::*;
 

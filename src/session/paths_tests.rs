@@ -1,4 +1,6 @@
 //! What found no room in the driver leaves in its order.
+//!
+//! Invariant: requests to one peer leave in the order in which they were given.
 
 use super::*;
 use crate::transport::sim::{SimNetwork, SimOptions};

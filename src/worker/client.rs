@@ -10,12 +10,16 @@
 //! Invariant: a position is posted only while it is below the lane's credit, and a chunk has at most one request for its
 //! parameters under way.
 
+mod outgoing;
+mod resuming;
+
 use std::{
-    cmp::Ordering,
     collections::{BinaryHeap, VecDeque},
     sync::Arc,
     time::Duration,
 };
+
+use outgoing::Outgoing;
 
 use crate::{
     Error, Result,
@@ -100,16 +104,6 @@ pub struct Awaited {
     pub chunk: ChunkId,
     /// Pushed at this clock; `None` for a pull.
     pub clock: Option<Clock>,
-}
-
-#[derive(Debug)]
-struct Outgoing {
-    position: u64,
-    chunk: ChunkId,
-    clock: Clock,
-    wants_reply: bool,
-    /// `None`: absent.
-    gradient: Option<Lease>,
 }
 
 #[derive(Debug)]
@@ -292,22 +286,7 @@ impl Client {
                 self.earn(lane, note.credit);
             }
             (NoteKind::Parameters, Some(lease)) => {
-                let state = self.chunks.get_mut(note.chunk.index()).and_then(Option::as_mut);
-                let state = state.filter(|state| state.lane == lane && state.awaits.is_some());
-                let Some(state) = state else {
-                    return Err(protocol(format!("parameters of chunk {} that nobody awaits", note.chunk.0)));
-                };
-                let bytes = self.layout.chunk(note.chunk).len * self.config.parameter_dtype.size() as u32;
-                if lease.offset() != state.armed || note.length != bytes {
-                    return Err(protocol(format!(
-                        "parameters of chunk {} that are not whole or elsewhere",
-                        note.chunk.0
-                    )));
-                }
-                if let Some(Request::Push { number: Some(number), .. }) = state.awaits.take() {
-                    self.prove(lane, number + 1);
-                }
-                self.events.push_back(Event::Parameters { chunk: note.chunk, version: note.version, lease });
+                self.receive(lane, note, lease).map_err(protocol)?;
                 self.earn(lane, note.credit);
             }
             (NoteKind::LossScale, None) => {
@@ -421,6 +400,24 @@ impl Client {
         self.pump(lane);
     }
 
+    /// A chunk's parameters have come, as they were asked for or not.
+    fn receive(&mut self, lane: usize, note: Note, lease: Lease) -> Result<(), String> {
+        let state = self.chunks.get_mut(note.chunk.index()).and_then(Option::as_mut);
+        let state = state.filter(|state| state.lane == lane && state.awaits.is_some());
+        let Some(state) = state else {
+            return Err(format!("parameters of chunk {} that nobody awaits", note.chunk.0));
+        };
+        let bytes = self.layout.chunk(note.chunk).len * self.config.parameter_dtype.size() as u32;
+        if lease.offset() != state.armed || note.length != bytes {
+            return Err(format!("parameters of chunk {} that are not whole or elsewhere", note.chunk.0));
+        }
+        if let Some(Request::Push { number: Some(number), .. }) = state.awaits.take() {
+            self.prove(lane, number + 1);
+        }
+        self.events.push_back(Event::Parameters { chunk: note.chunk, version: note.version, lease });
+        Ok(())
+    }
+
     /// Posts whatever has its turn.
     fn pump(&mut self, lane: usize) {
         if self.lanes[lane].landing.is_none() {
@@ -477,63 +474,6 @@ impl Client {
         self.post(peer, note.chunk.0.into(), note, payload);
     }
 
-    /// The lane is ready, for the first time or over a path that has been rebuilt: what it lacks is sent again, and what it had been
-    /// asked for is asked for again.
-    fn resume(&mut self, lane: usize) -> Result<(), String> {
-        let received = match (self.lanes[lane].resumes_at.take(), self.lanes[lane].unproven.allows(0)) {
-            (Some(received), _) => received,
-            (None, true) => 0, // nothing has come over an older path
-            (None, false) => return Err("it does not say what it has received".into()),
-        };
-        self.prove(lane, received);
-        let again: Vec<_> = self.lanes[lane].unproven.iter().map(|sent| (sent.note, sent.payload.clone())).collect();
-        again.into_iter().for_each(|(note, payload)| self.post_sent(lane, note, payload));
-        for index in 0..self.chunks.len() {
-            let Some(state) = self.chunks[index].as_ref().filter(|state| state.lane == lane) else { continue };
-            let is_lost = match state.awaits {
-                Some(Request::Pull { .. }) => true,
-                // Otherwise the push itself asks, now or when its turn comes.
-                Some(Request::Push { number, .. }) => number.is_some_and(|number| number < received),
-                None => false,
-            };
-            if is_lost {
-                self.request(ChunkId(index as u32));
-            }
-        }
-        Ok(())
-    }
-
-    /// Asks for the parameters of a chunk that are awaited.
-    fn request(&mut self, chunk: ChunkId) {
-        let state = self.chunks[chunk.index()].as_ref().expect("own has looked");
-        let peer = self.lanes[state.lane].peer;
-        let pull = Note { chunk, ..Note::new(NoteKind::Pull) };
-        let note = match state.awaits.expect("they are awaited") {
-            Request::Pull { min_version, patience_ms } => Note { version: min_version, credit: patience_ms, ..pull },
-            Request::Push { clock, .. } => Note { clock, flags: NoteFlags::REPLY_AGAIN, ..pull },
-        };
-        self.post(peer, u64::MAX - 1, note, None);
-    }
-
-    /// The first `count` of what the lane was sent have arrived: their gradients go back to the user.
-    fn prove(&mut self, lane: usize, count: u64) {
-        while let Some(Sent { note, payload }) = self.lanes[lane].unproven.prove(count) {
-            if let Some((_, gradient)) = payload {
-                self.part(note.chunk, Some(gradient));
-            }
-        }
-    }
-
-    /// A chunk's gradient has arrived, or the transport has given up its share of it: it goes back to the user once both is so.
-    fn part(&mut self, chunk: ChunkId, arrived: Option<SharedLease>) {
-        let state = self.chunks[chunk.index()].as_mut().expect("a gradient of an own chunk");
-        match arrived.or_else(|| state.parting.take()).map(SharedLease::thaw) {
-            Some(Ok(lease)) => self.events.push_back(Event::GradientSent { chunk, lease }),
-            Some(Err(shared)) => state.parting = Some(shared),
-            None => {}
-        }
-    }
-
     fn post(&mut self, peer: PeerId, id: u64, note: Note, payload: Option<(SharedLease, RemoteSlot)>) {
         let note = Note { epoch: self.config.epoch, ..note };
         self.effects.push_back(Effect::Post(WorkRequest { id, peer, note, payload }));
@@ -545,24 +485,3 @@ impl Client {
         (state.lane, state.place)
     }
 }
-
-impl Ord for Outgoing {
-    /// The heap's greatest is the lowest position.
-    fn cmp(&self, other: &Outgoing) -> Ordering {
-        other.position.cmp(&self.position)
-    }
-}
-
-impl PartialOrd for Outgoing {
-    fn partial_cmp(&self, other: &Outgoing) -> Option<Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl PartialEq for Outgoing {
-    fn eq(&self, other: &Outgoing) -> bool {
-        self.position == other.position
-    }
-}
-
-impl Eq for Outgoing {}

@@ -153,6 +153,26 @@ fn linger() {
     std::thread::sleep(Duration::from_secs(2));
 }
 
+/// Pushes what the part pushes in a clock.
+fn push(worker: &mut Worker, tensors: &[TensorSpec], part: &str, rank: u16) -> Result<()> {
+    let clock = worker.clock();
+    let sparse = part == "sparse" && (clock + u64::from(rank)).is_multiple_of(3);
+    if part == "schedule" {
+        worker.push_pull(0, &[0.5; 3])?;
+    } else if part == "pull midway" {
+        // In the agreed order this one comes late: it waits for its turn while those before it have not been pushed.
+        worker.push(1, &[0.5; 2000])?;
+        worker.pull(0, Duration::from_secs(1))?;
+        worker.push(3, &[0.5; 1000])?;
+    } else if sparse {
+        // Nothing is pushed but the first tensor: the others are absent, or zeros where they share a chunk.
+        worker.push_pull(0, &[0.5; 3])?;
+    } else {
+        push_all(worker, tensors, part)?;
+    }
+    Ok(())
+}
+
 /// Plays a part; `WORKER_STEPS` and `WORKER_PAUSE_MS` change the usual run.
 pub fn play(part: &str) -> Result<()> {
     let number = |name: &str| std::env::var(name).ok().map(|text| text.parse::<u64>().unwrap());
@@ -180,20 +200,7 @@ pub fn play(part: &str) -> Result<()> {
             "hang" if clock == 10 && rank == 1 => std::thread::sleep(Duration::from_secs(3600)),
             _ => {}
         }
-        let sparse = part == "sparse" && (clock + u64::from(rank)).is_multiple_of(3);
-        if part == "schedule" {
-            worker.push_pull(0, &[0.5; 3])?;
-        } else if part == "pull midway" {
-            // In the agreed order this one comes late: it waits for its turn while those before it have not been pushed.
-            worker.push(1, &[0.5; 2000])?;
-            worker.pull(0, Duration::from_secs(1))?;
-            worker.push(3, &[0.5; 1000])?;
-        } else if sparse {
-            // Nothing is pushed but the first tensor: the others are absent, or zeros where they share a chunk.
-            worker.push_pull(0, &[0.5; 3])?;
-        } else {
-            push_all(&mut worker, &tensors, part)?;
-        }
+        push(&mut worker, &tensors, part, rank)?;
         if part == "polled" {
             wait_in_poll(&mut worker, &mut quiet)?
         } else {

@@ -5,6 +5,7 @@
 #[macro_use]
 mod contract;
 mod fabrics;
+mod lives;
 mod shm;
 mod shm_hostile;
 mod shm_processes;

@@ -16,6 +16,7 @@ mod framing;
 mod options;
 mod path;
 mod ring;
+mod sleeping;
 mod socket;
 mod strangers;
 
@@ -455,34 +456,6 @@ impl Transport for TcpTransport {
         self.tick(now)?;
         self.done.tell(completions);
         Ok(())
-    }
-}
-
-impl Wakeup for TcpTransport {
-    fn fd(&self) -> BorrowedFd<'_> {
-        self.ring.as_ref().map_or(self.poller.fd(), Ring::fd)
-    }
-
-    fn arm_wakeup(&mut self) -> Result<Armed> {
-        let nothing_to_tell = self.done.is_empty();
-        let may_sleep = match self.ring()? {
-            Some(ring) if nothing_to_tell => ring.may_sleep()?,
-            _ => nothing_to_tell,
-        };
-        Ok(if may_sleep { Armed::Sleep } else { Armed::Ready })
-    }
-
-    fn next_deadline(&self) -> Option<Instant> {
-        let mut next = self.strangers.as_ref().and_then(Strangers::next_deadline);
-        if self.pending > 0 {
-            let waits = self.paths.iter().flatten().filter_map(|path| match &path.state {
-                State::Expecting { deadline } => Some(*deadline),
-                State::Calling(call) => Some(call.next_deadline()),
-                State::Open(_) | State::Ending { .. } | State::Dead => None,
-            });
-            next = waits.chain(next).min();
-        }
-        next
     }
 }
 

@@ -1,0 +1,70 @@
+//! What a client does over a path that has been rebuilt, and what it holds until then.
+//!
+//! Invariant: a gradient goes back to its user when its arrival is proven and the transport has given up its share of it, not
+//! before and once.
+
+use super::{Client, Event, Request, Sent};
+use crate::{
+    mem::SharedLease,
+    types::ChunkId,
+    wire::{Note, NoteFlags, NoteKind},
+};
+
+impl Client {
+    /// The lane is ready, for the first time or over a path that has been rebuilt: what it lacks is sent again, and what it had been
+    /// asked for is asked for again.
+    pub(super) fn resume(&mut self, lane: usize) -> Result<(), String> {
+        let received = match (self.lanes[lane].resumes_at.take(), self.lanes[lane].unproven.allows(0)) {
+            (Some(received), _) => received,
+            (None, true) => 0, // nothing has come over an older path
+            (None, false) => return Err("it does not say what it has received".into()),
+        };
+        self.prove(lane, received);
+        let again: Vec<_> = self.lanes[lane].unproven.iter().map(|sent| (sent.note, sent.payload.clone())).collect();
+        again.into_iter().for_each(|(note, payload)| self.post_sent(lane, note, payload));
+        for index in 0..self.chunks.len() {
+            let Some(state) = self.chunks[index].as_ref().filter(|state| state.lane == lane) else { continue };
+            let is_lost = match state.awaits {
+                Some(Request::Pull { .. }) => true,
+                // Otherwise the push itself asks, now or when its turn comes.
+                Some(Request::Push { number, .. }) => number.is_some_and(|number| number < received),
+                None => false,
+            };
+            if is_lost {
+                self.request(ChunkId(index as u32));
+            }
+        }
+        Ok(())
+    }
+
+    /// Asks for the parameters of a chunk that are awaited.
+    pub(super) fn request(&mut self, chunk: ChunkId) {
+        let state = self.chunks[chunk.index()].as_ref().expect("own has looked");
+        let peer = self.lanes[state.lane].peer;
+        let pull = Note { chunk, ..Note::new(NoteKind::Pull) };
+        let note = match state.awaits.expect("they are awaited") {
+            Request::Pull { min_version, patience_ms } => Note { version: min_version, credit: patience_ms, ..pull },
+            Request::Push { clock, .. } => Note { clock, flags: NoteFlags::REPLY_AGAIN, ..pull },
+        };
+        self.post(peer, u64::MAX - 1, note, None);
+    }
+
+    /// The first `count` of what the lane was sent have arrived: their gradients go back to the user.
+    pub(super) fn prove(&mut self, lane: usize, count: u64) {
+        while let Some(Sent { note, payload }) = self.lanes[lane].unproven.prove(count) {
+            if let Some((_, gradient)) = payload {
+                self.part(note.chunk, Some(gradient));
+            }
+        }
+    }
+
+    /// A chunk's gradient has arrived, or the transport has given up its share of it: it goes back to the user once both is so.
+    pub(super) fn part(&mut self, chunk: ChunkId, arrived: Option<SharedLease>) {
+        let state = self.chunks[chunk.index()].as_mut().expect("a gradient of an own chunk");
+        match arrived.or_else(|| state.parting.take()).map(SharedLease::thaw) {
+            Some(Ok(lease)) => self.events.push_back(Event::GradientSent { chunk, lease }),
+            Some(Err(shared)) => state.parting = Some(shared),
+            None => {}
+        }
+    }
+}
