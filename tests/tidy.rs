@@ -2,6 +2,8 @@
 //!
 //! Invariant: a rule is written here once; whoever breaks it is told the file, the line and the rule.
 
+#[path = "tidy/locks.rs"]
+mod locks;
 #[path = "tidy/source.rs"]
 mod source;
 #[path = "tidy/waits.rs"]
