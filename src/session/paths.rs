@@ -258,7 +258,8 @@ impl<T: Transport> Paths<T> {
         self.arrivals = arrivals;
         self.retry();
         self.liveness.poll(now, &mut self.events);
-        for event in std::mem::take(&mut self.events) {
+        let mut events = std::mem::take(&mut self.events);
+        for event in events.drain(..) {
             match event {
                 LivenessEvent::HeartbeatDue(peer) => {
                     let note = Note { epoch: self.options.epoch, ..Note::new(NoteKind::Heartbeat) };
@@ -271,6 +272,7 @@ impl<T: Transport> Paths<T> {
                 }
             }
         }
+        self.events = events;
         if self.rebuilding > 0 {
             self.rebuild(now, completions);
         }

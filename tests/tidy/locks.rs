@@ -10,7 +10,6 @@ const LOCKS: &[(&str, &str)] = &[
     ("src/launch/agent.rs", "the launcher and its agents: no data pass there"),
     ("src/launch/fleet.rs", "the launcher: no data pass there"),
     ("src/launch/job.rs", "the launcher: no data pass there"),
-    ("src/launch/output.rs", "the launcher: no data pass there"),
     ("src/launch/pipes.rs", "the launcher: no data pass there"),
     ("src/launch/remote.rs", "the launcher: no data pass there"),
     ("src/observe/meter.rs", "who reads the metrics, and a thread that meets a new peer; counting takes none"),

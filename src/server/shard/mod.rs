@@ -388,8 +388,10 @@ impl Shard {
     fn on_attach(&mut self, worker: u16, note: &Note) -> Result<()> {
         let peer = self.contributors[usize::from(worker)].peer;
         let parameters = Attachment::from_note(note).map_err(|error| protocol(peer, error))?;
-        self.contributors[usize::from(worker)].parameters = Some(parameters);
-        Ok(())
+        match self.contributors[usize::from(worker)].parameters.replace(parameters) {
+            None => Ok(()),
+            Some(_) => Err(protocol(peer, "it has said on this path where its parameters lie")),
+        }
     }
 
     fn on_learning_rate(&mut self, from: PeerId, note: &Note) -> Result<()> {
