@@ -67,7 +67,7 @@ fn wrong_frames(io: Io, count: usize) {
     let slot = pair.rogue_slot;
     let mut good = 0;
     for turn in 0..count {
-        let mut stream = raw::call_until_accepted(pair.address(), &rogue, SERVER);
+        let mut stream = raw::call_until_accepted(pair.address(), &rogue, (SERVER, turn as u32));
         let mut bytes = Vec::new();
         for clock in 0..random.below(4) {
             bytes.extend(raw::note_bytes(clock as u64));

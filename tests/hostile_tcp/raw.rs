@@ -12,7 +12,7 @@ use gradwire::{
     types::PeerId,
     wire::{
         FrameHeader, Note, NoteKind,
-        handshake::{Calling, HandshakeError, Identity, Told},
+        handshake::{Calling, HandshakeError, Identity, Refusal, Told},
     },
 };
 
@@ -23,15 +23,15 @@ pub fn dial(address: SocketAddr) -> TcpStream {
     stream
 }
 
-/// One try to become `identity.me`'s connection to `wanted`. `alter` may change the hello.
+/// One try to become `identity.me`'s connection to `wanted`, path number `path` between the two. `alter` may change the hello.
 pub fn call(
     address: SocketAddr,
     identity: &Identity,
-    wanted: PeerId,
+    (wanted, path): (PeerId, u32),
     alter: impl FnOnce(&mut [u8; 104]),
 ) -> std::io::Result<Result<TcpStream, HandshakeError>> {
     let mut stream = dial(address);
-    let mut calling = Calling::begin(wanted, 0, [5; 32]);
+    let mut calling = Calling::begin(wanted, path, [5; 32]);
     let mut alter = Some(alter);
     loop {
         let count = stream.read(calling.space())?;
@@ -53,14 +53,14 @@ pub fn call(
 }
 
 /// Tries until the listener expects us.
-pub fn call_until_accepted(address: SocketAddr, identity: &Identity, wanted: PeerId) -> TcpStream {
+pub fn call_until_accepted(address: SocketAddr, identity: &Identity, to: (PeerId, u32)) -> TcpStream {
     let limit = Instant::now() + Duration::from_secs(20);
     loop {
-        match call(address, identity, wanted, |_| ()) {
+        match call(address, identity, to, |_| ()) {
             Ok(Ok(stream)) => return stream,
             Ok(Err(HandshakeError::Refused(why))) if why.is_passing() => {}
             // The last connection is not over yet on the listener's side.
-            Ok(Err(HandshakeError::Refused(gradwire::wire::handshake::Refusal::Duplicate))) => {}
+            Ok(Err(HandshakeError::Refused(Refusal::Duplicate | Refusal::Stale))) => {}
             Ok(Err(error)) => panic!("{error}"),
             Err(_) => {}
         }

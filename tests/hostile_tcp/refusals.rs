@@ -77,9 +77,9 @@ fn a_missing_token_and_a_wrong_version_are_refused_by_name_by(io: Io) {
     let pair = RunningPair::start(io);
     pair.await_exchanges(1);
     let rogue = identity(ROGUE, &pair.token);
-    let unsigned = raw::call(pair.address(), &rogue, SERVER, |hello| hello[72..].fill(0)).unwrap();
+    let unsigned = raw::call(pair.address(), &rogue, (SERVER, 0), |hello| hello[72..].fill(0)).unwrap();
     assert_eq!(unsigned.unwrap_err(), HandshakeError::Refused(Refusal::WrongToken));
-    let other_version = raw::call(pair.address(), &rogue, SERVER, |hello| hello[4] = 9).unwrap();
+    let other_version = raw::call(pair.address(), &rogue, (SERVER, 0), |hello| hello[4] = 9).unwrap();
     assert_eq!(other_version.unwrap_err(), HandshakeError::Refused(Refusal::WrongVersion));
     pair.stop();
 }
@@ -174,8 +174,8 @@ fn a_reset_is_told_from_a_close_by(io: Io) {
     let pair = RunningPair::start(io);
     pair.await_exchanges(1);
     let rogue = identity(ROGUE, &pair.token);
-    drop(raw::call_until_accepted(pair.address(), &rogue, SERVER));
-    let stream = raw::call_until_accepted(pair.address(), &rogue, SERVER);
+    drop(raw::call_until_accepted(pair.address(), &rogue, (SERVER, 0)));
+    let stream = raw::call_until_accepted(pair.address(), &rogue, (SERVER, 1));
     // A close that lingers for no time at all is a reset.
     let linger = nix::libc::linger { l_onoff: 1, l_linger: 0 };
     nix::sys::socket::setsockopt(&stream, nix::sys::socket::sockopt::Linger, &linger).unwrap();

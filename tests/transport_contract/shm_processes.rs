@@ -134,8 +134,8 @@ fn play_writer(token: &JobToken, remote: &str, with_heir: bool) {
     let mut worker = end(token, WORKER);
     worker.register(&region).unwrap();
     println!("ADDRESS {}", address(&mut worker));
-    let server = Endpoint::new("shm", remote);
-    worker.connect(SERVER, &server, limit).unwrap();
+    let mut path = 0;
+    worker.connect(SERVER, &Endpoint::new("shm", remote), limit).unwrap();
     let waiter = Waiter::new().unwrap();
     let mut heard = Vec::new();
     while Instant::now() < limit {
@@ -155,7 +155,8 @@ fn play_writer(token: &JobToken, remote: &str, with_heir: bool) {
                 }
                 Completion::Broken { .. } => {
                     worker.fence(SERVER);
-                    if worker.connect(SERVER, &server, limit).is_err() {
+                    path += 1; // the server has fenced its end: its next offer
+                    if worker.connect(SERVER, &Endpoint::new("shm", format!("{remote}#{path}")), limit).is_err() {
                         return;
                     }
                 }
@@ -373,14 +374,13 @@ fn play_cycles(token: &JobToken) {
     let (region, _lease) = Region::allocate(4096, &unlocked()).unwrap();
     server.register(&region).unwrap();
     pair.server.register(&region).unwrap();
-    let to_server = Endpoint::new("shm", address(&mut server));
     let to_other = Endpoint::new("shm", address(&mut other));
     let foreign = pair.server.offer(WORKER).unwrap();
     let mut before = None;
     for cycle in 0..210 {
         let deadline = Instant::now() + PATIENCE;
         server.connect(WORKER, &to_other, deadline).unwrap();
-        other.connect(SERVER, &to_server, deadline).unwrap();
+        other.connect(SERVER, &server.offer(WORKER).unwrap(), deadline).unwrap();
         let (mut here, mut there) = (Vec::new(), Vec::new());
         while here.is_empty() || there.is_empty() {
             server.poll(Instant::now(), &mut here).unwrap();
