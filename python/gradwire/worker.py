@@ -108,6 +108,11 @@ class Worker:
         return self._worker.clock
 
     @property
+    def loss_scale(self) -> float:
+        """What the loss of this clock is to be multiplied by: the servers divide gradients by it. 1 unless the job has `loss_scale`."""
+        return self._worker.loss_scale
+
+    @property
     def version(self) -> int:
         """The version of the parameters at hand: that of the oldest chunk. Under ``bsp`` it is the number of clocks applied."""
         return self._worker.version
