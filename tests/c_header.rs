@@ -44,10 +44,8 @@ fn generate() -> String {
     // What only numbers in a struct refer to.
     config.export.include = vec!["DataType".into(), "InitRule".into()];
     config.enumeration.rename_variants = cbindgen::RenameRule::ScreamingSnakeCase;
-    let mut builder = cbindgen::Builder::new().with_config(config);
-    for name in sources().keys() {
-        builder = builder.with_src(Path::new(SOURCES).join(name));
-    }
+    // It follows the modules from there; each file named besides would be there twice.
+    let builder = cbindgen::Builder::new().with_config(config).with_src(Path::new(SOURCES).join("mod.rs"));
     let mut text = Vec::new();
     builder.generate().unwrap().write(&mut text);
     // Rust's headings mean nothing in C.
@@ -69,6 +67,18 @@ fn the_header_is_what_the_sources_say() {
     let there = fs::read_to_string(HEADER).unwrap_or_default();
     let differs = there.lines().zip(made.lines()).position(|(there, made)| there != made);
     assert!(there == made, "include/gradwire.h is out of date (line {differs:?}): run this test with GRADWIRE_BLESS=1");
+}
+
+#[test]
+fn every_function_is_declared_once() {
+    let header = fs::read_to_string(HEADER).unwrap();
+    for text in sources().values() {
+        for function in text.split("#[unsafe(no_mangle)]\n").skip(1) {
+            let name = function.split("fn ").nth(1).unwrap().split('(').next().unwrap();
+            let declares = |line: &str| !line.starts_with([' ', '/']) && line.contains(&format!("{name}("));
+            assert_eq!(header.lines().filter(|line| declares(line)).count(), 1, "{name}");
+        }
+    }
 }
 
 #[test]

@@ -10,24 +10,8 @@ use clap::{Args, ValueEnum};
 use crate::{
     Error, Result,
     launch::{BindTo, JobOptions, MapBy, OutputTo, parse_hosts, read_hostfile},
+    session::RANK_VARIABLES,
 };
-
-/// Variables of one rank's own that ranks on other hosts get too. Settings travel by themselves, and what the launcher tells each
-/// rank is none of these.
-const PASSED_ON: [&str; 12] = [
-    "GRADWIRE_LOG",
-    "GRADWIRE_ISA",
-    "GRADWIRE_TARGET",
-    "GRADWIRE_RANK_TRANSPORTS",
-    "GRADWIRE_TCP_IO",
-    "GRADWIRE_CUDA_LIBRARY",
-    "GRADWIRE_HCA",
-    "GRADWIRE_RAILS",
-    "GRADWIRE_GID_INDEX",
-    "GRADWIRE_TRAFFIC_CLASS",
-    "GRADWIRE_SERVICE_LEVEL",
-    "GRADWIRE_PKEY_INDEX",
-];
 
 #[derive(Args)]
 #[command(next_help_heading = "Hosts")]
@@ -102,7 +86,7 @@ impl HostArguments {
         options.ssh = self.ssh.split_whitespace().map(str::to_owned).collect();
         options.remote_executable = self.remote_gradwire;
         options.working_directory = self.wdir;
-        let own = PASSED_ON.iter().filter_map(|name| Some((name.to_string(), std::env::var(name).ok()?)));
+        let own = RANK_VARIABLES.iter().filter_map(|name| Some((name.to_string(), std::env::var(name).ok()?)));
         options.environment = own.collect();
         for variable in &self.variables {
             options.environment.push(match variable.split_once('=') {

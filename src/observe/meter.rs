@@ -191,7 +191,7 @@ pub struct PeerMeter {
     pub waits: [Histogram; Cause::ALL.len()],
     /// Times that the path broke and was built again.
     pub rebuilds: Counter,
-    /// Writes that were posted again over a path that was built again.
+    /// Of a worker: writes that were posted again over a path that was built again.
     pub resent: Counter,
     /// Positions that may be pushed beyond the next one that waits: of a worker, what the peer grants; of a shard, what it grants.
     pub credit: Gauge,

@@ -263,7 +263,7 @@ impl RankMetrics {
         out.family(MetricType::Counter, "gradwire_path_rebuilds", help, |family| {
             each(family, |path| path.rebuilds.value(), true)
         })?;
-        let help = "Writes that were sent again over a path that was built again.";
+        let help = "Writes of a worker that were sent again over a path that was built again.";
         out.family(MetricType::Counter, "gradwire_resent_writes", help, |family| {
             each(family, |path| path.resent.value(), true)
         })?;

@@ -40,6 +40,6 @@ pub use rendezvous::{
     Rendezvous, RendezvousOptions, Report, Reporter, Status, VERSION, View, decode_lines, token_from_environment,
 };
 pub(crate) use rendezvous::{ControlAnswer, LineBuffer, control};
-pub use settings::gather;
+pub use settings::{RANK_VARIABLES, gather};
 pub use timeline::{ClockOffset, StepRange, TimelinePart};
 pub use verdict::{Finding, Owed, Verdict, WAITS_MAX, Wait, judge};

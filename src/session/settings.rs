@@ -12,10 +12,25 @@ use serde_json::{Map, Value};
 use super::{JobConfig, setting};
 use crate::{Error, Result};
 
-/// Variables of this program that are no settings of a job.
-const OTHER_VARIABLES: [&str; 27] = [
-    "GRADWIRE_CONFIG",
+/// Variables of one rank's own: no settings of a job, and passed on to ranks on other hosts.
+pub const RANK_VARIABLES: [&str; 12] = [
     "GRADWIRE_LOG",
+    "GRADWIRE_ISA",
+    "GRADWIRE_TARGET",
+    "GRADWIRE_RANK_TRANSPORTS",
+    "GRADWIRE_TCP_IO",
+    "GRADWIRE_CUDA_LIBRARY",
+    "GRADWIRE_HCA",
+    "GRADWIRE_RAILS",
+    "GRADWIRE_GID_INDEX",
+    "GRADWIRE_TRAFFIC_CLASS",
+    "GRADWIRE_SERVICE_LEVEL",
+    "GRADWIRE_PKEY_INDEX",
+];
+
+/// Other variables of this program that are no settings of a job.
+const OTHER_VARIABLES: [&str; 15] = [
+    "GRADWIRE_CONFIG",
     "GRADWIRE_HOME",
     "GRADWIRE_RENDEZVOUS",
     "GRADWIRE_RENDEZVOUS_DIR",
@@ -27,19 +42,8 @@ const OTHER_VARIABLES: [&str; 27] = [
     "GRADWIRE_TOKEN_FILE",
     "GRADWIRE_CORES",
     "GRADWIRE_JOB",
-    "GRADWIRE_ISA",
-    "GRADWIRE_TARGET",
     "GRADWIRE_IFNAME",
-    "GRADWIRE_RANK_TRANSPORTS",
-    "GRADWIRE_TCP_IO",
     "GRADWIRE_TORCH",
-    "GRADWIRE_CUDA_LIBRARY",
-    "GRADWIRE_HCA",
-    "GRADWIRE_RAILS",
-    "GRADWIRE_GID_INDEX",
-    "GRADWIRE_TRAFFIC_CLASS",
-    "GRADWIRE_SERVICE_LEVEL",
-    "GRADWIRE_PKEY_INDEX",
     "GRADWIRE_TEST_RDMA",
 ];
 
@@ -98,14 +102,14 @@ fn key_of_variable(name: &str) -> Result<Option<String>> {
     if name == "GRADWIRE_IFNAME" {
         return Ok(Some("interface".into()));
     }
-    if OTHER_VARIABLES.contains(&name) {
+    if OTHER_VARIABLES.contains(&name) || RANK_VARIABLES.contains(&name) {
         return Ok(None);
     }
     if let Some(key) = setting::keys().find(|key| variable_of_key(key) == name) {
         return Ok(Some(key.into()));
     }
     let known: Vec<String> = setting::keys().map(variable_of_key).collect();
-    let all = known.iter().map(String::as_str).chain(OTHER_VARIABLES);
+    let all = known.iter().map(String::as_str).chain(OTHER_VARIABLES).chain(RANK_VARIABLES);
     Err(Error::Config(format!("the variable {name} means nothing to gradwire{}", setting::suggestion(name, all))))
 }
 

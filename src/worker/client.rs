@@ -167,6 +167,8 @@ pub struct Client {
     effects: VecDeque<Effect>,
     events: VecDeque<Event>,
     finishing: bool,
+    /// Since it was asked for: to which lane how much was sent again.
+    resent: Option<(PeerId, u64)>,
 }
 
 impl Client {
@@ -196,7 +198,16 @@ impl Client {
                 goodbye: false,
             });
         }
-        Client { config, layout, lanes, chunks, effects: VecDeque::new(), events: VecDeque::new(), finishing: false }
+        Client {
+            config,
+            layout,
+            lanes,
+            chunks,
+            effects: VecDeque::new(),
+            events: VecDeque::new(),
+            finishing: false,
+            resent: None,
+        }
     }
 
     /// Pushes the chunk's gradient of `clock` when its turn comes. With `reply`, the parameters come into it.

@@ -207,6 +207,11 @@ impl<T: Transport> Engine<T> {
                     self.paths.fence(from);
                     return self.lost(from, error);
                 }
+                if let Some((lane, count)) = self.client.take_resent()
+                    && let Some(meter) = self.paths.recorder().and_then(|recorder| recorder.peer(lane))
+                {
+                    meter.resent.add(count);
+                }
                 if self.client.has_parted(from) {
                     self.paths.release(from);
                 }

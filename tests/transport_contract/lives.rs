@@ -36,11 +36,7 @@ pub fn a_fenced_path_can_be_built_again<F: Fabric>(fabric: F) {
     for turn in 0..3 {
         assert_eq!(world.sides[1].transport().fence(a).len(), usize::from(turn == 0));
         world.until("the other end to hear", |w| w.sides[0].broken_by(b).is_some());
-        world.sides[0].transport().fence(b);
-        world.sides.iter_mut().for_each(|side| side.heard.clear());
-        world.connect(0, 1, Duration::from_secs(20));
-        world.connect(1, 0, Duration::from_secs(20));
-        world.until("Connected", |w| w.sides[0].is_connected_to(b) && w.sides[1].is_connected_to(a));
+        begin_again(&mut world, [0, 1]);
         world.assert_works(0, 1);
     }
     // A slot of the first life is no slot of the last one.
@@ -71,11 +67,7 @@ pub fn a_path_built_again_takes_nothing_of_the_old_one<F: Fabric>(fabric: F) {
         let mut back: Vec<Lease> = complete.collect();
         back.append(&mut world.sides[1].transport().fence(a));
         assert_eq!(back.len(), 3, "every slot comes back, by arrival or by fence");
-        world.sides[0].transport().fence(b);
-        world.sides.iter_mut().for_each(|side| side.heard.clear());
-        world.connect(0, 1, Duration::from_secs(20));
-        world.connect(1, 0, Duration::from_secs(20));
-        world.until("Connected", |w| w.sides[0].is_connected_to(b) && w.sides[1].is_connected_to(a));
+        begin_again(&mut world, [0, 1]);
         // The same slots are open to the new path, and nobody has written on it.
         back.iter_mut().for_each(|lease| lease.bytes_mut().fill(0xEE));
         back.into_iter().for_each(|lease| {
@@ -88,11 +80,7 @@ pub fn a_path_built_again_takes_nothing_of_the_old_one<F: Fabric>(fabric: F) {
         slots = world.sides[1].transport().fence(a);
         assert_eq!(slots.len(), 3);
         assert!(slots.iter().all(|lease| lease.bytes().iter().all(|byte| *byte == 0xEE)), "the old path has landed");
-        world.sides[0].transport().fence(b);
-        world.sides.iter_mut().for_each(|side| side.heard.clear());
-        world.connect(1, 0, Duration::from_secs(20));
-        world.connect(0, 1, Duration::from_secs(20));
-        world.until("Connected", |w| w.sides[0].is_connected_to(b) && w.sides[1].is_connected_to(a));
+        begin_again(&mut world, [1, 0]);
     }
 }
 
@@ -119,10 +107,16 @@ pub fn an_offer_is_worth_nothing_after_a_fence<F: Fabric>(fabric: F) {
     world.sides[1].transport().fence(a);
     world.until("the other end to break", |w| w.sides[0].broken_by(b).is_some());
     assert!(!world.sides[0].is_connected_to(b));
+    begin_again(&mut world, [0, 1]);
+    world.assert_works(0, 1);
+}
+
+/// The receiver has fenced its end of the path between the first two; now the writer does, and both connect, in this order.
+fn begin_again<F: Fabric>(world: &mut World<F>, [first, second]: [usize; 2]) {
+    let (a, b) = (world.peer(0), world.peer(1));
     world.sides[0].transport().fence(b);
     world.sides.iter_mut().for_each(|side| side.heard.clear());
-    world.connect(0, 1, Duration::from_secs(20));
-    world.connect(1, 0, Duration::from_secs(20));
+    world.connect(first, second, Duration::from_secs(20));
+    world.connect(second, first, Duration::from_secs(20));
     world.until("Connected", |w| w.sides[0].is_connected_to(b) && w.sides[1].is_connected_to(a));
-    world.assert_works(0, 1);
 }

@@ -6,14 +6,20 @@
 use super::{Client, Event, Request, Sent};
 use crate::{
     mem::SharedLease,
-    types::ChunkId,
+    types::{ChunkId, PeerId},
     wire::{Note, NoteFlags, NoteKind},
 };
 
 impl Client {
+    /// To which lane how many writes were sent again, because its path has been rebuilt; each time is told once.
+    pub fn take_resent(&mut self) -> Option<(PeerId, u64)> {
+        self.resent.take()
+    }
+
     /// The lane is ready, for the first time or over a path that has been rebuilt: what it lacks is sent again, and what it had been
     /// asked for is asked for again.
     pub(super) fn resume(&mut self, lane: usize) -> Result<(), String> {
+        let is_rebuilt = self.lanes[lane].resumes_at.is_some();
         let received = match (self.lanes[lane].resumes_at.take(), self.lanes[lane].unproven.allows(0)) {
             (Some(received), _) => received,
             (None, true) => 0, // nothing has come over an older path
@@ -21,6 +27,9 @@ impl Client {
         };
         self.prove(lane, received);
         let again: Vec<_> = self.lanes[lane].unproven.iter().map(|sent| (sent.note, sent.payload.clone())).collect();
+        if is_rebuilt {
+            self.resent = Some((self.lanes[lane].peer, again.len() as u64));
+        }
         again.into_iter().for_each(|(note, payload)| self.post_sent(lane, note, payload));
         for index in 0..self.chunks.len() {
             let Some(state) = self.chunks[index].as_ref().filter(|state| state.lane == lane) else { continue };
