@@ -174,6 +174,7 @@ impl Lane {
                 self.event_loop.paths().proposed(proposal, Instant::now());
             }
             Command::Rebuild { .. } => {} // another lane's
+            Command::Tenure { .. } | Command::Gone { .. } => {}
             Command::End { clock, checkpoint } => self.end = Some((clock, checkpoint)),
             Command::JobFailed { text } => return Err(Error::JobFailed(text)),
         }

@@ -20,6 +20,7 @@ mod recorder;
 mod rendezvous;
 mod setting;
 mod settings;
+mod tenure;
 mod timeline;
 mod verdict;
 
@@ -41,5 +42,6 @@ pub use rendezvous::{
 };
 pub(crate) use rendezvous::{ControlAnswer, LineBuffer, control};
 pub use settings::{RANK_VARIABLES, gather};
+pub use tenure::{Claim, Tenure, pair, shard_of};
 pub use timeline::{ClockOffset, StepRange, TimelinePart};
 pub use verdict::{Finding, Owed, Verdict, WAITS_MAX, Wait, judge};

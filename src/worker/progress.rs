@@ -409,6 +409,8 @@ impl<T: Transport + Wakeup> Turner<T> {
                 | session::Command::Checkpoint { .. }
                 | session::Command::Prepare { .. }
                 | session::Command::Change { .. }
+                | session::Command::Tenure { .. }
+                | session::Command::Gone { .. }
                 | session::Command::End { .. } => {}
             }
         }

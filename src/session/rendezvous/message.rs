@@ -13,9 +13,9 @@ use crate::{
     layout::TensorSpec,
     observe::sent_by_fabric,
     optim::LiveChange,
-    session::{JobConfig, PathCounts, Proposal, TimelinePart, Verdict, Wait},
+    session::{Claim, JobConfig, PathCounts, Proposal, Tenure, TimelinePart, Verdict, Wait},
     transport::{Endpoint, PathChoice},
-    types::{Clock, PeerId, Rank, Role, ShardId},
+    types::{Clock, Epoch, PeerId, Rank, Role, ShardId},
 };
 
 /// Longest line of a caller that has proved itself: the declarations of a large model.
@@ -161,6 +161,17 @@ pub enum Report {
         /// The offer.
         proposal: Proposal,
     },
+    /// A lane of a shard with two copies wants the shard's tenure changed.
+    Claim {
+        /// The lane.
+        lane: u16,
+        /// Which shard.
+        shard: ShardId,
+        /// The tenure that the lane knows.
+        epoch: Epoch,
+        /// What it wants.
+        claim: Claim,
+    },
     /// What has happened to the paths of a thread since it began.
     PathCounts {
         /// Which thread.
@@ -269,6 +280,18 @@ pub enum Command {
         lane: u16,
         /// The offer, as from the other end.
         proposal: Proposal,
+    },
+    /// A shard with two copies is served in this way from now on; also the answer to a claim that was refused.
+    Tenure {
+        /// Which shard.
+        shard: ShardId,
+        /// Who serves it.
+        tenure: Tenure,
+    },
+    /// A server's process is gone; its shards' other lanes may take over.
+    Gone {
+        /// Which server.
+        rank: Rank,
     },
     /// Say what you wait for.
     TellWaits,

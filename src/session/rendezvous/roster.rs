@@ -338,6 +338,7 @@ impl Roster {
                     self.send(self.everybody(), FromLauncher::Command(command));
                 }
             }
+            Report::Claim { .. } => return Err("this job has one copy of each shard".into()),
             Report::Rebuild { lane, proposal } => self.pass_on(PeerId { rank, lane }, proposal)?,
             Report::PathCounts { lane, counts } => {
                 self.seat(rank).path_counts.insert(lane, counts);
