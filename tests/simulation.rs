@@ -8,6 +8,8 @@
 
 #[path = "simulation/bits.rs"]
 mod bits;
+#[path = "simulation/copies.rs"]
+mod copies;
 #[path = "simulation/live.rs"]
 mod live;
 #[path = "simulation/rebuilt.rs"]
@@ -158,6 +160,7 @@ fn options(seed: u64) -> WorldOptions {
         uneven: false,
         hasty: false,
         requests: false,
+        copies: false,
         change_from: None,
         change_live: None,
         separate_pull: random.once_in(4),

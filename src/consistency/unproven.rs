@@ -28,6 +28,21 @@ impl<T> Unproven<T> {
         self.end() - 1
     }
 
+    /// The number of the oldest entry of which it is not known.
+    pub fn first(&self) -> u64 {
+        self.first
+    }
+
+    /// Whether all that was sent is known to have arrived.
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// What is not known to have arrived, in order, to be numbered anew.
+    pub fn into_entries(self) -> impl Iterator<Item = T> {
+        self.entries.into_iter()
+    }
+
     /// How many have been sent.
     pub fn end(&self) -> u64 {
         self.first + self.entries.len() as u64

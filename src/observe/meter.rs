@@ -124,11 +124,14 @@ pub enum TaskKind {
     Apply,
     /// A wire copy by itself.
     Encode,
+    /// State that is copied to or from a replica.
+    Copy,
 }
 
 impl TaskKind {
     /// All of them, in the order of their numbers.
-    pub const ALL: [TaskKind; 4] = [TaskKind::Step, TaskKind::Reduce, TaskKind::Apply, TaskKind::Encode];
+    pub const ALL: [TaskKind; 5] =
+        [TaskKind::Step, TaskKind::Reduce, TaskKind::Apply, TaskKind::Encode, TaskKind::Copy];
 
     /// Its name among the labels of a metric and in a timeline.
     pub const fn name(self) -> &'static str {
@@ -137,6 +140,7 @@ impl TaskKind {
             TaskKind::Reduce => "reduce",
             TaskKind::Apply => "apply",
             TaskKind::Encode => "encode",
+            TaskKind::Copy => "copy",
         }
     }
 }

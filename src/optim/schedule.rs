@@ -6,7 +6,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::config::check;
+use super::{LiveChange, config::check};
 use crate::{Error, Result, types::Clock};
 
 /// What the learning rate is multiplied by, as a function of the clock (0 is the first step).
@@ -164,6 +164,17 @@ impl LearningRates {
     pub fn weight_decay(&self, clock: Clock) -> Option<f64> {
         let latest = self.decays.partition_point(|change| change.from_clock <= clock).checked_sub(1)?;
         Some(self.decays[latest].weight_decay)
+    }
+
+    /// All changes that were set live and are not forgotten, each with the clock from which on it holds.
+    pub fn changes(&self) -> impl Iterator<Item = (Clock, LiveChange)> {
+        let rate = |change: &Change| {
+            (change.from_clock, LiveChange { learning_rate: Some(change.learning_rate), ..LiveChange::default() })
+        };
+        let decay = |change: &DecayChange| {
+            (change.from_clock, LiveChange { weight_decay: Some(change.weight_decay), ..LiveChange::default() })
+        };
+        self.changes.iter().map(rate).chain(self.decays.iter().map(decay))
     }
 
     /// How many parameter groups there are, the default group included.

@@ -11,17 +11,17 @@ use std::{
 };
 
 use super::{
-    ChunkImage, Effect, LiveState, Memory, NotFinite, Shard, ShardConfig, Task, Work,
-    landing::{Landing, LandingShape},
+    ChunkImage, Effect, Inheritance, LiveState, Memory, NotFinite, Shard, ShardConfig, Task, Work,
+    landing::{Landing, LandingShape, slots},
     memory::elements_max,
 };
 use crate::{
     Error, Result,
     layout::Layout,
-    mem::RegionOptions,
+    mem::{Lease, RegionOptions},
     observe::{Queue, TaskKind},
     optim::{LearningRates, LiveChange},
-    session::{Paths, WAITS_MAX, Wait},
+    session::{Claim, Paths, WAITS_MAX, Wait},
     transport::{Completion, Endpoint, Transport, Wakeup},
     types::{Clock, PeerId, Role, Version},
     wire::Attachment,
@@ -70,6 +70,42 @@ pub struct EventLoop<T> {
     moved_at: Option<Instant>,
 }
 
+/// The memory of a shard that a transport works on.
+pub(super) struct Room {
+    landing: Landing,
+    /// For wire copies.
+    pool: Vec<Lease>,
+    /// For what the backup is sent.
+    sums: Vec<Lease>,
+}
+
+impl Room {
+    /// Allocates and registers it.
+    pub(super) fn allocate<T: Transport>(
+        config: &ShardConfig,
+        layout: &Layout,
+        memory: &mut Memory,
+        paths: &mut Paths<T>,
+        region: &RegionOptions,
+    ) -> Result<Room> {
+        let order = &layout.shards[usize::from(config.shard.0)];
+        let elements = elements_max(layout, config.shard);
+        let shape = LandingShape {
+            workers: config.workers.into(),
+            slots: config.slots as usize,
+            slot_bytes: elements * config.gradient_dtype.size(),
+            // Two a chunk: one being read by slow workers while the next is being written.
+            copies: (2 * order.len()).max(1),
+            copy_bytes: elements * config.parameter_dtype.size(),
+            region: region.clone(),
+        };
+        let (landing, pool) = Landing::allocate(&shape, memory, paths)?;
+        let count = config.mirror.as_ref().map_or(0, |mirror| mirror.slots as usize);
+        let (_, sums) = slots("sums", (count, 4 * elements), region, paths)?;
+        Ok(Room { landing, pool, sums })
+    }
+}
+
 impl<T: Transport> EventLoop<T> {
     /// Allocates and registers the shard's landing and reply memory.
     pub fn new(
@@ -80,22 +116,27 @@ impl<T: Transport> EventLoop<T> {
         region: &RegionOptions,
         versions: Option<&[Version]>,
     ) -> Result<EventLoop<T>> {
-        let order = &layout.shards[usize::from(config.shard.0)];
-        let elements = elements_max(&layout, config.shard);
-        let shape = LandingShape {
-            workers: config.workers.into(),
-            slots: config.slots as usize,
-            slot_bytes: elements * config.gradient_dtype.size(),
-            // Two a chunk: one being read by slow workers while the next is being written.
-            copies: (2 * order.len()).max(1),
-            copy_bytes: elements * config.parameter_dtype.size(),
-            region: region.clone(),
-        };
-        let (landing, pool) = Landing::allocate(&shape, &mut memory, &mut paths)?;
+        let room = Room::allocate(&config, &layout, &mut memory, &mut paths, region)?;
+        EventLoop::in_room(room, config, layout, memory, paths, versions)
+    }
+
+    /// [`EventLoop::new`] with memory that is there already.
+    pub(super) fn in_room(
+        room: Room,
+        config: ShardConfig,
+        layout: Arc<Layout>,
+        memory: Memory,
+        mut paths: Paths<T>,
+        versions: Option<&[Version]>,
+    ) -> Result<EventLoop<T>> {
+        let Room { landing, pool, sums } = room;
+        if let Some(mirror) = config.mirror.as_ref().filter(|mirror| !mirror.is_paired) {
+            paths.set_aside(mirror.peer); // it will come of its own accord
+        }
         Ok(EventLoop {
             me: config.me,
             slots: config.slots,
-            shard: Shard::new(config, layout, pool, versions),
+            shard: Shard::new(config, layout, pool, sums, versions),
             paths,
             memory,
             landing,
@@ -232,7 +273,37 @@ impl<T: Transport> EventLoop<T> {
         if let Some(bound) = change.staleness {
             self.shard.bound_staleness(bound, clock);
         }
+        self.shard.mirror_change(clock, change);
         Ok(())
+    }
+
+    /// The backup is gone: nobody is told anything more before the store has said that this lane serves alone.
+    pub fn lose_backup(&mut self) {
+        let Some(backup) = self.shard.backup() else { return };
+        self.paths.set_aside(backup);
+        self.shard.lose_backup();
+    }
+
+    /// What is to be asked of the store.
+    pub fn take_claim(&mut self) -> Option<Claim> {
+        self.shard.take_claim()
+    }
+
+    /// The store's word on whether the backup counts.
+    pub fn set_paired(&mut self, is_paired: bool) {
+        self.shard.set_paired(is_paired);
+    }
+
+    /// Begins where another lane ended, with what a backup of it holds; workers come by themselves.
+    pub(super) fn inherit(&mut self, holds: &Inheritance) {
+        self.shard.inherit(holds);
+        for worker in 0..holds.finished.len() {
+            let worker = PeerId::worker(worker as u16);
+            self.paths.set_aside(worker);
+            if self.shard.has_left(worker) {
+                self.paths.release(worker);
+            }
+        }
     }
 
     /// The oldest snapshot that nobody has taken.
@@ -258,12 +329,12 @@ impl<T: Transport> EventLoop<T> {
     fn handle(&mut self, now: Instant, completion: Completion) -> Result<()> {
         match completion {
             Completion::Connected { peer } => self.attach(peer),
-            Completion::Sent { source, .. } => {
-                self.shard.handle_sent(source);
+            Completion::Sent { id, source } => {
+                self.shard.handle_sent(id, source);
                 Ok(())
             }
-            Completion::Failed { source, error, .. } => {
-                self.shard.handle_sent(source);
+            Completion::Failed { id, source, error } => {
+                self.shard.handle_sent(id, source);
                 // A broken path's `Broken` follows and says more; anything else would be waited for in vain.
                 if matches!(error, Error::Broken { .. }) { Ok(()) } else { Err(error) }
             }
@@ -286,6 +357,10 @@ impl<T: Transport> EventLoop<T> {
     /// something only over a path that was rebuilt.
     fn attach(&mut self, peer: PeerId) -> Result<()> {
         let is_rebuilt = self.paths.generation(peer) > 0;
+        if self.shard.backup() == Some(peer) {
+            self.shard.detach_backup(); // until it has said what it has
+            return Ok(());
+        }
         if peer.rank.role == Role::Server {
             if is_rebuilt {
                 self.shard.resume_lane(peer);
@@ -293,7 +368,7 @@ impl<T: Transport> EventLoop<T> {
             return Ok(());
         }
         let worker = peer.rank.index;
-        if is_rebuilt {
+        if is_rebuilt || self.shard.has_inherited(worker) {
             self.shard.resume(worker);
         }
         let fabric = self.paths.fabric(peer);
@@ -322,6 +397,11 @@ impl<T: Transport> EventLoop<T> {
 
     /// A path is gone: harmless if the peer owes and is owed nothing more, the end of the job otherwise.
     fn lost(&mut self, peer: PeerId, error: Error) -> Result<()> {
+        if self.shard.backup() == Some(peer) {
+            tracing::warn!("{} goes on without its backup {peer}: {error}", self.me);
+            self.lose_backup();
+            return Ok(());
+        }
         if self.shard.has_left(peer) {
             self.shard.handle_left(peer);
             return Ok(());
@@ -352,6 +432,13 @@ impl<T: Transport> EventLoop<T> {
                 }
                 Effect::SetLearningRate { rate, clock } => {
                     self.memory.set_learning_rate(rate, clock, self.shard.clock_done())?;
+                    self.shard.mirror_change(clock, LiveChange { learning_rate: Some(rate), ..LiveChange::default() });
+                }
+                Effect::TellChanges => {
+                    for (clock, change) in self.memory.rates().changes() {
+                        self.shard.mirror_change(clock, change);
+                    }
+                    self.shard.begin_copying();
                 }
             }
         }
@@ -423,11 +510,12 @@ impl<T: Transport> EventLoop<T> {
     }
 }
 
-fn kind(task: Task) -> TaskKind {
+pub(super) fn kind(task: Task) -> TaskKind {
     match task {
         Task::Step => TaskKind::Step,
         Task::Reduce => TaskKind::Reduce,
         Task::Apply => TaskKind::Apply,
         Task::Encode => TaskKind::Encode,
+        Task::CopyOut(_) | Task::CopyIn(_) => TaskKind::Copy,
     }
 }

@@ -90,6 +90,25 @@ impl LandingShape {
     }
 }
 
+/// So many slots of so many bytes in the host's memory, registered.
+pub(super) fn slots<T: Transport>(
+    what: &str,
+    (count, bytes): (usize, usize),
+    region: &RegionOptions,
+    paths: &mut Paths<T>,
+) -> Result<(Option<MemoryRegion>, Vec<Lease>)> {
+    if count == 0 {
+        return Ok((None, Vec::new()));
+    }
+    let bytes = bytes.max(64);
+    let options = RegionOptions { name: format!("{}-{what}", region.name), ..region.clone() };
+    let (region, lease) = Region::allocate(count * bytes, &options)?;
+    let registered = paths.register(&region)?;
+    let mut slots = lease.chunks(bytes);
+    slots.truncate(count);
+    Ok((Some(registered), slots))
+}
+
 fn on_host<T: Transport>(
     what: &str,
     bytes: usize,

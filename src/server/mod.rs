@@ -11,12 +11,14 @@ mod landing;
 mod lane;
 mod memory;
 mod node;
+mod replica;
 mod shard;
 
 pub use event_loop::{EventLoop, Progress, Snapshot};
 pub use memory::{ChunkImage, InitialValues, Memory, MemoryOptions, NotFinite, OnDevice, Seeded};
 pub use node::run;
+pub use replica::{Backup, BackupEffect, Inheritance, Part as LanePart, Replica, Standby, StandbyOptions, Standing};
 pub use shard::{
-    Contribution, Decision, DecisionConfig, DecisionRules, Effect, Figures, Lacking, LiveState, Shard, ShardConfig,
-    Task, Work,
+    Contribution, Decision, DecisionConfig, DecisionRules, Effect, Figures, Lacking, LiveState, MirrorConfig, Part,
+    Shard, ShardConfig, Task, Work,
 };

@@ -252,6 +252,7 @@ impl LaneThread {
             gradient_dtype: config.gradient_dtype,
             parameter_dtype: config.parameter_dtype,
             checkpoint_every: config.checkpoint.every,
+            mirror: None,
         };
         let event_loop =
             EventLoop::new(shard_config, plan.layout.clone(), memory, paths, &region, versions.as_deref())?;

@@ -393,6 +393,7 @@ impl JobConfig {
             deadline: self.deadline(),
             rebuild: Duration::from_millis(self.rebuild_ms),
             checksums: self.payload_checksums,
+            life: 0,
         }
     }
 

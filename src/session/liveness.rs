@@ -24,6 +24,8 @@ struct Peer {
     heard: Instant,
     heartbeat_next: Instant,
     polled: Instant,
+    interval: Duration,
+    deadline: Duration,
 }
 
 /// Keeps track of when each peer was heard.
@@ -32,17 +34,27 @@ pub struct Liveness {
     interval: Duration,
     deadline: Duration,
     peers: BTreeMap<PeerId, Peer>,
+    /// Peers that count as dead after another silence.
+    suspects: BTreeMap<PeerId, Duration>,
 }
 
 impl Liveness {
     /// Heartbeats every `interval`; a silence of `deadline` means death.
     pub fn new(interval: Duration, deadline: Duration) -> Liveness {
-        Liveness { interval, deadline, peers: BTreeMap::new() }
+        Liveness { interval, deadline, peers: BTreeMap::new(), suspects: BTreeMap::new() }
     }
 
     /// Begins to watch a peer.
     pub fn track(&mut self, peer: PeerId, now: Instant) {
-        self.peers.insert(peer, Peer { heard: now, heartbeat_next: now + self.interval, polled: now });
+        let own = self.suspects.get(&peer).map(|silence| (*silence / 5, *silence));
+        let (interval, deadline) = own.unwrap_or((self.interval, self.deadline));
+        let heartbeat_next = now + interval;
+        self.peers.insert(peer, Peer { heard: now, heartbeat_next, polled: now, interval, deadline });
+    }
+
+    /// A silence of so long means that this peer is dead, from when it is tracked next; heartbeats are sent five times as often.
+    pub fn suspect_after(&mut self, peer: PeerId, silence: Duration) {
+        self.suspects.insert(peer, silence);
     }
 
     /// Something came from a peer.
@@ -70,23 +82,23 @@ impl Liveness {
         for (id, peer) in &mut self.peers {
             let gap = now.saturating_duration_since(peer.polled);
             peer.polled = now;
-            if gap > self.deadline / 2 {
+            if gap > peer.deadline / 2 {
                 peer.heard = (peer.heard + gap).min(now);
             }
             let silence = now.saturating_duration_since(peer.heard);
-            if silence >= self.deadline {
+            if silence >= peer.deadline {
                 events.push(LivenessEvent::Dead(*id, silence));
             } else if now >= peer.heartbeat_next {
-                peer.heartbeat_next = now + self.interval;
+                peer.heartbeat_next = now + peer.interval;
                 events.push(LivenessEvent::HeartbeatDue(*id));
             }
         }
-        self.peers.retain(|_, peer| now.saturating_duration_since(peer.heard) < self.deadline);
+        self.peers.retain(|_, peer| now.saturating_duration_since(peer.heard) < peer.deadline);
     }
 
     /// When [`Liveness::poll`] has something to do next.
     pub fn next_deadline(&self) -> Option<Instant> {
-        self.peers.values().map(|peer| peer.heartbeat_next.min(peer.heard + self.deadline)).min()
+        self.peers.values().map(|peer| peer.heartbeat_next.min(peer.heard + peer.deadline)).min()
     }
 }
 

@@ -9,6 +9,7 @@
 //! given to nobody.
 
 mod rebuilding;
+mod redirecting;
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -46,6 +47,8 @@ pub struct PathOptions {
     pub rebuild: Duration,
     /// Which payloads carry a checksum.
     pub checksums: PayloadChecksums,
+    /// Which life of this end this is; a later one has a greater number.
+    pub life: u64,
 }
 
 /// What has happened to the paths of a thread since it began.
@@ -309,9 +312,7 @@ impl<T: Transport> Paths<T> {
             Completion::Connected { peer } => self.connected(peer, now),
             Completion::Arrived { from, note, lease } => Ok(self.arrived(from, note, lease, now)),
             Completion::Released { peer, slots } => {
-                if let Some(path) = self.paths.get_mut(&peer) {
-                    path.hold(slots);
-                }
+                self.released(peer, slots);
                 Ok(None)
             }
             Completion::Broken { peer, error } => Ok(self.broken(peer, error, now)),
@@ -359,7 +360,7 @@ impl<T: Transport> Paths<T> {
     fn arrived(&mut self, from: PeerId, note: Note, lease: Option<Lease>, now: Instant) -> Option<Completion> {
         let path = self.paths.entry(from).or_insert_with(Path::begun);
         if !path.is_up() {
-            path.hold(lease); // it came before the fence, and is sent again
+            self.released(from, lease.into_iter().collect()); // it came before the fence, and is sent again
             return None;
         }
         if note.payload_checksum != 0

@@ -20,6 +20,7 @@ fn what_found_no_room_leaves_in_order() {
         deadline: 10 * second,
         rebuild: Duration::ZERO,
         checksums: PayloadChecksums::Off,
+        life: 0,
     };
     let mut ends = [server, worker].map(|me| Paths::new(network.transport(me), options));
     for (end, peer) in ends.iter_mut().zip([worker, server]) {

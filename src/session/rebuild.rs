@@ -27,6 +27,9 @@ pub struct Proposal {
     pub peer: PeerId,
     /// The path's generation.
     pub generation: u32,
+    /// Which life of the sender this is: a process that was started again, or a lane that began anew, knows of no generation.
+    #[serde(default)]
+    pub life: u64,
     /// How the sender is reached in it.
     pub endpoint: Endpoint,
 }
@@ -78,6 +81,12 @@ pub(super) struct Path {
     pub is_checked: bool,
     /// The peer may go without harm.
     pub is_released: bool,
+    /// The latest life of the peer's that an offer came from.
+    pub life: u64,
+    /// Who gets the slots of this path.
+    pub heir: Option<PeerId>,
+    /// How long rebuilding it may take, if not as long as others.
+    pub patience: Option<Duration>,
 }
 
 impl Path {
@@ -90,6 +99,9 @@ impl Path {
             tries: 0,
             is_checked: false,
             is_released: false,
+            life: 0,
+            heir: None,
+            patience: None,
         }
     }
 

@@ -37,10 +37,22 @@ pub enum NoteKind {
     LossScale = 13,
     /// A path has been rebuilt: how many of its receiver's notes the sender has.
     Resume = 14,
+    /// The sum of a chunk's gradients at a clock, from who serves it to the backup.
+    Replica = 15,
+    /// Nobody gave anything to a chunk at a clock; from who serves it to the backup.
+    Passed = 16,
+    /// A part of a chunk's state, for a backup that has nothing yet.
+    State = 17,
+    /// How many notes the backup has taken in.
+    Holds = 18,
+    /// A live change, from who serves a shard to the backup.
+    Change = 19,
+    /// A worker has finished, and all that it gave is in; from who serves a shard to the backup.
+    Left = 20,
 }
 
 impl NoteKind {
-    const ALL: [NoteKind; 14] = [
+    const ALL: [NoteKind; 20] = [
         NoteKind::Attach,
         NoteKind::Heartbeat,
         NoteKind::Push,
@@ -55,11 +67,17 @@ impl NoteKind {
         NoteKind::Decided,
         NoteKind::LossScale,
         NoteKind::Resume,
+        NoteKind::Replica,
+        NoteKind::Passed,
+        NoteKind::State,
+        NoteKind::Holds,
+        NoteKind::Change,
+        NoteKind::Left,
     ];
 
     /// Whether a note of this kind travels with a payload.
     pub const fn has_payload(self) -> bool {
-        matches!(self, NoteKind::Push | NoteKind::Parameters)
+        matches!(self, NoteKind::Push | NoteKind::Parameters | NoteKind::Replica | NoteKind::State)
     }
 }
 
@@ -84,7 +102,9 @@ impl NoteFlags {
     pub const WANTS_REPLY: NoteFlags = NoteFlags(1);
     /// A pull asks once more for the reply to the push of its clock: the path that was to bring it has been rebuilt.
     pub const REPLY_AGAIN: NoteFlags = NoteFlags(2);
-    const ALL: u8 = 3;
+    /// The sender of a resume has taken over: it has everything below a position, and counts from there anew.
+    pub const INHERITED: NoteFlags = NoteFlags(4);
+    const ALL: u8 = 7;
 
     /// Whether every bit of `other` is set.
     pub const fn contains(self, other: NoteFlags) -> bool {

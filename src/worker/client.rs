@@ -10,6 +10,7 @@
 //! Invariant: a position is posted only while it is below the lane's credit, and a chunk has at most one request for its
 //! parameters under way.
 
+mod inheriting;
 mod outgoing;
 mod resuming;
 
@@ -47,6 +48,8 @@ pub struct ClientConfig {
     pub gradient_dtype: Dtype,
     /// Number format of parameters.
     pub parameter_dtype: Dtype,
+    /// Each shard has two copies: what has come to a lane may still be lost, and only what both have is proven.
+    pub has_copies: bool,
 }
 
 /// What a client wants done.
@@ -283,6 +286,13 @@ impl Client {
                     self.events.push_back(Event::Attached);
                 }
             }
+            (NoteKind::Resume, None) if note.flags.contains(NoteFlags::INHERITED) => {
+                if !self.config.has_copies || self.lanes[lane].landing.is_some() || note.credit != 0 {
+                    return Err(protocol("it has nothing to take over".into()));
+                }
+                self.inherit(lane, note.version);
+                self.lanes[lane].resumes_at = Some(0);
+            }
             (NoteKind::Resume, None) if self.lanes[lane].landing.is_none() => {
                 if !self.lanes[lane].unproven.allows(note.credit) {
                     return Err(protocol(format!("it says to have {} notes of ours", note.credit)));
@@ -408,6 +418,9 @@ impl Client {
 
     fn earn(&mut self, lane: usize, credit: u64) {
         self.lanes[lane].credit = self.lanes[lane].credit.max(credit);
+        if self.config.has_copies {
+            self.prove_by_window(lane);
+        }
         self.pump(lane);
     }
 
@@ -422,7 +435,9 @@ impl Client {
         if lease.offset() != state.armed || note.length != bytes {
             return Err(format!("parameters of chunk {} that are not whole or elsewhere", note.chunk.0));
         }
-        if let Some(Request::Push { number: Some(number), .. }) = state.awaits.take() {
+        if let Some(Request::Push { number: Some(number), .. }) = state.awaits.take()
+            && !self.config.has_copies
+        {
             self.prove(lane, number + 1);
         }
         self.events.push_back(Event::Parameters { chunk: note.chunk, version: note.version, lease });

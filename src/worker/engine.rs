@@ -17,7 +17,7 @@ use crate::{
     observe::Queue,
     session::{Paths, WAITS_MAX, Wait},
     transport::{Completion, Endpoint, MemoryRegion, Transport},
-    types::{ChunkId, Clock, PeerId, Version},
+    types::{ChunkId, Clock, PeerId, ShardId, Version},
 };
 
 /// What the user of a worker asks for.
@@ -97,6 +97,15 @@ impl<T: Transport> Engine<T> {
             )));
         }
         Ok(())
+    }
+
+    /// The store's word on who serves a shard: if it is another lane than before, everything is sent to that one.
+    pub fn set_tenure(&mut self, shard: ShardId, primary: PeerId, now: Instant) {
+        let before = self.client.lane_of(shard);
+        if before != primary && !self.client.has_parted(before) {
+            self.client.redirect(before, primary);
+            self.paths.redirect(before, primary, now);
+        }
     }
 
     /// Whether every lane has said where gradients land.

@@ -1,23 +1,59 @@
-//! How a server of the simulated world comes to be.
+//! How the servers of the simulated world come to be.
 //!
-//! Invariant: it is made of the parts that a real one is made of.
+//! Invariant: they are made of the parts that real ones are made of.
 
 use super::*;
+use crate::{
+    server::{MirrorConfig, Standby, StandbyOptions},
+    session::{Tenure, pair},
+};
 
-pub(super) fn build_server(
-    options: &WorldOptions,
-    layout: &Arc<Layout>,
-    network: &SimNetwork,
-    server: u16,
-) -> Result<EventLoop<SimTransport>> {
-    let me = PeerId::server(server, 0);
-    let config = ShardConfig {
+/// A server's lane.
+pub(super) struct Node {
+    pub me: PeerId,
+    pub shard: usize,
+    /// `None` while its process is gone.
+    pub replica: Option<Replica<SimTransport>>,
+}
+
+/// A lane that is to follow.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Copy {
+    pub me: PeerId,
+    pub shard: ShardId,
+    pub tenure: Tenure,
+    pub is_first: bool,
+    pub life: u64,
+}
+
+/// All lanes of a world as it begins.
+pub(super) fn build_nodes(options: &WorldOptions, layout: &Arc<Layout>, network: &SimNetwork) -> Result<Vec<Node>> {
+    let mut nodes = Vec::new();
+    for shard in 0..options.servers {
+        let (me, id) = (PeerId::server(shard, 0), ShardId(shard));
+        let tenure = Tenure::first(pair(id, options.servers, 1));
+        let server = build_server(options, layout, network, shard)?;
+        nodes.push(Node { me, shard: shard.into(), replica: Some(Replica::serving(me, tenure, server)) });
+    }
+    for shard in (0..options.servers).filter(|_| options.copies) {
+        let lanes = pair(ShardId(shard), options.servers, 1);
+        let (me, tenure) = (lanes[1], Tenure::first(lanes));
+        let copy = Copy { me, shard: ShardId(shard), tenure, is_first: true, life: 0 };
+        let standby = build_standby(options, layout, network, &copy)?;
+        nodes.push(Node { me, shard: shard.into(), replica: Some(Replica::following(me, tenure, standby)) });
+    }
+    Ok(nodes)
+}
+
+fn shard_config(options: &WorldOptions, me: PeerId, shard: ShardId, other: Option<PeerId>) -> ShardConfig {
+    let parts = 1 + options.optimizer.kind.state_slots();
+    ShardConfig {
         me,
-        shard: ShardId(server),
+        shard,
         workers: options.declarations.len() as u16,
         consistency: options.consistency,
         slots: options.slots,
-        two_step: options.two_step || options.decides(),
+        two_step: options.two_step || options.decides() || options.copies,
         decision: options.decision(),
         loss_scale: options.loss_scale,
         live: Default::default(),
@@ -26,24 +62,64 @@ pub(super) fn build_server(
         gradient_dtype: Dtype::F32,
         parameter_dtype: Dtype::F32,
         checkpoint_every: options.checkpoint_every,
-    };
-    let region = region(me.to_string());
+        mirror: other.map(|peer| MirrorConfig { peer, is_paired: true, parts, slots: 1 + options.seed as u32 % 4 }),
+    }
+}
+
+fn memory(options: &WorldOptions, layout: &Arc<Layout>, shard: ShardId, name: &str) -> Result<Memory> {
     let memory = MemoryOptions {
         optimizer: options.optimizer.clone(),
         reduction: options.reduction,
         gradient_dtype: Dtype::F32,
         parameter_dtype: Dtype::F32,
-        two_step: options.two_step || options.decides(),
+        two_step: options.two_step || options.decides() || options.copies,
         measures: options.decides(),
-        region: region.clone(),
+        region: region(name.into()),
     };
-    let memory = Memory::new(memory, layout.clone(), ShardId(server), &Seeded(options.seed), None)?;
-    let paths = Paths::new(network.transport(me), options.path_options());
-    let mut server = EventLoop::new(config, layout.clone(), memory, paths, &region, None)?;
+    Memory::new(memory, layout.clone(), shard, &Seeded(options.seed), None)
+}
+
+fn build_server(
+    options: &WorldOptions,
+    layout: &Arc<Layout>,
+    network: &SimNetwork,
+    server: u16,
+) -> Result<EventLoop<SimTransport>> {
+    let (me, shard) = (PeerId::server(server, 0), ShardId(server));
+    let backup = options.copies.then(|| pair(shard, options.servers, 1)[1]);
+    let name = me.to_string();
+    let mut paths = Paths::new(network.transport(me), options.path_options());
+    if let Some(backup) = backup {
+        paths.suspect_after(backup, SUSPICION);
+    }
+    let memory = memory(options, layout, shard, &name)?;
+    let config = shard_config(options, me, shard, backup);
+    let mut server = EventLoop::new(config, layout.clone(), memory, paths, &region(name), None)?;
     if let Some((clock, change)) = options.change_from {
         server.change_from(clock, change)?;
     }
     Ok(server)
+}
+
+pub(super) fn build_standby(
+    options: &WorldOptions,
+    layout: &Arc<Layout>,
+    network: &SimNetwork,
+    copy: &Copy,
+) -> Result<Standby<SimTransport>> {
+    let Copy { me, shard, tenure, is_first, life } = *copy;
+    let primary = tenure.primary;
+    let name = me.to_string();
+    let mut paths = Paths::new(network.transport(me), PathOptions { life, ..options.path_options() });
+    paths.suspect_after(primary, SUSPICION);
+    let memory = memory(options, layout, shard, &name)?;
+    let shard = shard_config(options, me, shard, Some(primary));
+    let standby = StandbyOptions { shard, region: region(name), tenure, is_first };
+    let mut standby = Standby::new(standby, layout.clone(), memory, paths, None)?;
+    if let Some((clock, change)) = options.change_from.filter(|_| is_first) {
+        standby.change_from(clock, change)?;
+    }
+    Ok(standby)
 }
 
 /// Small regions that ask the machine for nothing special.

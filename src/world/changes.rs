@@ -41,7 +41,12 @@ impl World<'_> {
         // The launcher hears of progress late: what it takes for the furthest clock may be long past.
         if changing.at.is_some_and(|at| at <= round) {
             changing.at = None;
-            let reached = self.servers.iter().map(|server| server.shard().clock_max()).min().unwrap_or(0);
+            let reached = self
+                .servers
+                .iter()
+                .filter_map(|node| node.replica.as_ref()?.served())
+                .map(|server| server.shard().clock_max());
+            let reached = reached.min().unwrap_or(0);
             let (number, clock) = changing.book.begin(changing.change, reached.saturating_sub(self.random.below(4)))?;
             self.tell_all(&mut changing, round, || Message::Prepare(number, clock));
         }
@@ -49,7 +54,8 @@ impl World<'_> {
         for (_, server, message) in changing.under_way.extract_if(.., due).collect::<Vec<_>>() {
             match message {
                 Message::Prepare(number, clock) => {
-                    let from = self.servers[server].prepare_change(number, clock);
+                    let from =
+                        self.server(server).expect("no change is made where copies are").prepare_change(number, clock);
                     let later = round + 1 + self.random.below(50);
                     changing.under_way.push((later, server, Message::Prepared(number, from)));
                 }
@@ -61,7 +67,8 @@ impl World<'_> {
                     }
                 }
                 Message::Settle(number, settled) => {
-                    let changed = self.servers[server].settle_change(number, Some(settled));
+                    let server = self.server(server).expect("no change is made where copies are");
+                    let changed = server.settle_change(number, Some(settled));
                     changed.map_err(|error| error.to_string())?;
                 }
             }
@@ -71,7 +78,7 @@ impl World<'_> {
     }
 
     fn tell_all(&mut self, changing: &mut Changing, round: u64, message: impl Fn() -> Message) {
-        for server in 0..self.servers.len() {
+        for server in 0..usize::from(self.options.servers) {
             changing.under_way.push((round + 1 + self.random.below(50), server, message()));
         }
     }

@@ -8,15 +8,20 @@
 
 mod build;
 mod changes;
+mod chaos;
+mod checkpoints;
+mod copies;
 mod relay;
 mod trainer;
 
 use std::{
+    collections::BTreeMap,
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use build::{build_server, region};
+use build::{Copy, Node, build_nodes, region};
+pub use copies::{CopyCounts, SUSPICION};
 
 use crate::{
     Error, Result,
@@ -25,7 +30,8 @@ use crate::{
     mem::{HugePages, Locking, RegionOptions},
     optim::{LiveChange, LossScaleConfig, OptimizerConfig, Reduction},
     server::{
-        DecisionConfig, DecisionRules, EventLoop, Memory, MemoryOptions, Progress, Seeded, ShardConfig, Snapshot,
+        DecisionConfig, DecisionRules, EventLoop, LanePart, Memory, MemoryOptions, Progress, Replica, Seeded,
+        ShardConfig, Snapshot,
     },
     session::{PathCounts, PathOptions, Paths, PayloadChecksums, Proposal},
     transport::{
@@ -35,6 +41,7 @@ use crate::{
     types::{ChunkId, Clock, Dtype, PeerId, ShardId, Version},
 };
 use changes::Changing;
+use copies::Copies;
 use trainer::Trainer;
 
 /// Where a training program is.
@@ -76,6 +83,9 @@ pub enum Chaos {
         /// One payload in so many arrives with a wrong bit; 0: none.
         corrupt: u64,
     },
+    /// Servers die and are started again, stop for a while, and lose each other, one at a time and each time all shards have both
+    /// copies; paths break and are rebuilt. For a job with copies.
+    Copies,
     /// One process dies and its paths break.
     Death,
     /// One process stops running; its paths stay up.
@@ -123,6 +133,8 @@ pub struct WorldOptions {
     pub change_live: Option<LiveChange>,
     /// A snapshot every so many clocks.
     pub checkpoint_every: Option<u64>,
+    /// Every shard has two copies.
+    pub copies: bool,
     /// What goes wrong.
     pub chaos: Chaos,
     /// Longest delay of a message.
@@ -142,7 +154,7 @@ impl WorldOptions {
         let rebuild = if self.chaos == Chaos::BrokenPath { Duration::ZERO } else { DEADLINE };
         let corrupts = matches!(self.chaos, Chaos::Rebuilding { corrupt } if corrupt > 0);
         let checksums = if corrupts { PayloadChecksums::On } else { PayloadChecksums::Off };
-        PathOptions { epoch: 0, heartbeat: HEARTBEAT, deadline: DEADLINE, rebuild, checksums }
+        PathOptions { epoch: 0, heartbeat: HEARTBEAT, deadline: DEADLINE, rebuild, checksums, life: 0 }
     }
 
     fn decides(&self) -> bool {
@@ -179,6 +191,8 @@ pub struct Outcome {
     pub corrupted: u64,
     /// What all ends together say of their paths: each end of a rebuilt path counts it.
     pub paths: PathCounts,
+    /// What happened to the copies of shards.
+    pub copies: CopyCounts,
 }
 
 /// Heartbeats of a simulated job.
@@ -195,7 +209,9 @@ struct World<'a> {
     network: SimNetwork,
     start: Instant,
     now: Instant,
-    servers: Vec<EventLoop<SimTransport>>,
+    /// The lanes: those of the servers' own shards, then those that hold second copies.
+    servers: Vec<Node>,
+    copies: Copies,
     trainers: Vec<Trainer>,
     snapshots: Vec<Vec<Snapshot>>,
     /// Nodes that do not run any more.
@@ -218,7 +234,8 @@ struct World<'a> {
 pub fn run(options: &WorldOptions, program: &mut dyn Program) -> Result<Outcome, String> {
     let mut world = World::new(options).map_err(|error| error.to_string())?;
     let failure = world.run(program)?;
-    let finals: Result<_> = world.servers.iter_mut().map(|server| server.snapshot(options.clocks)).collect();
+    let shards = 0..usize::from(options.servers);
+    let finals: Result<_> = shards.filter_map(|shard| Some(world.server(shard)?.snapshot(options.clocks))).collect();
     let finals = finals.map_err(|error| error.to_string())?;
     let paths = world.path_counts();
     Ok(Outcome {
@@ -230,6 +247,7 @@ pub fn run(options: &WorldOptions, program: &mut dyn Program) -> Result<Outcome,
         elapsed: world.now - world.start,
         corrupted: world.network.corrupted(),
         paths,
+        copies: world.copies.counts,
     })
 }
 
@@ -240,6 +258,7 @@ impl<'a> World<'a> {
         let queue_max = 1 + random.below(12) as usize;
         let (lingers, corrupt_one_in) = match options.chaos {
             Chaos::Rebuilding { corrupt } => (true, corrupt),
+            Chaos::Copies => (true, 0),
             _ => (false, 0),
         };
         let sim = SimOptions { delay_max: options.delay_max, queue_max, lingers, corrupt_one_in };
@@ -247,17 +266,17 @@ impl<'a> World<'a> {
         let layout_options = LayoutOptions { chunk_elements: options.chunk_elements, shards: options.servers };
         let layout = Arc::new(Layout::build(&options.declarations, layout_options)?);
         let workers = options.declarations.len() as u16;
-        let servers = (0..options.servers).map(|server| build_server(options, &layout, &network, server));
-        let servers = servers.collect::<Result<Vec<_>>>()?;
+        let servers = build_nodes(options, &layout, &network)?;
         let trainers = (0..workers).map(|worker| Trainer::new(options, &layout, &network, worker));
         let trainers = trainers.collect::<Result<Vec<_>>>()?;
         let chaos_at = match options.chaos {
             Chaos::Calm => None,
-            Chaos::Partitions(_) | Chaos::Rebuilding { .. } => Some(1 + random.below(50)),
+            Chaos::Partitions(_) | Chaos::Rebuilding { .. } | Chaos::Copies => Some(1 + random.below(50)),
             _ => Some(1 + random.below(400)),
         };
-        let snapshots = vec![Vec::new(); servers.len()];
-        let changing = options.change_live.map(|change| Changing::new(change, servers.len(), &mut random));
+        let shards = usize::from(options.servers);
+        let snapshots = vec![Vec::new(); shards];
+        let changing = options.change_live.map(|change| Changing::new(change, shards, &mut random));
         let mut world = World {
             options,
             layout,
@@ -266,6 +285,7 @@ impl<'a> World<'a> {
             start,
             now: start,
             servers,
+            copies: Copies::new(options.servers),
             trainers,
             snapshots,
             halted: Vec::new(),
@@ -283,17 +303,34 @@ impl<'a> World<'a> {
     fn connect(&mut self) -> Result<()> {
         let deadline = self.now + DEADLINE;
         let nowhere = Endpoint::default();
-        for server in 0..self.servers.len() {
+        for shard in 0..usize::from(self.options.servers) {
+            let (lanes, me) = (self.lanes_of(shard), PeerId::server(shard as u16, 0));
+            let server = self.servers[shard].replica.as_mut().and_then(Replica::serves).expect("all serve at first");
             for worker in 0..self.trainers.len() {
-                let (lane, peer) = (PeerId::server(server as u16, 0), PeerId::worker(worker as u16));
-                self.servers[server].connect(peer, &nowhere, deadline)?;
-                self.trainers[worker].engine.connect(lane, &nowhere, deadline)?;
+                server.connect(PeerId::worker(worker as u16), &nowhere, deadline)?;
+                self.trainers[worker].engine.connect(me, &nowhere, deadline)?;
             }
-            for lane in self.lanes_of(server) {
-                self.servers[server].connect(lane, &nowhere, deadline)?;
+            for lane in lanes.into_iter().chain(server.shard().backup()) {
+                server.connect(lane, &nowhere, deadline)?;
+            }
+        }
+        for node in &mut self.servers {
+            if let Some(LanePart::Following(standby)) = node.replica.as_mut().map(Replica::part) {
+                standby.connect(&nowhere, deadline)?;
             }
         }
         Ok(())
+    }
+
+    /// Whoever serves a shard at this moment.
+    fn served(&self) -> impl Iterator<Item = &EventLoop<SimTransport>> {
+        self.servers.iter().filter_map(|node| node.replica.as_ref()?.served())
+    }
+
+    /// Who serves a shard, if anybody does at this moment.
+    fn server(&mut self, shard: usize) -> Option<&mut EventLoop<SimTransport>> {
+        let mut nodes = self.servers.iter_mut().filter(|node| node.shard == shard);
+        nodes.find_map(|node| node.replica.as_mut()?.serves())
     }
 
     /// Turns until every worker has finished and every server is done, or somebody fails.
@@ -304,6 +341,7 @@ impl<'a> World<'a> {
             self.request(round);
             self.change(round)?;
             self.pass_on();
+            self.tend_copies()?;
             let mut busy = false;
             let nodes = self.servers.len() + self.trainers.len();
             let first = self.random.below(nodes as u64) as usize;
@@ -332,22 +370,29 @@ impl<'a> World<'a> {
     fn is_done(&self) -> bool {
         let halted = |peer: PeerId| self.halted.contains(&peer);
         let mut workers = self.trainers.iter().enumerate();
-        let mut servers = self.servers.iter().enumerate();
+        let done = |node: &Node| node.replica.as_ref().and_then(Replica::served).is_some_and(EventLoop::is_done);
+        let is_served = |shard: usize| {
+            let mut nodes = self.servers.iter().filter(|node| node.shard == shard);
+            nodes.any(|node| done(node) || (halted(node.me) && !self.options.copies))
+        };
         workers.all(|(worker, trainer)| trainer.is_finished() || halted(PeerId::worker(worker as u16)))
-            && servers.all(|(server, shard)| shard.is_done() || halted(PeerId::server(server as u16, 0)))
+            && (0..usize::from(self.options.servers)).all(is_served)
     }
 
     /// One node's turn: whether it has more to do, or how it failed.
     fn turn(&mut self, node: usize, program: &mut dyn Program) -> Result<Result<bool, (PeerId, Error)>, String> {
         let now = self.now;
-        if let Some(server) = self.servers.get_mut(node) {
-            let me = PeerId::server(node as u16, 0);
+        if let Some(Node { me, shard, replica }) = self.servers.get_mut(node) {
+            let (me, Some(replica)) = (*me, replica) else { return Ok(Ok(false)) };
             if self.halted.contains(&me) {
                 return Ok(Ok(false));
             }
-            let turned = server.turn(now);
-            while let Some(snapshot) = server.take_snapshot() {
-                self.snapshots[node].push(snapshot);
+            let turned = replica.turn(now);
+            while let Some(snapshot) = replica.serves().and_then(EventLoop::take_snapshot) {
+                self.snapshots[*shard].push(snapshot);
+            }
+            if replica.is_useless() {
+                self.begin_anew(node)?;
             }
             return Ok(turned.map(|progress| progress == Progress::Busy).map_err(|error| (me, error)));
         }
@@ -376,88 +421,15 @@ impl<'a> World<'a> {
         }
         // Whoever does not run any more has nothing to do at any time.
         let runs = |peer: PeerId| !self.halted.contains(&peer);
-        let servers = (0u16..).zip(&self.servers).filter(|(server, _)| runs(PeerId::server(*server, 0)));
-        let servers = servers.filter_map(|(_, server)| server.next_deadline());
+        let servers = self.servers.iter().filter(|node| runs(node.me));
+        let servers = servers.filter_map(|node| node.replica.as_ref()?.next_deadline());
         let trainers = (0u16..).zip(&self.trainers).filter(|(worker, _)| runs(PeerId::worker(*worker)));
         let trainers = trainers.filter_map(|(_, trainer)| trainer.next_deadline());
         let relay = self.relay.iter().map(|(due, ..)| *due);
-        let next = self.network.next_due().into_iter().chain(servers).chain(trainers).chain(relay).min();
+        let next = self.network.next_due().into_iter().chain(servers).chain(trainers).chain(relay);
+        let next = next.chain(self.copies_due()).min();
         let soon = self.now + Duration::from_micros(1);
         self.now = next.map_or(soon, |next| next.max(soon));
-    }
-
-    /// Breaks what is to be broken.
-    fn wreak(&mut self, round: u64) {
-        if self.chaos_at.is_none_or(|at| round < at) {
-            return;
-        }
-        let lane = PeerId::server(self.random.below(self.servers.len() as u64) as u16, 0);
-        let mut worker = PeerId::worker(self.random.below(self.trainers.len() as u64) as u16);
-        let lanes = self.lanes_of(lane.rank.index.into());
-        if !lanes.is_empty() && self.random.once_in(2) {
-            worker = lanes[self.random.below(lanes.len() as u64) as usize]; // the path between two servers, this time
-        }
-        let victim = if self.random.once_in(2) { lane } else { worker };
-        self.chaos_at = None;
-        match self.options.chaos {
-            Chaos::Calm => {}
-            Chaos::Partitions(longest) => {
-                let length = Duration::from_micros(self.random.below(longest.as_micros() as u64 + 1));
-                self.network.cut(lane, worker, self.now + length);
-                self.chaos_at = Some(round + 1 + self.random.below(200));
-            }
-            // An injection that hits nothing in flight proves nothing: wait for a moment when there is something.
-            _ if self.network.in_flight(lane, worker) == 0 => self.chaos_at = Some(round + 1),
-            Chaos::Rebuilding { .. } => {
-                match self.random.below(8) {
-                    0 => self.network.cut(lane, worker, self.now + Duration::from_micros(self.random.below(3_000_000))),
-                    1..5 => self.network.break_path(lane, worker),
-                    _ => {
-                        let other = if victim == lane { worker } else { lane };
-                        self.network.break_end(victim, other);
-                    }
-                }
-                self.chaos_at = Some(round + 1 + self.random.below(1500));
-            }
-            Chaos::BrokenPath => {
-                self.network.break_path(lane, worker);
-                self.victims = Some((lane, worker));
-            }
-            Chaos::Death => {
-                self.halted.push(victim);
-                for peer in self.peers_of(victim) {
-                    self.network.break_path(victim, peer);
-                }
-                self.victims = Some((victim, victim));
-            }
-            Chaos::Stop => {
-                self.halted.push(victim);
-                self.victims = Some((victim, victim));
-            }
-        }
-    }
-
-    /// Plays the launcher's part in checkpoints on demand: asks every shard, each a little later than the one before, and asks
-    /// again further ahead when one had passed the clock.
-    fn request(&mut self, round: u64) {
-        if self.options.requests && self.orders.is_empty() && self.random.once_in(200) {
-            let reached = self.servers.iter().map(|server| server.shard().clock_max()).max().unwrap_or(0);
-            let ahead = self.random.below(3);
-            self.order(round, reached + ahead);
-        }
-        let due = |order: &mut (u64, usize, Clock)| order.0 <= round;
-        for (_, server, clock) in self.orders.extract_if(.., due).collect::<Vec<_>>() {
-            if let Err(reached) = self.servers[server].request_checkpoint(clock, false) {
-                self.orders.clear();
-                self.order(round, reached.max(clock) + 1);
-            }
-        }
-    }
-
-    fn order(&mut self, round: u64, clock: Clock) {
-        for server in 0..self.servers.len() {
-            self.orders.push((round + 1 + self.random.below(50), server, clock));
-        }
     }
 
     /// The lanes to which a server has paths.
@@ -471,7 +443,7 @@ impl<'a> World<'a> {
             let workers = (0..self.trainers.len()).map(|worker| PeerId::worker(worker as u16));
             workers.chain(self.lanes_of(node.rank.index.into())).collect()
         } else {
-            (0..self.servers.len()).map(|server| PeerId::server(server as u16, 0)).collect()
+            (0..self.options.servers).map(|server| PeerId::server(server, 0)).collect()
         }
     }
 

@@ -10,8 +10,16 @@ impl World<'_> {
         let now = self.now;
         let due: Vec<_> = self.relay.extract_if(.., |(due, ..)| *due <= now).collect();
         for (_, to, proposal) in due {
-            if let Some(paths) = self.paths_of(to) {
-                paths.proposed(proposal, now);
+            if self.halted.contains(&to) && !self.options.copies {
+                continue;
+            }
+            match self.servers.iter_mut().find(|node| node.me == to) {
+                Some(Node { replica: Some(replica), .. }) => replica.proposed(proposal, now),
+                Some(_) => {}
+                None => {
+                    let trainer = &mut self.trainers[usize::from(to.rank.index)];
+                    trainer.engine.paths().proposed(proposal, now);
+                }
             }
         }
     }
@@ -22,11 +30,11 @@ impl World<'_> {
         for node in self.nodes() {
             let Some(paths) = self.paths_of(node) else { continue };
             let proposals: Vec<Proposal> = paths.take_proposals().collect();
-            for Proposal { peer, generation, endpoint } in proposals {
+            for Proposal { peer, generation, life, endpoint } in proposals {
                 let copies = 1 + usize::from(self.random.once_in(4));
                 for _ in 0..copies {
                     let due = now + Duration::from_micros(self.random.below(50_000));
-                    let proposal = Proposal { peer: node, generation, endpoint: endpoint.clone() };
+                    let proposal = Proposal { peer: node, generation, life, endpoint: endpoint.clone() };
                     self.relay.push((due, peer, proposal));
                 }
             }
@@ -43,7 +51,7 @@ impl World<'_> {
     }
 
     fn nodes(&self) -> Vec<PeerId> {
-        let servers = (0..self.servers.len()).map(|server| PeerId::server(server as u16, 0));
+        let servers = self.servers.iter().map(|node| node.me);
         servers.chain((0..self.trainers.len()).map(|worker| PeerId::worker(worker as u16))).collect()
     }
 
@@ -52,7 +60,10 @@ impl World<'_> {
         let index = usize::from(node.rank.index);
         match node {
             _ if self.halted.contains(&node) => None,
-            node if self.is_server(node) => self.servers.get_mut(index).map(EventLoop::paths),
+            node if self.is_server(node) => {
+                let mut nodes = self.servers.iter_mut().filter(|known| known.me == node);
+                nodes.find_map(|node| node.replica.as_mut()).map(Replica::paths)
+            }
             _ => self.trainers.get_mut(index).map(|trainer| trainer.engine.paths()),
         }
     }

@@ -81,6 +81,7 @@ impl Trainer {
             epoch: 0,
             gradient_dtype: Dtype::F32,
             parameter_dtype: Dtype::F32,
+            has_copies: options.copies,
         };
         let paths = Paths::new(network.transport(me), options.path_options());
         Ok(Trainer {

@@ -41,6 +41,7 @@ pub fn world_options(declarations: Vec<Vec<TensorSpec>>) -> WorldOptions {
         uneven: false,
         hasty: false,
         requests: false,
+        copies: false,
         change_from: None,
         change_live: None,
         separate_pull: false,

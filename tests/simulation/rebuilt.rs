@@ -17,7 +17,7 @@ fn chaos(seed: u64) -> Chaos {
     Chaos::Rebuilding { corrupt: if seed.is_multiple_of(3) { 4 + seed % 30 } else { 0 } }
 }
 
-fn trained(options: &WorldOptions) -> Outcome {
+pub fn trained(options: &WorldOptions) -> Outcome {
     let mut bits = Bits::new(options.seed, if options.skip_nonfinite { 20 } else { 0 });
     let outcome =
         run(options, &mut bits).unwrap_or_else(|wrong| panic!("seed {}: {wrong}\n{options:#?}", options.seed));
@@ -25,7 +25,7 @@ fn trained(options: &WorldOptions) -> Outcome {
     outcome
 }
 
-fn parameters(outcome: &Outcome) -> Vec<u32> {
+pub fn parameters(outcome: &Outcome) -> Vec<u32> {
     let images = outcome.finals.iter().flat_map(|snapshot| &snapshot.chunks);
     images.flat_map(|image| image.master.iter().map(|value| value.to_bits())).collect()
 }

@@ -2,7 +2,7 @@
 //!
 //! Invariant: a computation is cut into tiles, and its result does not depend on them.
 
-use super::{ChunkImage, Contribution, InitialValues, Plan, Work};
+use super::{ChunkImage, Contribution, InitialValues, Part, Plan, Task, Work};
 use crate::{
     Result,
     mem::{Lease, Region},
@@ -112,6 +112,39 @@ impl HostMemory {
     }
 
     fn tile(&mut self, plan: &Plan, running: &mut Running) -> bool {
+        if let Task::CopyOut(part) | Task::CopyIn(part) = running.work.task {
+            self.copy_part(plan, part, &mut running.work);
+            return true;
+        }
+        let ended = self.step_tile(plan, running);
+        let Work { task, sum, chunk, .. } = &mut running.work;
+        if ended
+            && *task == Task::Reduce
+            && let Some(sum) = sum
+        {
+            let accumulator = &self.chunks[plan.index(*chunk)].accumulator;
+            sum.bytes_mut()[..accumulator.len()].copy_from_slice(accumulator.bytes());
+        }
+        ended
+    }
+
+    /// A part of a chunk's state goes to `sum`, or comes from the one contribution.
+    fn copy_part(&mut self, plan: &Plan, part: Part, work: &mut Work) {
+        let chunk = &mut self.chunks[plan.index(work.chunk)];
+        let state = match part {
+            Part::Master => &mut chunk.master,
+            Part::First => &mut chunk.first,
+            Part::Second => &mut chunk.second,
+        };
+        let len = state.len();
+        match (&mut work.sum, work.contributions.first()) {
+            (Some(sum), _) => sum.bytes_mut()[..len].copy_from_slice(state.bytes()),
+            (None, Some(landed)) => state.bytes_mut().copy_from_slice(&landed.lease.bytes()[..len]),
+            (None, None) => unreachable!("a copy has another end"),
+        }
+    }
+
+    fn step_tile(&mut self, plan: &Plan, running: &mut Running) -> bool {
         let Work { contributions, wire, chunk: id, .. } = &mut running.work;
         let index = plan.index(*id);
         let chunk = &mut self.chunks[index];

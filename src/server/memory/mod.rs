@@ -20,7 +20,7 @@ use crate::{
     types::{ChunkId, Clock, Dtype, ShardId, Version},
 };
 
-use super::{Contribution, Task, Work};
+use super::{Contribution, Part, Task, Work};
 use device::DeviceMemory;
 use host::HostMemory;
 
@@ -260,6 +260,11 @@ impl Memory {
         self.plan.rates.set_weight_decay(decay, clock)
     }
 
+    /// From here on contributions come in another number format: a backup takes in sums, and what it takes over, gradients.
+    pub fn expect_gradients(&mut self, dtype: Dtype) {
+        self.plan.options.gradient_dtype = dtype;
+    }
+
     /// Whether a computation may be started.
     pub fn has_room(&self) -> bool {
         match &self.place {
@@ -310,7 +315,13 @@ impl Memory {
                 }
             }
             let index = self.plan.index(work.chunk);
-            self.plan.chunks[index].steps += u64::from(matches!(work.task, Task::Step | Task::Apply));
+            let steps = &mut self.plan.chunks[index].steps;
+            match work.task {
+                Task::Step | Task::Apply => *steps += 1,
+                Task::CopyOut(_) => work.steps = *steps,
+                Task::CopyIn(_) => *steps = work.steps,
+                Task::Reduce | Task::Encode => {}
+            }
         }
         Ok(finished)
     }
@@ -350,7 +361,7 @@ impl Plan {
             Task::Step => Pass::Fused,
             Task::Reduce => Pass::Reduce,
             Task::Apply => Pass::Apply,
-            Task::Encode => return None,
+            Task::Encode | Task::CopyOut(_) | Task::CopyIn(_) => return None,
         };
         Some(StepArguments {
             pass,

@@ -30,6 +30,13 @@ impl Checkpointing {
         Checkpointing { every, periodic, behind: chunks, ..Checkpointing::default() }
     }
 
+    /// A shard was taken over whose slowest chunk is at `clock`. If none is further (and the job did not begin there) it may be that
+    /// the state of this clock was to be stored and has not been.
+    pub fn begin_at(&mut self, clock: Clock, may_store: bool) {
+        let again = |every: u64| if may_store { clock.div_ceil(every) } else { clock / every + 1 };
+        self.periodic = self.every.map(|every| again(every) * every);
+    }
+
     /// The clock to be stored next.
     fn next(&self) -> Option<Clock> {
         self.periodic.into_iter().chain(self.requested).min()
@@ -83,7 +90,7 @@ impl Shard {
         (0..self.chunks.len()).for_each(|index| self.touch(index));
     }
 
-    fn count_behind(&mut self) {
+    pub(super) fn count_behind(&mut self) {
         let next = self.checkpointing.next().unwrap_or(Clock::MAX);
         self.checkpointing.behind = self.chunks.iter().filter(|chunk| chunk.gate.slowest() < next).count();
     }

@@ -21,6 +21,14 @@ pub(super) struct Contributor {
     pub credit_sent: u64,
     pub parameters: Option<Attachment>,
     pub finished: bool,
+    /// It knows that it may go.
+    pub said_goodbye: bool,
+    /// With two copies: a farewell is on its way to the backup.
+    pub is_leaving: bool,
+    /// Nothing that counts has come since this lane took the shard over.
+    pub inherits: bool,
+    /// The position after the last one to which it gave something or was absent.
+    pub pushed: u64,
     /// Notes of its that must come exactly once and have come, over all paths.
     pub received: u64,
     /// Contributions that have come since all of a clock's had.
@@ -55,6 +63,10 @@ impl Contributor {
             credit_sent: 0,
             parameters: None,
             finished: false,
+            said_goodbye: false,
+            is_leaving: false,
+            inherits: false,
+            pushed: 0,
             received: 0,
             contributed: 0,
             is_unanswered: false,
@@ -110,6 +122,9 @@ impl Shard {
             let moved = self.window.finish(position);
             if moved {
                 self.complete_open_positions();
+                if self.mirror.is_some() {
+                    self.dismiss_finished();
+                }
             }
             moved
         } else {
@@ -130,6 +145,9 @@ impl Shard {
     /// A contribution has come. With the last of a clock the worker is told how many of its notes are here, if there was one among
     /// them to which no reply will say so: until then it keeps the gradients.
     pub(super) fn note_contribution(&mut self, worker: u16, wants_reply: bool) {
+        if self.mirror.is_some() {
+            return; // there every movement of the window is told
+        }
         let contributor = &mut self.contributors[usize::from(worker)];
         contributor.contributed += 1;
         contributor.is_unanswered |= !wants_reply;
@@ -145,14 +163,17 @@ impl Shard {
     fn tell_credit(&mut self, worker: u16) {
         let credit = self.take_credit(worker);
         let contributor = &self.contributors[usize::from(worker)];
-        let note = Note { credit, version: contributor.received, ..Note::new(NoteKind::Credit) };
+        // With two copies it is not what has come that counts, but what both have: that is said by the window.
+        let version = if self.mirror.is_some() { 0 } else { contributor.received };
+        let note = Note { credit, version, ..Note::new(NoteKind::Credit) };
         self.post(contributor.peer, note, None);
     }
 
     /// Tells those workers of their credit that no reply has told lately.
     pub(super) fn flush_credits(&mut self) {
         self.credits_dirty = false;
-        let worthwhile = (u64::from(self.config.slots) / 2).max(1);
+        let half = (u64::from(self.config.slots) / 2).max(1);
+        let worthwhile = if self.mirror.is_some() { 1 } else { half };
         for worker in 0..self.config.workers {
             let credit = self.credit_of(worker);
             let contributor = &self.contributors[usize::from(worker)];

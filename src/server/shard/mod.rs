@@ -11,8 +11,10 @@ mod checkpointing;
 mod contributor;
 mod decision;
 mod figures;
+mod inherited;
 mod lane_link;
 mod live_state;
+mod mirror;
 mod reply;
 mod resuming;
 mod step;
@@ -44,10 +46,12 @@ pub use decision::{Decision, DecisionConfig, DecisionRules};
 pub use figures::Figures;
 use lane_link::LaneLink;
 pub use live_state::LiveState;
+pub use mirror::MirrorConfig;
+use mirror::{FOR_BACKUP, Mirror};
 use reply::{PendingPull, PendingReply};
 use step::Arrival;
 pub use waiting::Lacking;
-pub use work::{Contribution, Task, Work};
+pub use work::{Contribution, Part, Task, Work};
 
 /// What a shard is told at birth.
 #[derive(Clone, Debug)]
@@ -80,6 +84,8 @@ pub struct ShardConfig {
     pub parameter_dtype: Dtype,
     /// A checkpoint every so many clocks.
     pub checkpoint_every: Option<u64>,
+    /// The other lane, of a shard with two copies.
+    pub mirror: Option<MirrorConfig>,
 }
 
 /// What a shard wants done.
@@ -108,6 +114,8 @@ pub enum Effect {
         /// The first clock that uses it.
         clock: Clock,
     },
+    /// Hand all live changes that hold to [`Shard::mirror_change`], then call [`Shard::begin_copying`].
+    TellChanges,
 }
 
 #[derive(Debug)]
@@ -129,6 +137,8 @@ struct ChunkState {
     arrived: VecDeque<Arrival>,
     /// Two-step: the clock and weight of what lies in the accumulator (weight 0: nothing).
     reduced: Option<(Clock, u32)>,
+    /// The backup has not got the last sum: nobody may be told of the step that it makes.
+    is_unheld: bool,
 }
 
 /// How far a chunk got when it was its turn.
@@ -176,6 +186,10 @@ pub struct Shard {
     deciding: Deciding,
     /// What goes to and comes from other shards.
     links: BTreeMap<PeerId, LaneLink>,
+    /// Of a shard with two copies: what is known of the other one.
+    mirror: Option<Mirror>,
+    /// Of a shard that was taken over: positions that were finished out of turn. Their contributions come again, and count no more.
+    inherited: Vec<u64>,
     computing: usize,
     effects: VecDeque<Effect>,
     request_next: u64,
@@ -192,8 +206,15 @@ pub struct Shard {
 
 impl Shard {
     /// A shard at the start of a job. `pool` are the slots for replies, each large enough for any chunk in wire format;
-    /// `versions` are the chunks' versions in shard order if a checkpoint is resumed.
-    pub fn new(config: ShardConfig, layout: Arc<Layout>, pool: Vec<Lease>, versions: Option<&[Version]>) -> Shard {
+    /// `versions` are the chunks' versions in shard order if a checkpoint is resumed. `sums` are slots for what the backup is sent,
+    /// each large enough for any chunk in f32.
+    pub fn new(
+        config: ShardConfig,
+        layout: Arc<Layout>,
+        pool: Vec<Lease>,
+        sums: Vec<Lease>,
+        versions: Option<&[Version]>,
+    ) -> Shard {
         let order = &layout.shards[usize::from(config.shard.0)];
         let (bound, start) = (config.consistency.bound(), config.start_clock);
         let resumed = config.live.loss_scale.filter(|_| config.loss_scale.is_dynamic());
@@ -220,6 +241,7 @@ impl Shard {
                     complete: VecDeque::new(),
                     arrived: VecDeque::new(),
                     reduced: None,
+                    is_unheld: false,
                 }
             })
             .collect();
@@ -242,6 +264,8 @@ impl Shard {
             staleness: config.live.staleness.clone(),
             deciding: Deciding::new(&config, &layout),
             links: BTreeMap::new(),
+            mirror: config.mirror.as_ref().map(|mirror| Mirror::new(mirror, sums)),
+            inherited: Vec::new(),
             computing: 0,
             effects: VecDeque::new(),
             request_next: 0,
@@ -286,6 +310,9 @@ impl Shard {
         if note.epoch != self.config.epoch {
             return Err(protocol(from, format!("epoch {} instead of {}", note.epoch, self.config.epoch)));
         }
+        if !is_worker && self.backup() == Some(from) {
+            return self.on_backup_note(from, &note);
+        }
         if !is_worker {
             return self.on_lane_note(from, &note);
         }
@@ -295,7 +322,9 @@ impl Shard {
         }
         let is_counted =
             matches!(note.kind, NoteKind::Push | NoteKind::Absent | NoteKind::SetLearningRate | NoteKind::Finished);
-        self.contributors[usize::from(worker)].received += u64::from(is_counted);
+        let contributor = &mut self.contributors[usize::from(worker)];
+        contributor.received += u64::from(is_counted);
+        contributor.inherits &= !is_counted;
         match (note.kind, lease) {
             (NoteKind::Push, Some(lease)) => self.on_push(worker, &note, lease),
             (NoteKind::Absent, None) => self.on_absent(worker, &note),
@@ -307,10 +336,12 @@ impl Shard {
         }
     }
 
-    /// A post no longer needs its source.
-    pub fn handle_sent(&mut self, source: Option<SharedLease>) {
-        if let Some(source) = source {
-            self.retire(source);
+    /// The post of this id no longer needs its source.
+    pub fn handle_sent(&mut self, id: u64, source: Option<SharedLease>) {
+        match source {
+            Some(source) if id & FOR_BACKUP != 0 => self.retire_payload(source),
+            Some(source) => self.retire(source),
+            None => {}
         }
     }
 
@@ -359,6 +390,7 @@ impl Shard {
             && self.dirty.is_empty()
             && self.held.is_none()
             && self.deciding.is_over()
+            && self.has_parted_from_workers()
     }
 
     /// The number of clocks begun to be applied, over all contributors.
@@ -406,8 +438,7 @@ impl Shard {
     fn on_finished(&mut self, worker: u16) -> Result<()> {
         let contributor = &mut self.contributors[usize::from(worker)];
         contributor.finished = true;
-        let peer = contributor.peer;
-        self.post(peer, Note::new(NoteKind::Goodbye), None);
+        self.dismiss_finished();
         if self.contributors.iter().all(|contributor| contributor.finished) {
             self.checkpointing.cancel();
         }
@@ -451,6 +482,14 @@ impl Shard {
     fn advance(&mut self, index: usize) -> Turn {
         if self.chunks[index].busy {
             return Turn::Idle; // its computation touches it again when done
+        }
+        if let Some((clock, weight)) = self.chunks[index].reduced
+            && self.mirror.is_some()
+        {
+            return self.start_apply(index, clock, weight);
+        }
+        if self.chunks[index].is_unheld || self.is_copying(index) {
+            return Turn::Idle; // the backup's word touches it, or the last part
         }
         if self.checkpointing.holds_all(self.clock_max) {
             return Turn::Waiting;

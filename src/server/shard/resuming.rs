@@ -14,9 +14,14 @@ impl Shard {
         }
         let contributor = &mut self.contributors[usize::from(worker)];
         contributor.parameters = None;
-        let (peer, received) = (contributor.peer, contributor.received);
+        let (peer, received, inherits) = (contributor.peer, contributor.received, contributor.inherits);
+        let everything = contributor.said_goodbye;
         self.recall(peer);
-        self.post(peer, Note { credit: received, ..Note::new(NoteKind::Resume) }, None);
+        let resume = Note { credit: received, ..Note::new(NoteKind::Resume) };
+        // Another lane counted what this one has; here counting begins anew.
+        let base = if everything { u64::MAX } else { self.window.base() };
+        let note = if inherits { Note { version: base, flags: NoteFlags::INHERITED, ..resume } } else { resume };
+        self.post(peer, note, None);
     }
 
     /// Takes back what was to be sent over an older path and has not been: on this one it would come out of turn.
@@ -24,7 +29,7 @@ impl Shard {
         for effect in std::mem::take(&mut self.effects) {
             match effect {
                 Effect::Post(request) if request.peer == peer => {
-                    self.handle_sent(request.payload.map(|(copy, _)| copy))
+                    self.handle_sent(request.id, request.payload.map(|(copy, _)| copy))
                 }
                 other => self.effects.push_back(other),
             }
@@ -34,7 +39,7 @@ impl Shard {
     /// What has finished may not have heard that it may go.
     pub(super) fn repeat_goodbye(&mut self, worker: u16) {
         let contributor = &self.contributors[usize::from(worker)];
-        if contributor.finished {
+        if contributor.said_goodbye {
             self.post(contributor.peer, Note::new(NoteKind::Goodbye), None);
         }
     }

@@ -47,7 +47,16 @@ impl Shard {
         note: &Note,
         contribution: Option<Contribution>,
     ) -> Result<()> {
+        if self.inherited.contains(&position) {
+            let peer = self.contributors[usize::from(worker)].peer;
+            self.effects.extend(contribution.map(|landed| Effect::Arm { peer, slot: landed.lease }));
+            self.want_reply(worker, index, note);
+            self.touch(index);
+            return Ok(());
+        }
         self.record(worker, position)?;
+        let contributor = &mut self.contributors[usize::from(worker)];
+        contributor.pushed = contributor.pushed.max(position + 1);
         self.clocks_pushed = self.clocks_pushed.max(note.clock + 1);
         self.want_reply(worker, index, note);
         self.note_contribution(worker, note.flags.contains(NoteFlags::WANTS_REPLY));
@@ -117,7 +126,7 @@ impl Shard {
         let first = self.window.slot(position) * workers;
         let given = self.landed[first..first + workers].iter().any(Option::is_some);
         let fused = !self.config.two_step;
-        if fused && given && self.pool.is_empty() {
+        if given && (fused && self.pool.is_empty() || !self.has_room_for_sum(index)) {
             return Turn::Waiting;
         }
         self.chunks[index].complete.remove(at);
@@ -130,10 +139,9 @@ impl Shard {
         let weight = self.divisor(index, &contributions);
         let (task, wire) = if fused { (Task::Step, self.pool.pop()) } else { (Task::Reduce, None) };
         let scale = if fused { Decision::taken(self.loss_scale).scale } else { 1.0 };
-        self.compute(
-            index,
-            Work { position, contributions, weight, wire, scale, ..Work::new(task, self.chunks[index].id, clock) },
-        );
+        let sum = self.take_room_for_sum(index);
+        let work = Work::new(task, self.chunks[index].id, clock);
+        self.compute(index, Work { position, contributions, weight, wire, sum, scale, ..work });
         Turn::Progressed
     }
 
@@ -168,7 +176,7 @@ impl Shard {
         Turn::Progressed
     }
 
-    fn start_apply(&mut self, index: usize, clock: Clock, weight: u32) -> Turn {
+    pub(super) fn start_apply(&mut self, index: usize, clock: Clock, weight: u32) -> Turn {
         if weight == 0 || self.decision.skips {
             self.chunks[index].reduced = None;
             self.pass_clock(index, clock);
@@ -212,8 +220,11 @@ impl Shard {
                 self.finish_position(worker, work.position);
             }
             Task::Reduce => {
+                let is_held = self.mirror_sum(index, work.position, (work.clock, work.weight), work.sum.take());
                 self.reduced(index, work.clock, work.weight, work.squared_norm.unwrap_or(0.0));
-                self.finish_position(worker, work.position);
+                if !is_held {
+                    self.finish_position(worker, work.position);
+                }
             }
             Task::Apply => {
                 self.chunks[index].reduced = None;
@@ -222,19 +233,25 @@ impl Shard {
                 self.finish_clock(index, work.clock);
             }
             Task::Encode => self.publish(index, wire.expect("encode has a wire copy")),
+            Task::CopyOut(part) => self.copied_out(index, work, part),
+            Task::CopyIn(_) => unreachable!("only a backup takes in state"),
         }
         self.retire_finished(index);
         self.touch(index);
+        self.fill();
     }
 
     /// A position to which nobody gave anything: no step, but a clock has passed.
     fn skip(&mut self, index: usize, clock: Clock, position: u64) {
+        let is_held = self.mirror_sum(index, position, (clock, 0), None);
         if self.config.two_step {
             self.reduced(index, clock, 0, 0.0);
         } else {
             self.pass_clock(index, clock);
         }
-        self.finish_position(0, position);
+        if !is_held {
+            self.finish_position(0, position);
+        }
     }
 
     fn pass_clock(&mut self, index: usize, clock: Clock) {
@@ -285,6 +302,9 @@ impl Shard {
     /// becomes of the step, all may be applied.
     fn reduced(&mut self, index: usize, clock: Clock, weight: u32, squared_norm: f64) {
         self.chunks[index].reduced = Some((clock, weight));
+        if self.mirror.is_some() {
+            return; // nothing is decided, and no chunk waits for another
+        }
         self.reduced += 1;
         if self.reduced == self.chunks.len() {
             self.reduced = 0;

@@ -32,9 +32,10 @@ fn shard_of(declarations: &[Vec<TensorSpec>]) -> Shard {
         gradient_dtype: Dtype::F32,
         parameter_dtype: Dtype::F32,
         checkpoint_every: None,
+        mirror: None,
     };
     let (_, replies) = Region::allocate(256, &RegionOptions::default()).unwrap();
-    let mut shard = Shard::new(config, layout, replies.chunks(64), None);
+    let mut shard = Shard::new(config, layout, replies.chunks(64), Vec::new(), None);
     for worker in 0..2 {
         say(&mut shard, worker, Note::new(NoteKind::Attach)).unwrap();
     }

@@ -4,7 +4,7 @@
 
 use crate::{
     mem::Lease,
-    types::{ChunkId, Clock},
+    types::{ChunkId, Clock, Version},
 };
 
 /// One worker's gradient of one chunk, landed.
@@ -29,6 +29,26 @@ pub enum Task {
     Apply,
     /// Store the wire copy of the present parameters.
     Encode,
+    /// Copy a part of the chunk's state into `sum`.
+    CopyOut(Part),
+    /// Copy the one contribution over a part of the chunk's state.
+    CopyIn(Part),
+}
+
+/// A part of a chunk's state: parameters, or a slot of the optimizer's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Part {
+    /// Parameters.
+    Master,
+    /// First state slot.
+    First,
+    /// Second state slot.
+    Second,
+}
+
+impl Part {
+    /// All of them, in the order in which they travel; an optimizer with fewer slots has only the first ones.
+    pub const ALL: [Part; 3] = [Part::Master, Part::First, Part::Second];
 }
 
 /// A computation over one chunk; goes to [`Memory`](super::Memory) and comes back in [`Shard::handle_computed`].
@@ -41,13 +61,19 @@ pub struct Work {
     /// The clock that schedules go by.
     pub clock: Clock,
     /// The window position whose contributions these are.
-    pub(super) position: u64,
+    pub(in crate::server) position: u64,
     /// What landed, in rank order.
     pub contributions: Vec<Contribution>,
     /// The number of gradients that the mean divides by.
     pub weight: u32,
     /// Where the wire copy goes.
     pub wire: Option<Lease>,
+    /// Of a [`Task::Reduce`]: where the sum is also left, in f32. Of a [`Task::CopyOut`]: where the part goes.
+    pub sum: Option<Lease>,
+    /// Of a [`Task::CopyOut`] that is done, and of a [`Task::CopyIn`]: the optimizer steps that the chunk has taken.
+    pub steps: u64,
+    /// Of a [`Task::CopyIn`]: the version of the chunk whose state it is.
+    pub version: Version,
     /// Of a [`Task::Step`] or [`Task::Apply`]: the factor on the gradient.
     pub scale: f32,
     /// Of a [`Task::Reduce`] that is done: the squared norm of the mean gradient, if it is needed.
@@ -55,9 +81,20 @@ pub struct Work {
 }
 
 impl Work {
-    pub(super) fn new(task: Task, chunk: ChunkId, clock: Clock) -> Work {
-        let contributions = Vec::new();
-        let (position, weight, scale) = (0, 0, 1.0);
-        Work { task, chunk, clock, position, contributions, weight, wire: None, scale, squared_norm: None }
+    pub(in crate::server) fn new(task: Task, chunk: ChunkId, clock: Clock) -> Work {
+        Work {
+            task,
+            chunk,
+            clock,
+            position: 0,
+            contributions: Vec::new(),
+            weight: 0,
+            wire: None,
+            sum: None,
+            steps: 0,
+            version: 0,
+            scale: 1.0,
+            squared_norm: None,
+        }
     }
 }

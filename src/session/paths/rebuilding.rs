@@ -7,10 +7,19 @@ use super::*;
 impl<T: Transport> Paths<T> {
     /// The other end offers itself for a path that is to be rebuilt.
     pub fn proposed(&mut self, proposal: Proposal, now: Instant) {
-        let Proposal { peer, generation, endpoint } = proposal;
+        let Proposal { peer, generation, life, endpoint } = proposal;
         let Some(path) = self.paths.get_mut(&peer) else { return };
-        if matches!(path.stage, Stage::Ended) || generation < path.generation {
+        let is_reborn = life > path.life;
+        if matches!(path.stage, Stage::Ended) || life < path.life || (!is_reborn && generation < path.generation) {
             return; // too late
+        }
+        path.life = life;
+        if path.heir.is_some() {
+            return; // whoever serves in its place is spoken to, until it serves again
+        }
+        if is_reborn && generation <= path.generation {
+            // It knows of no path between us, and begins where we are.
+            return self.retreat(peer, "the other end has begun anew", now);
         }
         if generation > path.generation {
             // It has fenced its end of whatever we still hold to be the path.
@@ -42,7 +51,7 @@ impl<T: Transport> Paths<T> {
                 self.paths.get_mut(&peer).expect("looked up above").stage = Stage::Dormant;
                 Some(Completion::Broken { peer, error })
             }
-            Stage::Up if !self.options.rebuild.is_zero() => {
+            Stage::Up if !path.patience.unwrap_or(self.options.rebuild).is_zero() => {
                 self.retreat(peer, &reason, now);
                 None
             }
@@ -60,12 +69,13 @@ impl<T: Transport> Paths<T> {
     }
 
     /// Fences our side of a path, or of a try to rebuild it, and turns to its next generation.
-    fn retreat(&mut self, peer: PeerId, cause: &str, now: Instant) {
+    pub(super) fn retreat(&mut self, peer: PeerId, cause: &str, now: Instant) {
         self.end(peer);
         let path = self.paths.get_mut(&peer).expect("a path to fence");
         path.generation += 1;
         path.tries += 1;
         let pause = now + path.pause();
+        let until = now + path.patience.unwrap_or(self.options.rebuild);
         if let Stage::Rebuilding(rebuilding) = &mut path.stage {
             let Rebuilding { offered, remote, connecting, .. } = &mut **rebuilding;
             (*offered, *remote, *connecting) = (false, None, false);
@@ -78,7 +88,7 @@ impl<T: Transport> Paths<T> {
             cause: cause.into(),
             defect: None,
             since: now,
-            until: now + self.options.rebuild,
+            until,
             pause,
             offered: false,
             remote: None,
@@ -90,9 +100,7 @@ impl<T: Transport> Paths<T> {
     pub(super) fn end(&mut self, peer: PeerId) {
         self.liveness.forget(peer);
         let slots = self.transport.fence(peer);
-        if let Some(path) = self.paths.get_mut(&peer) {
-            path.hold(slots);
-        }
+        self.released(peer, slots);
         for request in self.waiting.remove(&peer).into_iter().flatten() {
             self.fail(request);
         }
@@ -117,7 +125,7 @@ impl<T: Transport> Paths<T> {
                 continue;
             }
             // A slot that the fence withholds may still be written: no offer before it is back.
-            if path.armed > 0 || now < rebuilding.pause {
+            if path.armed > 0 || now < rebuilding.pause || self.inherits_later(peer) {
                 continue;
             }
             if let Err(error) = self.advance(peer, now) {
@@ -136,7 +144,8 @@ impl<T: Transport> Paths<T> {
         if !rebuilding.offered {
             let endpoint = self.transport.offer(peer)?;
             rebuilding.offered = true;
-            self.proposals.push(Proposal { peer, generation: path.generation, endpoint });
+            let (generation, life) = (path.generation, self.options.life);
+            self.proposals.push(Proposal { peer, generation, life, endpoint });
         }
         if let Some(remote) = rebuilding.remote.as_ref().filter(|_| !rebuilding.connecting) {
             // Half of what is left, so that another try fits in.

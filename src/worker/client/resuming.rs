@@ -3,7 +3,7 @@
 //! Invariant: a gradient goes back to its user when its arrival is proven and the transport has given up its share of it, not
 //! before and once.
 
-use super::{Client, Event, Request, Sent};
+use super::{Client, Event, Request, Sent, inheriting::HELD};
 use crate::{
     mem::SharedLease,
     types::{ChunkId, PeerId},
@@ -25,8 +25,12 @@ impl Client {
             (None, true) => 0, // nothing has come over an older path
             (None, false) => return Err("it does not say what it has received".into()),
         };
-        self.prove(lane, received);
-        let again: Vec<_> = self.lanes[lane].unproven.iter().map(|sent| (sent.note, sent.payload.clone())).collect();
+        if !self.config.has_copies {
+            self.prove(lane, received);
+        }
+        let unproven = &self.lanes[lane].unproven;
+        let lacking = unproven.iter().skip((received - unproven.first()) as usize);
+        let again: Vec<_> = lacking.map(|sent| (sent.note, sent.payload.clone())).collect();
         if is_rebuilt {
             self.resent = Some((self.lanes[lane].peer, again.len() as u64));
         }
@@ -36,7 +40,7 @@ impl Client {
             let is_lost = match state.awaits {
                 Some(Request::Pull { .. }) => true,
                 // Otherwise the push itself asks, now or when its turn comes.
-                Some(Request::Push { number, .. }) => number.is_some_and(|number| number < received),
+                Some(Request::Push { number, .. }) => number.is_some_and(|number| number < received || number == HELD),
                 None => false,
             };
             if is_lost {

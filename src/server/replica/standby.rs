@@ -1,0 +1,354 @@
+//! The event loop around a backup, and how it becomes that of a shard.
+//!
+//! Everything that serving needs is allocated when the standby begins, so that taking over is a matter of paths alone.
+//!
+//! Invariant: it takes over only after its end of the path from the primary has been fenced and everything that had come is part of
+//! its state; nothing lands after that.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::Arc,
+    time::Instant,
+};
+
+use super::{Backup, BackupEffect, Inheritance};
+use crate::{
+    Error, Result,
+    layout::Layout,
+    mem::{Lease, RegionOptions},
+    optim::LiveChange,
+    server::{
+        EventLoop, Memory, Progress, ShardConfig, Work,
+        event_loop::{Room, kind},
+        landing::slots,
+        memory::elements_max,
+    },
+    session::{Claim, Paths, Proposal, Tenure},
+    transport::{Completion, Endpoint, MemoryRegion, Transport, Wakeup},
+    types::{Clock, Dtype, Epoch, PeerId, Role, Version},
+    wire::Attachment,
+};
+
+/// What a standby begins with.
+#[derive(Clone, Debug)]
+pub struct StandbyOptions {
+    /// How it will serve, should it take over; `mirror` names the present primary.
+    pub shard: ShardConfig,
+    /// How memory is allocated.
+    pub region: RegionOptions,
+    /// The tenure under which it begins.
+    pub tenure: Tenure,
+    /// Whether it begins with what the primary has: both are at the job's beginning.
+    pub is_first: bool,
+}
+
+/// A backup at work over a transport.
+pub struct Standby<T> {
+    paths: Paths<T>,
+    backup: Backup,
+    memory: Memory,
+    room: Room,
+    layout: Arc<Layout>,
+    options: StandbyOptions,
+    landing: MemoryRegion,
+    /// Landing slots, until the path is there for the first time.
+    slots: Vec<Lease>,
+    attachment: Attachment,
+    queue: VecDeque<Work>,
+    completions: Vec<Completion>,
+    epoch: Epoch,
+    /// It has everything that workers have been told of, as far as the store knows.
+    is_paired: bool,
+    /// The path from the primary is fenced for good, and why.
+    lost: Option<String>,
+    claim: Option<Claim>,
+    /// The primary has said that nothing more will come.
+    is_dismissed: bool,
+    /// Offers of workers that knew earlier than this lane that it has taken over.
+    early: BTreeMap<PeerId, Proposal>,
+}
+
+impl<T: Transport> Standby<T> {
+    /// Allocates and registers all that it needs.
+    pub fn new(
+        options: StandbyOptions,
+        layout: Arc<Layout>,
+        mut memory: Memory,
+        mut paths: Paths<T>,
+        versions: Option<&[Version]>,
+    ) -> Result<Standby<T>> {
+        let shard = &options.shard;
+        let mirror = shard.mirror.as_ref().ok_or_else(|| Error::Config("a backup needs a primary".into()))?;
+        memory.expect_gradients(Dtype::F32);
+        let room = Room::allocate(shard, &layout, &mut memory, &mut paths, &options.region)?;
+        let slot_bytes = (4 * elements_max(&layout, shard.shard)).max(64);
+        let count = mirror.slots as usize;
+        let (landing, slots) = slots("replica", (count, slot_bytes), &options.region, &mut paths)?;
+        let landing = landing.expect("a mirror has slots");
+        let chunks = layout.shards[usize::from(shard.shard.0)].len();
+        let holds = Inheritance {
+            clocks: vec![shard.start_clock; chunks],
+            versions: versions.map_or_else(|| vec![shard.start_clock; chunks], <[Version]>::to_vec),
+            finished: vec![false; shard.workers.into()],
+        };
+        let mut backup = Backup::new(mirror.peer, shard.shard, layout.clone(), holds);
+        backup.scale_by((1.0 / f64::from(shard.loss_scale.first())) as f32);
+        let attachment =
+            Attachment { rkey: 0, offset: 0, slot_bytes: slot_bytes as u32, slots: mirror.slots, credit: 0 };
+        Ok(Standby {
+            epoch: options.tenure.epoch,
+            is_paired: options.is_first,
+            paths,
+            backup,
+            memory,
+            room,
+            layout,
+            options,
+            landing,
+            slots,
+            attachment,
+            queue: VecDeque::new(),
+            completions: Vec::new(),
+            lost: None,
+            claim: None,
+            is_dismissed: false,
+            early: BTreeMap::new(),
+        })
+    }
+
+    /// The transport and what belongs to it.
+    pub fn paths(&mut self) -> &mut Paths<T> {
+        &mut self.paths
+    }
+
+    /// What wakes whoever sleeps while there is nothing to do.
+    pub fn wakeups(&mut self) -> (&mut dyn Wakeup, Option<&mut dyn Wakeup>)
+    where
+        T: Wakeup,
+    {
+        (self.paths.transport(), self.memory.wakeup())
+    }
+
+    /// Begins the path to the primary, as everybody begins theirs.
+    pub fn connect(&mut self, remote: &Endpoint, deadline: Instant) -> Result<()> {
+        self.paths.connect(self.backup.primary(), remote, deadline)
+    }
+
+    /// Begins the path to a primary that has been there for longer.
+    pub fn join(&mut self, now: Instant) {
+        self.paths.begin(self.backup.primary(), "a new backup", now);
+    }
+
+    /// An offer for a path has come.
+    pub fn proposed(&mut self, proposal: Proposal, now: Instant) {
+        if proposal.peer.rank.role == Role::Worker {
+            let kept = self.early.get(&proposal.peer);
+            if kept.is_none_or(|kept| (kept.life, kept.generation) <= (proposal.life, proposal.generation)) {
+                self.early.insert(proposal.peer, proposal);
+            }
+        } else {
+            self.paths.proposed(proposal, now);
+        }
+    }
+
+    /// Does what can be done now.
+    ///
+    /// # Errors
+    ///
+    /// What the transport fails with, or the device.
+    pub fn turn(&mut self, now: Instant) -> Result<Progress> {
+        let mut completions = std::mem::take(&mut self.completions);
+        self.paths.poll(now, &mut completions)?;
+        let mut moved = false;
+        for completion in completions.drain(..) {
+            moved |= matches!(completion, Completion::Arrived { .. });
+            self.handle(completion)?;
+        }
+        self.completions = completions;
+        self.carry_out()?;
+        moved |= self.compute()?;
+        self.carry_out()?;
+        self.paths.flush()?;
+        let can_start = !self.queue.is_empty() && self.memory.has_room();
+        Ok(match can_start || self.memory.is_busy() {
+            true => Progress::Busy,
+            false if moved => Progress::Moved,
+            false => Progress::Idle,
+        })
+    }
+
+    /// When `turn` wants to be called even if nothing happens.
+    pub fn next_deadline(&self) -> Option<Instant> {
+        self.paths.next_deadline()
+    }
+
+    /// What is to be asked of the store, once all that has come is part of the state.
+    pub fn take_claim(&mut self) -> Option<Claim> {
+        if self.is_settled() { self.claim.take() } else { None }
+    }
+
+    /// Whether nothing is being computed, and nothing waits for it.
+    pub fn is_settled(&self) -> bool {
+        self.backup.is_settled() && self.queue.is_empty() && self.memory.is_idle()
+    }
+
+    /// The primary has said goodbye.
+    pub fn is_dismissed(&self) -> bool {
+        self.is_dismissed
+    }
+
+    /// Whether this copy has everything that workers have been told of, and is there to take over.
+    pub fn is_paired(&self) -> bool {
+        self.is_paired
+    }
+
+    /// Whether it has lost its primary before it had everything.
+    pub fn is_useless(&self) -> bool {
+        self.lost.is_some() && !self.is_paired
+    }
+
+    /// Its primary.
+    pub fn primary(&self) -> PeerId {
+        self.backup.primary()
+    }
+
+    /// The primary is gone: nothing of it is taken in any more, and the store is asked.
+    pub fn lose_primary(&mut self, why: &str) {
+        if self.lost.is_some() {
+            return;
+        }
+        self.paths.set_aside(self.backup.primary());
+        self.backup.detach();
+        self.lost = Some(why.into());
+        self.claim = self.is_paired.then_some(Claim::TakeOver);
+    }
+
+    /// The store's word. `true` if this copy is of no use any more: another lane serves, or this one is not counted on.
+    pub fn set_tenure(&mut self, tenure: Tenure) -> bool {
+        if tenure.epoch < self.epoch {
+            return false;
+        }
+        let is_newer = tenure.epoch > self.epoch;
+        self.epoch = tenure.epoch;
+        if tenure.primary != self.backup.primary() {
+            return false; // it is this lane's turn: see `take_over`
+        }
+        let is_paired = tenure.is_paired && (is_newer || self.is_paired);
+        let was_paired = std::mem::replace(&mut self.is_paired, is_paired);
+        if self.is_paired && self.lost.is_some() {
+            self.claim = Some(Claim::TakeOver);
+        }
+        (was_paired && !self.is_paired) || (self.lost.is_some() && !self.is_paired)
+    }
+
+    /// Whether it has everything, and has lost its primary.
+    pub fn has_claimed(&self) -> bool {
+        self.lost.is_some() && self.is_settled()
+    }
+
+    /// Becomes the event loop of the shard, under a tenure that says so.
+    pub fn take_over(mut self, now: Instant) -> Result<EventLoop<T>> {
+        debug_assert!(self.is_settled() && self.lost.is_some(), "the store was asked after that");
+        let mut config = self.options.shard;
+        self.memory.expect_gradients(config.gradient_dtype);
+        if let Some(mirror) = &mut config.mirror {
+            mirror.is_paired = false;
+        }
+        let holds = self.backup.holds().clone();
+        let versions = Some(holds.versions.as_slice());
+        let mut serving = EventLoop::in_room(self.room, config, self.layout, self.memory, self.paths, versions)?;
+        serving.inherit(&holds);
+        for (_, proposal) in self.early {
+            serving.paths().proposed(proposal, now);
+        }
+        Ok(serving)
+    }
+
+    fn handle(&mut self, completion: Completion) -> Result<()> {
+        match completion {
+            Completion::Connected { peer } if peer == self.backup.primary() => self.attach(peer),
+            Completion::Arrived { from, note, lease } => {
+                if note.kind == crate::wire::NoteKind::Goodbye {
+                    self.is_dismissed = true;
+                    self.paths.release(from);
+                    return Ok(());
+                }
+                if let Err(error) = self.backup.handle_arrived(from, note, lease) {
+                    return self.broken(from, &error);
+                }
+                Ok(())
+            }
+            Completion::Broken { peer, error } => self.broken(peer, &error),
+            Completion::Connected { .. } | Completion::Sent { .. } | Completion::Failed { .. } => Ok(()),
+            Completion::Released { .. } => Ok(()),
+        }
+    }
+
+    fn attach(&mut self, peer: PeerId) -> Result<()> {
+        let fabric = self.paths.fabric(peer);
+        let slots = std::mem::take(&mut self.slots);
+        if let Some(first) = slots.first() {
+            let rkey = self.landing.rkey(fabric);
+            self.attachment = Attachment { rkey, offset: first.offset() as u64, ..self.attachment };
+        }
+        slots.into_iter().try_for_each(|slot| self.paths.arm(peer, slot))?;
+        self.attachment.rkey = self.landing.rkey(fabric);
+        self.backup.attach(self.attachment);
+        Ok(())
+    }
+
+    fn broken(&mut self, peer: PeerId, error: &Error) -> Result<()> {
+        if peer != self.backup.primary() || self.is_dismissed {
+            return Ok(());
+        }
+        self.lose_primary(&error.to_string());
+        Ok(())
+    }
+
+    fn carry_out(&mut self) -> Result<()> {
+        while let Some(effect) = self.backup.poll_effect() {
+            match effect {
+                BackupEffect::Arm(slot) => self.paths.arm(self.backup.primary(), slot)?,
+                BackupEffect::Post(request) => self.paths.post(request),
+                BackupEffect::Compute(work) => self.queue.push_back(work),
+                BackupEffect::Change(clock, change) => self.change_from(clock, change)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// What the shard goes by changes from a clock on that has not begun.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Config`] for values that the job cannot take.
+    pub fn change_from(&mut self, clock: Clock, change: LiveChange) -> Result<()> {
+        let done = self.backup.holds().clocks.iter().copied().min().unwrap_or(0);
+        if let Some(rate) = change.learning_rate {
+            self.memory.set_learning_rate(rate, clock, done)?;
+        }
+        match change.weight_decay {
+            Some(decay) => self.memory.set_weight_decay(decay, clock, done),
+            None => Ok(()),
+        }
+    }
+
+    fn compute(&mut self) -> Result<bool> {
+        while self.memory.has_room() {
+            let Some(work) = self.queue.pop_front() else { break };
+            if let Some(recorder) = self.paths.recorder() {
+                recorder.started(kind(work.task), work.chunk, work.clock);
+            }
+            self.memory.start(work)?;
+        }
+        let mut ended = false;
+        while let Some(work) = self.memory.advance()? {
+            if let Some(recorder) = self.paths.recorder() {
+                recorder.ended(kind(work.task), work.chunk, work.clock, true);
+            }
+            self.backup.handle_computed(work)?;
+            ended = true;
+        }
+        Ok(ended)
+    }
+}

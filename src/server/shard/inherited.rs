@@ -1,0 +1,78 @@
+//! A shard that was taken over, and workers that leave one with two copies.
+//!
+//! Invariant: what the copy held counts no second time; a worker may go only when both copies have all that it gave and know that it
+//! has finished.
+
+use super::*;
+use crate::server::replica::Inheritance;
+
+impl Shard {
+    /// Begins where another lane of this shard ended: with what a backup holds.
+    pub fn inherit(&mut self, holds: &Inheritance) {
+        let count = self.chunks.len();
+        let start = self.config.start_clock;
+        for (chunk, (clock, version)) in self.chunks.iter_mut().zip(holds.clocks.iter().zip(&holds.versions)) {
+            chunk.version = *version;
+            if *clock > start {
+                chunk.gate.on_all_applied(*clock - 1);
+            }
+        }
+        let open = holds.clocks.iter().enumerate().map(|(place, clock)| position(*clock, count, place));
+        let base = open.min().unwrap_or(0);
+        self.window = Window::new(self.config.slots, self.config.workers.into(), base);
+        for (place, clock) in holds.clocks.iter().enumerate() {
+            let done = (start..*clock).rev().map(|clock| position(clock, count, place));
+            self.inherited.extend(done.take_while(|position| *position > base));
+        }
+        for position in self.inherited.clone() {
+            self.window.finish(position);
+        }
+        let furthest = holds.clocks.iter().copied().max().unwrap_or(start);
+        (self.clock_max, self.clocks_pushed, self.decided) = (furthest, furthest, furthest);
+        for (contributor, finished) in self.contributors.iter_mut().zip(&holds.finished) {
+            contributor.inherits = true;
+            (contributor.finished, contributor.said_goodbye) = (*finished, *finished);
+        }
+        let slowest = holds.clocks.iter().copied().min().unwrap_or(start);
+        self.checkpointing.begin_at(slowest, slowest == furthest && slowest > start);
+        self.count_behind();
+        if self.contributors.iter().all(|contributor| contributor.finished) {
+            self.checkpointing.cancel();
+        }
+        self.complete_open_positions();
+    }
+
+    /// Whether this lane has taken the shard over.
+    pub fn has_inherited(&self, worker: u16) -> bool {
+        self.contributors[usize::from(worker)].inherits
+    }
+
+    /// Workers that have finished go; with two copies only once both have all that they gave and know that they have finished.
+    pub(super) fn dismiss_finished(&mut self) {
+        for worker in 0..self.config.workers {
+            let base = self.window.base();
+            let has_copies = self.mirror.is_some();
+            let contributor = &mut self.contributors[usize::from(worker)];
+            let stays = has_copies && contributor.pushed > base;
+            if !contributor.finished || contributor.said_goodbye || contributor.is_leaving || stays {
+                continue;
+            }
+            contributor.is_leaving = true;
+            if !self.mirror_left(worker) {
+                self.dismiss(worker);
+            }
+        }
+    }
+
+    pub(super) fn dismiss(&mut self, worker: u16) {
+        let contributor = &mut self.contributors[usize::from(worker)];
+        contributor.said_goodbye = true;
+        let peer = contributor.peer;
+        self.post(peer, Note::new(NoteKind::Goodbye), None);
+    }
+
+    /// Whether all workers know that they may go, and nothing is on its way to the backup that somebody waits for.
+    pub(super) fn has_parted_from_workers(&self) -> bool {
+        self.contributors.iter().all(|contributor| contributor.said_goodbye) && self.is_held_by_backup()
+    }
+}

@@ -1,0 +1,436 @@
+//! The primary's side of a shard with two copies: what the backup is sent, and what must wait until it has it.
+//!
+//! Every sum goes to the backup before the step that it makes is told to anybody: while a chunk's record is not acknowledged, the
+//! chunk answers nobody and begins no further step, and its position in the window stays unfinished, so that workers keep the
+//! gradients of which it is made. A backup that has nothing is sent the state first, chunk by chunk, while training goes on;
+//! a chunk's sums follow from the moment its state has been copied.
+//!
+//! Records are kept until they are acknowledged, and sent again over a path that was rebuilt.
+//!
+//! Invariant: while the tenure is paired nothing leaves to a worker that the backup does not hold; a step without the backup is told
+//! to somebody only after the tenure says that this lane serves alone.
+
+use super::*;
+use crate::{
+    consistency::Unproven,
+    server::{Part, replica::change_notes},
+    session::Claim,
+};
+
+/// Set in the ids of requests to the backup, whose payloads are no wire copies.
+pub(super) const FOR_BACKUP: u64 = 1 << 63;
+
+/// The other lane of a shard with two copies.
+#[derive(Clone, Debug)]
+pub struct MirrorConfig {
+    /// The lane.
+    pub peer: PeerId,
+    /// Whether it holds everything as this shard begins.
+    pub is_paired: bool,
+    /// Parts of a chunk's state: parameters, and the optimizer's slots.
+    pub parts: usize,
+    /// Sums and parts of state that may be under way.
+    pub slots: u32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// Nobody follows.
+    Alone,
+    /// A backup that has nothing is there, and is told the changes of the past first.
+    Greeting,
+    /// The backup gets the state: chunks from this place on have not been copied, and of this one so many parts.
+    Filling { place: usize, part: usize },
+    /// It has everything that has been acknowledged: that is being told to the store.
+    Pairing,
+    /// It has everything that workers have been told of.
+    Paired,
+    /// It is gone; the store has been asked to say so.
+    Parting,
+}
+
+/// What the backup was sent.
+#[derive(Debug)]
+struct Record {
+    note: Note,
+    /// The number of the payload among all payloads, and the payload.
+    payload: Option<(u64, SharedLease)>,
+    /// A sum: the place of its chunk, and the window position that waits for it.
+    held: Option<(usize, u64)>,
+    /// A worker's farewell.
+    left: Option<u16>,
+}
+
+/// What a primary knows of its backup.
+#[derive(Debug)]
+pub(super) struct Mirror {
+    peer: PeerId,
+    stage: Stage,
+    parts: usize,
+    /// Payloads that may be under way.
+    slots: usize,
+    landing: Option<Attachment>,
+    /// What the backup has said to have, over this path.
+    resumes_at: Option<u64>,
+    sent: Unproven<Record>,
+    payloads: u64,
+    pool: Vec<Lease>,
+    /// Payloads that have been acknowledged and that the transport still reads.
+    parting: Vec<SharedLease>,
+    claim: Option<Claim>,
+}
+
+impl Mirror {
+    pub fn new(config: &MirrorConfig, pool: Vec<Lease>) -> Mirror {
+        Mirror {
+            peer: config.peer,
+            stage: if config.is_paired { Stage::Paired } else { Stage::Alone },
+            parts: config.parts,
+            slots: pool.len(),
+            landing: None,
+            resumes_at: None,
+            sent: Unproven::default(),
+            payloads: 0,
+            pool,
+            parting: Vec::new(),
+            claim: None,
+        }
+    }
+
+    /// Whether the sums of the chunk at `place` go to the backup.
+    fn covers(&self, place: usize) -> bool {
+        match self.stage {
+            Stage::Alone | Stage::Greeting => false,
+            Stage::Filling { place: next, .. } => place < next,
+            Stage::Pairing | Stage::Paired | Stage::Parting => true,
+        }
+    }
+}
+
+impl Shard {
+    /// The other lane of this shard, if there are two copies.
+    pub fn backup(&self) -> Option<PeerId> {
+        self.mirror.as_ref().map(|mirror| mirror.peer)
+    }
+
+    /// Whether the backup holds everything.
+    pub fn is_paired(&self) -> bool {
+        self.mirror.as_ref().is_some_and(|mirror| matches!(mirror.stage, Stage::Paired | Stage::Parting))
+    }
+
+    /// What is to be asked of the store.
+    pub fn take_claim(&mut self) -> Option<Claim> {
+        self.mirror.as_mut()?.claim.take()
+    }
+
+    /// The store's word: whether the backup counts.
+    pub fn set_paired(&mut self, is_paired: bool) {
+        let Some(mirror) = &mut self.mirror else { return };
+        match (mirror.stage, is_paired) {
+            (Stage::Pairing, true) => mirror.stage = Stage::Paired,
+            (Stage::Parting, false) => self.part_from_backup(),
+            // It had been paired before the store heard of the parting.
+            (Stage::Parting, true) => mirror.claim = Some(Claim::GoAlone),
+            _ => {}
+        }
+    }
+
+    /// The path to the backup is gone, or what came over it cannot be: it is to be gone on without it.
+    pub fn lose_backup(&mut self) {
+        let Some(mirror) = &mut self.mirror else { return };
+        (mirror.landing, mirror.resumes_at) = (None, None);
+        match mirror.stage {
+            Stage::Alone | Stage::Parting => {}
+            Stage::Greeting | Stage::Filling { .. } => self.part_from_backup(),
+            Stage::Pairing | Stage::Paired => {
+                mirror.stage = Stage::Parting;
+                mirror.claim = Some(Claim::GoAlone);
+            }
+        }
+    }
+
+    /// The path to the backup is broken for now.
+    pub fn detach_backup(&mut self) {
+        if let Some(mirror) = &mut self.mirror {
+            (mirror.landing, mirror.resumes_at) = (None, None);
+            let peer = mirror.peer;
+            self.recall(peer);
+        }
+    }
+
+    /// Nobody follows any more, and everybody may know: what waited for the backup goes on.
+    fn part_from_backup(&mut self) {
+        let Some(mirror) = &mut self.mirror else { return };
+        let was_attached = mirror.landing.is_some();
+        mirror.stage = Stage::Alone;
+        mirror.payloads = 0;
+        let sent = std::mem::take(&mut mirror.sent);
+        sent.into_entries().for_each(|record| self.settle(record));
+        (0..self.chunks.len()).for_each(|index| self.touch(index));
+        if was_attached {
+            self.begin_to_fill();
+        }
+    }
+
+    /// A note of the backup.
+    pub(super) fn on_backup_note(&mut self, from: PeerId, note: &Note) -> Result<()> {
+        let mirror = self.mirror.as_mut().expect("the caller has looked");
+        match note.kind {
+            NoteKind::Resume => mirror.resumes_at = Some(note.credit),
+            NoteKind::Attach => {
+                let landing = Attachment::from_note(note).map_err(|error| protocol(from, error))?;
+                let Some(received) = mirror.resumes_at.take() else {
+                    return Err(protocol(from, "it does not say what it has"));
+                };
+                if (landing.slots as usize) < mirror.slots {
+                    return Err(protocol(from, format!("{} slots for what it is sent", landing.slots)));
+                }
+                mirror.landing = Some(landing);
+                self.resume_backup(received);
+            }
+            NoteKind::Holds => {
+                let (first, end) = (mirror.sent.first(), mirror.sent.end());
+                if note.version > end {
+                    return Err(protocol(from, format!("it says to hold {} of {end} records", note.version)));
+                }
+                for _ in first..note.version {
+                    let mirror = self.mirror.as_mut().expect("looked at above");
+                    let Some(record) = mirror.sent.prove(note.version) else { break };
+                    self.settle(record);
+                }
+            }
+            kind => return Err(protocol(from, format!("a {kind:?} note has no place here"))),
+        }
+        Ok(())
+    }
+
+    /// The backup has said over a new path how many records it has.
+    fn resume_backup(&mut self, received: u64) {
+        let mirror = self.mirror.as_mut().expect("the caller has looked");
+        if mirror.stage == Stage::Alone {
+            return self.begin_to_fill();
+        }
+        if !mirror.sent.allows(received) {
+            // It is not the one that we knew: a process that has begun anew.
+            let landing = mirror.landing;
+            self.lose_backup();
+            let mirror = self.mirror.as_mut().expect("looked at above");
+            mirror.landing = landing;
+            if mirror.stage == Stage::Alone {
+                self.begin_to_fill();
+            }
+            return;
+        }
+        let skip = (received - mirror.sent.first()) as usize;
+        let again = mirror.sent.iter().skip(skip).map(|record| (record.note, record.payload.clone()));
+        let again: Vec<_> = again.collect();
+        again.into_iter().for_each(|(note, payload)| self.post_record(note, payload));
+    }
+
+    /// A backup that has nothing is there.
+    fn begin_to_fill(&mut self) {
+        let mirror = self.mirror.as_mut().expect("the caller has looked");
+        mirror.stage = Stage::Greeting;
+        for worker in 0..self.contributors.len() {
+            if self.contributors[worker].said_goodbye {
+                self.write_down(Note { chunk: ChunkId(worker as u32), ..Note::new(NoteKind::Left) }, None, None, None);
+            }
+        }
+        self.effects.push_back(Effect::TellChanges);
+    }
+
+    /// The changes of the past have been told to a backup that has nothing: the state follows.
+    pub fn begin_copying(&mut self) {
+        if let Some(mirror) = self.mirror.as_mut().filter(|mirror| mirror.stage == Stage::Greeting) {
+            mirror.stage = Stage::Filling { place: 0, part: 0 };
+            self.fill();
+        }
+    }
+
+    /// Live changes go to the backup.
+    pub fn mirror_change(&mut self, clock: Clock, change: crate::optim::LiveChange) {
+        let follows = self.mirror.as_ref().is_some_and(|mirror| mirror.stage != Stage::Alone);
+        if follows {
+            change_notes(clock, change).for_each(|note| self.write_down(note, None, None, None));
+        }
+    }
+
+    /// Copies the next part of the state for a backup that has nothing, if one is to be copied and there is room.
+    pub(super) fn fill(&mut self) {
+        let Some(Mirror { stage: Stage::Filling { place, part }, pool, .. }) = &mut self.mirror else { return };
+        let (place, part) = (*place, *part);
+        if place == self.chunks.len() {
+            return self.pair();
+        }
+        let chunk = &self.chunks[place];
+        if chunk.busy || chunk.reduced.is_some() {
+            return; // its computation looks here again when it is done
+        }
+        let Some(lease) = pool.pop() else { return };
+        let (id, clock) = (chunk.id, chunk.gate.slowest());
+        let work = Work::new(Task::CopyOut(Part::ALL[part]), id, clock);
+        let contributions = self.spare.pop().unwrap_or_default();
+        self.compute(place, Work { contributions, sum: Some(lease), version: chunk.version, ..work });
+    }
+
+    /// A part of the state has been copied.
+    pub(super) fn copied_out(&mut self, index: usize, work: Work, part: Part) {
+        let sum = work.sum.expect("a copy has somewhere to go");
+        let mirror = self.mirror.as_mut().expect("only a mirror copies");
+        let is_awaited = mirror.stage == Stage::Filling { place: index, part: part as usize };
+        if !is_awaited {
+            mirror.pool.push(sum); // the backup was lost meanwhile
+            return;
+        }
+        let next = match part as usize + 1 {
+            next if next < mirror.parts => Stage::Filling { place: index, part: next },
+            _ => Stage::Filling { place: index + 1, part: 0 },
+        };
+        mirror.stage = next;
+        let length = self.chunks[index].len * 4;
+        let (chunk, clock) = (work.chunk, work.clock);
+        let note = Note {
+            chunk,
+            clock,
+            weight: part as u16,
+            version: work.version,
+            credit: work.steps,
+            length,
+            ..Note::new(NoteKind::State)
+        };
+        self.write_down(note, Some(sum.freeze()), None, None);
+        self.fill();
+    }
+
+    /// Whether the chunk at `place` is being copied for the backup: no step begins before all parts of one clock are there.
+    pub(super) fn is_copying(&self, place: usize) -> bool {
+        let stage = self.mirror.as_ref().map(|mirror| mirror.stage);
+        matches!(stage, Some(Stage::Filling { place: copied, part }) if copied == place && part > 0)
+    }
+
+    /// All of the state has been copied: once the backup has it all, it may count.
+    fn pair(&mut self) {
+        let mirror = self.mirror.as_mut().expect("the caller has looked");
+        if mirror.sent.is_empty() {
+            mirror.stage = Stage::Pairing;
+            mirror.claim = Some(Claim::Pair);
+        }
+    }
+
+    /// A slot for the sum of the chunk at `place`, if the backup is to have it.
+    pub(super) fn take_room_for_sum(&mut self, place: usize) -> Option<Lease> {
+        self.mirror.as_mut().filter(|mirror| mirror.covers(place))?.pool.pop()
+    }
+
+    /// Whether there is such a slot, or nobody is to have one.
+    pub(super) fn has_room_for_sum(&self, place: usize) -> bool {
+        self.mirror.as_ref().is_none_or(|mirror| !mirror.covers(place) || !mirror.pool.is_empty())
+    }
+
+    /// A chunk has been reduced, or nobody gave anything to it: the backup is told. `false` if there is nobody to tell.
+    pub(super) fn mirror_sum(
+        &mut self,
+        index: usize,
+        position: u64,
+        (clock, weight): (Clock, u32),
+        sum: Option<Lease>,
+    ) -> bool {
+        let Some(mirror) = &mut self.mirror else { return false };
+        if !mirror.covers(index) {
+            mirror.pool.extend(sum); // the backup was lost meanwhile
+            return false;
+        }
+        debug_assert!(sum.is_some() == (weight > 0), "a chunk is copied while nothing is computed over it");
+        let chunk = self.chunks[index].id;
+        let note = match &sum {
+            None => Note { chunk, clock, ..Note::new(NoteKind::Passed) },
+            Some(_) => {
+                let length = self.chunks[index].len * 4;
+                Note { chunk, clock, version: weight.into(), length, ..Note::new(NoteKind::Replica) }
+            }
+        };
+        self.chunks[index].is_unheld = true;
+        self.write_down(note, sum.map(Lease::freeze), Some((index, position)), None);
+        true
+    }
+
+    /// A worker has finished, and all that it gave is in; it may go once the backup knows that too.
+    pub(super) fn mirror_left(&mut self, worker: u16) -> bool {
+        let follows = self.mirror.as_ref().is_some_and(|mirror| mirror.stage != Stage::Alone);
+        if follows {
+            let note = Note { chunk: ChunkId(worker.into()), ..Note::new(NoteKind::Left) };
+            self.write_down(note, None, None, Some(worker));
+        }
+        follows
+    }
+
+    /// Whether nothing waits for the backup.
+    pub(super) fn is_held_by_backup(&self) -> bool {
+        self.mirror.as_ref().is_none_or(|mirror| match mirror.stage {
+            Stage::Paired | Stage::Parting => mirror.sent.is_empty(),
+            _ => !self.chunks.iter().any(|chunk| chunk.is_unheld),
+        })
+    }
+
+    /// The transport has given up its share of a payload.
+    pub(super) fn retire_payload(&mut self, payload: SharedLease) {
+        let Some(mirror) = &mut self.mirror else { return };
+        drop(payload);
+        let parting = std::mem::take(&mut mirror.parting);
+        for shared in parting {
+            match shared.thaw() {
+                Ok(lease) => mirror.pool.push(lease),
+                Err(shared) => mirror.parting.push(shared),
+            }
+        }
+        self.fill();
+    }
+
+    /// A record is acknowledged, or nobody is left to do so: what waited for it goes on.
+    fn settle(&mut self, record: Record) {
+        let Record { payload, held, left, .. } = record;
+        if let (Some((_, shared)), Some(mirror)) = (payload, &mut self.mirror) {
+            match shared.thaw() {
+                Ok(lease) => mirror.pool.push(lease),
+                Err(shared) => mirror.parting.push(shared),
+            }
+        }
+        if let Some((index, position)) = held {
+            self.chunks[index].is_unheld = false;
+            self.finish_position(0, position);
+            self.touch(index);
+        }
+        if let Some(worker) = left {
+            self.dismiss(worker);
+        }
+        self.fill();
+    }
+
+    fn write_down(&mut self, note: Note, payload: Option<SharedLease>, held: Option<(usize, u64)>, left: Option<u16>) {
+        let mirror = self.mirror.as_mut().expect("only a mirror records");
+        let payload = payload.map(|payload| {
+            mirror.payloads += 1;
+            (mirror.payloads - 1, payload)
+        });
+        let carried = payload.clone();
+        let is_attached = mirror.landing.is_some();
+        mirror.sent.push(Record { note, payload, held, left });
+        if is_attached {
+            self.post_record(note, carried);
+        }
+    }
+
+    fn post_record(&mut self, note: Note, payload: Option<(u64, SharedLease)>) {
+        let mirror = self.mirror.as_ref().expect("the caller has looked");
+        let (peer, landing) = (mirror.peer, mirror.landing.expect("the caller has looked"));
+        let payload = payload.map(|(number, payload)| {
+            let slot = number % u64::from(landing.slots);
+            let offset = landing.offset + slot * u64::from(landing.slot_bytes);
+            (payload, RemoteSlot { rkey: landing.rkey, offset, len: landing.slot_bytes })
+        });
+        let id = self.request_next | FOR_BACKUP;
+        self.request_next += 1;
+        let note = Note { epoch: self.config.epoch, ..note };
+        self.effects.push_back(Effect::Post(WorkRequest { id, peer, note, payload }));
+    }
+}

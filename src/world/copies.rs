@@ -1,0 +1,308 @@
+//! Shards with two copies in the simulated world: the store and its news, processes that die and are started again, and faults.
+//!
+//! Who serves is decided by the tenures of `session`, and what a lane makes of them by the server's own code; here are only delays,
+//! deaths, and the launcher's habit of starting a dead server again and of ending one that has no part in anything any more.
+//!
+//! Invariant: one fault at a time, and only while every shard has both its copies: what two faults at once may do is promised
+//! by nobody.
+
+use std::collections::VecDeque;
+
+use super::*;
+use crate::{
+    server::{Replica, Standing},
+    session::{Claim, Tenure, pair},
+    types::{Epoch, Rank, Role},
+};
+
+/// Silence after which the other lane of a pair counts as gone.
+pub const SUSPICION: Duration = Duration::from_secs(2);
+
+/// What ranks are told.
+#[derive(Clone, Copy, Debug)]
+enum News {
+    Tenure(usize, Tenure),
+    Gone(Rank),
+}
+
+/// What happened to the copies of a job.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CopyCounts {
+    /// Processes that were killed, or stopped until they had no part any more.
+    pub deaths: u64,
+    /// Paths between two lanes of a pair that were cut.
+    pub cuts: u64,
+    /// Lanes that took over.
+    pub takeovers: u64,
+    /// Backups that got all of the state from the primary.
+    pub pairings: u64,
+    /// Lanes that found themselves deposed and began anew.
+    pub deposed: u64,
+}
+
+/// The launcher's and the store's part.
+#[derive(Debug, Default)]
+pub(super) struct Copies {
+    pub tenures: Vec<Tenure>,
+    /// Claims on their way to the store.
+    claims: Vec<(Instant, PeerId, Epoch, Claim)>,
+    /// By node: what it will be told, in order.
+    news: BTreeMap<PeerId, VecDeque<(Instant, News)>>,
+    /// By server: how often it has been started.
+    spawned: BTreeMap<u16, u64>,
+    /// How often a lane has begun anew in its process.
+    begun: BTreeMap<PeerId, u64>,
+    /// Servers that are gone: when that is noticed, and whether it has been.
+    gone: BTreeMap<u16, (Instant, bool)>,
+    /// A server that does not run, until then.
+    stopped: Option<(u16, Instant)>,
+    pub counts: CopyCounts,
+}
+
+impl Copies {
+    pub fn new(servers: u16) -> Copies {
+        let tenures = (0..servers).map(|shard| Tenure::first(pair(ShardId(shard), servers, 1)));
+        Copies { tenures: tenures.collect(), ..Copies::default() }
+    }
+
+    fn life(&self, lane: PeerId) -> u64 {
+        let spawned = self.spawned.get(&lane.rank.index).copied().unwrap_or(0);
+        spawned << 32 | self.begun.get(&lane).copied().unwrap_or(0)
+    }
+}
+
+impl World<'_> {
+    /// Everything about copies that happens between two rounds.
+    pub(super) fn tend_copies(&mut self) -> Result<(), String> {
+        if self.options.copies {
+            self.collect_claims();
+            self.decide_claims();
+            self.tell_news()?;
+            self.start_again()?;
+        }
+        Ok(())
+    }
+
+    /// When something about copies is due next.
+    pub(super) fn copies_due(&self) -> Option<Instant> {
+        let copies = &self.copies;
+        let heard = copies.news.iter().filter(|(node, _)| !self.halted.contains(node));
+        let news = heard.filter_map(|(_, news)| news.front()).map(|(due, _)| *due);
+        let claims = copies.claims.iter().map(|(due, ..)| *due);
+        let gone = copies.gone.values().filter(|(_, noticed)| !noticed).map(|(due, _)| *due);
+        news.chain(claims).chain(gone).chain(copies.stopped.map(|(_, until)| until)).min()
+    }
+
+    /// Whether every shard has both copies, and everybody runs.
+    fn is_whole(&self) -> bool {
+        let copies = &self.copies;
+        copies.gone.is_empty() && copies.stopped.is_none() && copies.tenures.iter().all(|tenure| tenure.is_paired)
+    }
+
+    fn lanes_of_pair(&self, shard: usize) -> [PeerId; 2] {
+        pair(ShardId(shard as u16), self.options.servers, 1)
+    }
+
+    fn collect_claims(&mut self) {
+        for index in 0..self.servers.len() {
+            let node = &mut self.servers[index];
+            let Some((epoch, claim)) = node.replica.as_mut().and_then(Replica::take_claim) else { continue };
+            let due = self.now + Duration::from_micros(self.random.below(20_000));
+            self.copies.claims.push((due, node.me, epoch, claim));
+        }
+    }
+
+    fn decide_claims(&mut self) {
+        let now = self.now;
+        let due: Vec<_> = self.copies.claims.extract_if(.., |(due, ..)| *due <= now).collect();
+        for (_, claimant, epoch, claim) in due {
+            let shard = self.servers.iter().find(|node| node.me == claimant).expect("a lane").shard;
+            let tenure = self.copies.tenures[shard];
+            match tenure.after(self.lanes_of_pair(shard), claimant, epoch, claim) {
+                Ok(next) => {
+                    self.copies.tenures[shard] = next;
+                    self.copies.counts.takeovers += u64::from(claim == Claim::TakeOver);
+                    self.copies.counts.pairings += u64::from(claim == Claim::Pair);
+                    self.tell_everybody(News::Tenure(shard, next));
+                }
+                Err(_) => self.tell(claimant, News::Tenure(shard, tenure)),
+            }
+        }
+    }
+
+    fn tell_everybody(&mut self, news: News) {
+        let lanes = self.servers.iter().map(|node| node.me);
+        let everybody: Vec<PeerId> =
+            lanes.chain((0..self.trainers.len()).map(|worker| PeerId::worker(worker as u16))).collect();
+        everybody.into_iter().for_each(|node| self.tell(node, news));
+    }
+
+    fn tell(&mut self, node: PeerId, news: News) {
+        let due = self.now + Duration::from_micros(self.random.below(50_000));
+        let queue = self.copies.news.entry(node).or_default();
+        let due = queue.back().map_or(due, |(before, _)| due.max(*before));
+        queue.push_back((due, news));
+    }
+
+    fn tell_news(&mut self) -> Result<(), String> {
+        let now = self.now;
+        let nodes: Vec<PeerId> = self.copies.news.keys().copied().collect();
+        for node in nodes {
+            if self.halted.contains(&node) {
+                continue;
+            }
+            while let Some((due, news)) = self.copies.news.get_mut(&node).and_then(|queue| queue.front().copied()) {
+                if due > now {
+                    break;
+                }
+                self.copies.news.get_mut(&node).expect("just seen").pop_front();
+                self.hear(node, news)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn hear(&mut self, node: PeerId, news: News) -> Result<(), String> {
+        let now = self.now;
+        if node.rank.role == Role::Worker {
+            if let News::Tenure(shard, tenure) = news {
+                let engine = &mut self.trainers[usize::from(node.rank.index)].engine;
+                engine.set_tenure(ShardId(shard as u16), tenure.primary, now);
+            }
+            return Ok(());
+        }
+        let index = self.servers.iter().position(|server| server.me == node).expect("a lane of this world");
+        let own = self.servers[index].shard;
+        let Some(replica) = &mut self.servers[index].replica else { return Ok(()) };
+        match news {
+            News::Gone(rank) => replica.handle_gone(rank),
+            News::Tenure(shard, tenure) if shard == own => {
+                if replica.set_tenure(tenure, now).map_err(|error| error.to_string())? == Standing::BeginsAnew {
+                    self.copies.counts.deposed += 1;
+                    self.begin_anew(index)?;
+                }
+            }
+            News::Tenure(..) => {}
+        }
+        Ok(())
+    }
+
+    /// A lane drops what it has and becomes a backup that has nothing.
+    pub(super) fn begin_anew(&mut self, index: usize) -> Result<(), String> {
+        let (me, shard) = (self.servers[index].me, self.servers[index].shard);
+        self.servers[index].replica = None;
+        *self.copies.begun.entry(me).or_default() += 1;
+        self.join(index, me, shard)
+    }
+
+    fn join(&mut self, index: usize, me: PeerId, shard: usize) -> Result<(), String> {
+        let (tenure, life) = (self.copies.tenures[shard], self.copies.life(me));
+        let copy = Copy { me, shard: ShardId(shard as u16), tenure, is_first: false, life };
+        let standby = build::build_standby(self.options, &self.layout, &self.network, &copy);
+        let mut standby = standby.map_err(|error| error.to_string())?;
+        standby.join(self.now);
+        self.servers[index].replica = Some(Replica::following(me, tenure, standby));
+        Ok(())
+    }
+
+    /// The launcher notices the dead, ends processes that have no part in anything, and starts both kinds again.
+    fn start_again(&mut self) -> Result<(), String> {
+        let now = self.now;
+        if let Some((server, until)) = self.copies.stopped
+            && until <= now
+        {
+            self.copies.stopped = None;
+            self.halted.retain(|halted| halted.rank != Rank::server(server));
+        }
+        for server in 0..self.options.servers {
+            let rank = Rank::server(server);
+            let is_needed = (0..self.copies.tenures.len())
+                .any(|shard| self.copies.tenures[shard].needs(rank, self.lanes_of_pair(shard)));
+            if !is_needed && !self.copies.gone.contains_key(&server) && self.knows_its_tenures(rank) {
+                continue; // it has begun anew by itself, and catches up
+            }
+            if !is_needed && !self.copies.gone.contains_key(&server) {
+                self.kill(server, now);
+            }
+        }
+        for (server, (due, noticed)) in self.copies.gone.clone() {
+            if due > now {
+                continue;
+            }
+            if !noticed {
+                self.copies.gone.insert(server, (due, true));
+                self.tell_everybody(News::Gone(Rank::server(server)));
+            }
+            let serves = self.copies.tenures.iter().any(|tenure| tenure.primary.rank == Rank::server(server));
+            if !serves && self.random.once_in(20) {
+                self.copies.gone.remove(&server);
+                *self.copies.spawned.entry(server).or_default() += 1;
+                for index in 0..self.servers.len() {
+                    let (me, shard) = (self.servers[index].me, self.servers[index].shard);
+                    if me.rank.index == server {
+                        self.copies.news.remove(&me);
+                        self.join(index, me, shard)?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether all lanes of a process follow somebody under the present tenures.
+    fn knows_its_tenures(&self, rank: Rank) -> bool {
+        let lanes = self.servers.iter().filter(|node| node.me.rank == rank);
+        lanes.into_iter().all(|node| {
+            let present = self.copies.tenures[node.shard].epoch;
+            node.replica.as_ref().is_some_and(|replica| replica.served().is_none() && replica.tenure().epoch == present)
+        })
+    }
+
+    /// A process ends; the launcher notices at `noticed`.
+    fn kill(&mut self, server: u16, noticed: Instant) {
+        let rank = Rank::server(server);
+        self.servers.iter_mut().filter(|node| node.me.rank == rank).for_each(|node| node.replica = None);
+        self.copies.gone.insert(server, (noticed, false));
+        self.copies.claims.retain(|(_, claimant, ..)| claimant.rank != rank);
+        self.halted.retain(|halted| halted.rank != rank);
+        self.copies.stopped = self.copies.stopped.filter(|(stopped, _)| *stopped != server);
+    }
+
+    /// Does something to a shard with two copies; `false` if this is no moment for it.
+    pub(super) fn wreak_on_copies(&mut self) -> bool {
+        let server = self.random.below(self.options.servers.into()) as u16;
+        let shard = usize::from(server);
+        let [one, other] = self.lanes_of_pair(shard);
+        let worker = PeerId::worker(self.random.below(self.trainers.len() as u64) as u16);
+        let primary = self.copies.tenures[shard].primary;
+        let flows = self.network.in_flight(one, other) > 0 || self.network.in_flight(primary, worker) > 0;
+        if !flows || !self.is_whole() {
+            return false;
+        }
+        let within = |world: &mut Self, most: u64| world.now + Duration::from_micros(world.random.below(most));
+        match self.random.below(8) {
+            0..3 => {
+                // Mostly the launcher sees at once that a process has died; a host that is gone tells nobody.
+                let most = if self.random.once_in(3) { 8_000_000 } else { 50_000 };
+                let noticed = within(self, most);
+                self.kill(server, noticed);
+                self.copies.counts.deaths += 1;
+            }
+            3 => {
+                let until = within(self, 12_000_000);
+                let lanes = self.servers.iter().map(|node| node.me).filter(|lane| lane.rank.index == server);
+                self.halted.extend(lanes);
+                self.copies.stopped = Some((server, until));
+                self.copies.counts.deaths += 1;
+            }
+            4 => {
+                let until = within(self, 8_000_000);
+                self.network.cut(one, other, until);
+                self.copies.counts.cuts += 1;
+            }
+            5 => self.network.break_path(one, other),
+            _ => self.network.break_path(primary, worker),
+        }
+        true
+    }
+}
