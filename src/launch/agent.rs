@@ -214,6 +214,11 @@ impl Agent {
             ToAgent::Start { crew, token, name, mark, home, .. } => {
                 self.start(&crew, &JobToken::from_hex(&token)?, &name, mark, home)?;
             }
+            ToAgent::Restart { rank } => {
+                if let Some(Running { processes, directory, .. }) = &mut self.running {
+                    processes.restart(rank, directory)?;
+                }
+            }
             ToAgent::Signal { rank, signal } => {
                 if let (Some(running), Ok(signal)) = (&self.running, Signal::try_from(signal)) {
                     running.processes.signal(rank, signal);

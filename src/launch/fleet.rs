@@ -262,6 +262,26 @@ impl Fleet {
         }
     }
 
+    /// Whether we have started this rank's process.
+    pub fn starts(&self, rank: Rank) -> bool {
+        self.ranks.contains_key(&rank)
+    }
+
+    /// Starts a rank again, where its process ran that has ended.
+    ///
+    /// # Errors
+    ///
+    /// What kept it from starting here; an agent tells its own later.
+    pub fn restart(&mut self, rank: Rank, context: &Context<'_>) -> Result<()> {
+        let Some((host, exit)) = self.ranks.get_mut(&rank) else { return Ok(()) };
+        match &self.members[*host].remote {
+            Some(remote) => remote.say(ToAgent::Restart { rank }),
+            None => self.here.restart(rank, context.directory)?,
+        }
+        *exit = None;
+        Ok(())
+    }
+
     /// How a rank's process ended, if it has.
     pub fn exit(&self, rank: Rank) -> Option<Exit> {
         self.ranks.get(&rank)?.1

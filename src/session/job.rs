@@ -116,6 +116,10 @@ pub struct JobConfig {
     pub workers: u16,
     /// Shards (pinned threads) of each server.
     pub shards_per_server: u16,
+    /// Copies of each shard, on different servers: 1, or 2 of which one serves and the other may take over.
+    pub replicas: u16,
+    /// How long the other lane of a shard with two copies may be silent before it counts as gone, in milliseconds.
+    pub suspect_ms: u64,
     /// How far ahead of the others a worker may run, and what an update is.
     pub consistency: Consistency,
     /// How the gradients of one clock become one.
@@ -198,6 +202,8 @@ impl Default for JobConfig {
             servers: 1,
             workers: 1,
             shards_per_server: 1,
+            replicas: 1,
+            suspect_ms: 500,
             consistency: Consistency::default(),
             reduction: Reduction::default(),
             optimizer: OptimizerConfig::new(OptimizerKind::ADAMW, 1e-3),
@@ -291,6 +297,7 @@ impl JobConfig {
                 self.consistency
             ));
         }
+        self.validate_replicas()?;
         self.soft.validate()?;
         self.loss_scale.validate()?;
         self.optimizer.validate()
@@ -313,6 +320,7 @@ impl JobConfig {
             ("join_ms", self.join_ms),
             ("setup_ms", self.setup_ms),
             ("gpu_ms", self.gpu_ms),
+            ("suspect_ms", self.suspect_ms),
         ] {
             if value == 0 {
                 return Err(Error::Config(format!("`{key}` is 0; it must be at least 1")));
@@ -326,6 +334,43 @@ impl JobConfig {
             )));
         }
         Ok(())
+    }
+
+    fn validate_replicas(&self) -> Result<()> {
+        let refuse = |why: &str| Err(Error::Config(format!("`replicas` is {}; {why}", self.replicas)));
+        match self.replicas {
+            1 => Ok(()),
+            2 if self.servers < 2 => {
+                refuse("the copies of a shard are on different servers: `servers` must be at least 2")
+            }
+            2 if !self.consistency.aggregates() => refuse("that needs `consistency` bsp"),
+            2 if self.decides() => refuse(
+                "with two copies `optimizer.clip.global_norm`, `skip_nonfinite` and a dynamic `loss_scale.mode` are not built yet",
+            ),
+            2 if self.device != DeviceChoice::Cpu => refuse("that needs `device` cpu: on GPUs it is not built yet"),
+            2 => Ok(()),
+            _ => refuse("it must be 1 or 2"),
+        }
+    }
+
+    /// Whether reduce and apply are two passes.
+    pub fn is_two_step(&self) -> bool {
+        self.two_step || self.decides() || self.has_replicas()
+    }
+
+    /// Whether every shard has two copies.
+    pub fn has_replicas(&self) -> bool {
+        self.replicas > 1
+    }
+
+    /// The lanes of each server: one for each of its own shards, and one for each that it holds the second copy of.
+    pub fn lanes_per_server(&self) -> u16 {
+        self.shards_per_server * self.replicas
+    }
+
+    /// Slots of each lane for what the other one of its pair sends, each of the shard's largest chunk in f32.
+    pub fn replica_slots(&self) -> u32 {
+        if self.has_replicas() { 8 } else { 0 }
     }
 
     /// What decides the layout, beside the tensors.
@@ -428,7 +473,7 @@ mod tests {
     #[test]
     fn what_cannot_work_is_refused_by_its_key() {
         type Spoil = fn(&mut JobConfig);
-        let cases: [(&str, Spoil); 11] = [
+        let cases: [(&str, Spoil); 16] = [
             ("workers", |j| j.workers = 0),
             ("servers", |j| j.servers = RANKS_MAX + 1),
             ("shards_per_server", |j| j.shards_per_server = 0),
@@ -438,6 +483,11 @@ mod tests {
             ("deadline_ms", |j| j.deadline_ms = j.heartbeat_ms),
             ("checkpoint.dir", |j| j.checkpoint.every = Some(5)),
             ("../x", |j| j.name = "../x".into()),
+            ("replicas", |j| j.replicas = 3),
+            ("servers", |j| j.replicas = 2),
+            ("bsp", |j| (j.replicas, j.servers, j.consistency) = (2, 2, Consistency::Asp)),
+            ("global_norm", |j| (j.replicas, j.servers, j.optimizer.clip.global_norm) = (2, 2, Some(1.0))),
+            ("device", |j| (j.replicas, j.servers, j.device) = (2, 2, DeviceChoice::Auto)),
             ("bsp", |j| (j.skip_nonfinite, j.consistency) = (true, Consistency::Asp)),
             ("clip.global_norm", |j| j.optimizer.clip.global_norm = Some(0.0)),
         ];
