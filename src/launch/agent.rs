@@ -215,8 +215,11 @@ impl Agent {
                 self.start(&crew, &JobToken::from_hex(&token)?, &name, mark, home)?;
             }
             ToAgent::Restart { rank } => {
-                if let Some(Running { processes, directory, .. }) = &mut self.running {
-                    processes.restart(rank, directory)?;
+                if let Some(Running { processes, directory, .. }) = &mut self.running
+                    && let Err(error) = processes.restart(rank, directory)
+                {
+                    say(&format!("gradwire: {rank} could not be started again: {error}"));
+                    tell(&FromAgent::Exited { rank, exit: Exit::Code(1) });
                 }
             }
             ToAgent::Signal { rank, signal } => {

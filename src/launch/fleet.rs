@@ -28,7 +28,13 @@ use super::{
     supervisor::Event,
     sweep,
 };
-use crate::{Error, Result, mem::Topology, session::VERSION, types::Rank, wire::JobToken};
+use crate::{
+    Error, Result,
+    mem::Topology,
+    session::VERSION,
+    types::{Rank, Role},
+    wire::JobToken,
+};
 
 /// How long hosts may take to say hello and to reach the rendezvous.
 const HELLO_TIME: Duration = Duration::from_secs(30);
@@ -140,7 +146,12 @@ impl Fleet {
             Word::Agent(_) => Ok(Vec::new()),
             Word::Ended(why) => {
                 member.lost = true;
+                let alive: Vec<Rank> = self.alive().filter(|rank| self.ranks[rank].0 == index).collect();
                 self.give_up(index);
+                if context.may_lose_servers && alive.iter().all(|rank| rank.role == Role::Server) {
+                    self.say(&format!("gradwire: host {} {why}", self.members[index].host.name));
+                    return Ok(alive.into_iter().map(|rank| (rank, Exit::Code(1))).collect());
+                }
                 Err(Error::Config(format!("host {} {why}", self.members[index].host.name)))
             }
         }
@@ -263,8 +274,16 @@ impl Fleet {
     }
 
     /// Whether we have started this rank's process.
-    pub fn starts(&self, rank: Rank) -> bool {
+    pub fn has_started(&self, rank: Rank) -> bool {
         self.ranks.contains_key(&rank)
+    }
+
+    /// Why a rank whose process has ended cannot be started again from here.
+    pub fn hindrance(&self, rank: Rank) -> Option<&'static str> {
+        match self.ranks.get(&rank) {
+            None => Some("it was started by somebody else"),
+            Some((host, _)) => self.members[*host].lost.then_some("its host is gone"),
+        }
     }
 
     /// Starts a rank again, where its process ran that has ended.
@@ -335,4 +354,6 @@ pub(super) struct Context<'a> {
     pub token: &'a JobToken,
     /// Where the rendezvous listens.
     pub listening: SocketAddr,
+    /// Whether the job goes on without a server.
+    pub may_lose_servers: bool,
 }

@@ -157,8 +157,12 @@ impl Supervisor {
 
     fn start(&mut self) -> Result<Keeper> {
         let keeper = Keeper::start(&self.options.executable, self.processes.mark(), self.directory.path())?;
-        let context =
-            Context { directory: &self.directory, token: &self.token, listening: self.rendezvous.listening() };
+        let context = Context {
+            directory: &self.directory,
+            token: &self.token,
+            listening: self.rendezvous.listening(),
+            may_lose_servers: false,
+        };
         if let Err(e) = self.processes.start(&self.options, &context) {
             self.see(Sight::General(e.to_string()));
         }
@@ -167,8 +171,12 @@ impl Supervisor {
 
     /// What an agent on another host says.
     fn host(&mut self, index: usize, word: Word) {
-        let context =
-            Context { directory: &self.directory, token: &self.token, listening: self.rendezvous.listening() };
+        let context = Context {
+            directory: &self.directory,
+            token: &self.token,
+            listening: self.rendezvous.listening(),
+            may_lose_servers: self.may_lose_servers(),
+        };
         match self.processes.heard(index, word, &self.options, &context) {
             Ok(exited) => exited.into_iter().for_each(|(rank, exit)| self.exited(rank, exit)),
             Err(e) => self.see(Sight::General(e.to_string())),

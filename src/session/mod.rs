@@ -6,6 +6,7 @@
 
 mod changes;
 mod checksums;
+mod copies;
 mod device;
 pub(crate) mod fabrics;
 mod footprint;

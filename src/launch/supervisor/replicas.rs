@@ -60,8 +60,11 @@ impl Replicas {
 impl Supervisor {
     /// Whether others may go on where this rank is gone.
     pub(super) fn is_backed(&self, rank: Rank) -> bool {
-        let finished = self.summaries.contains_key(&rank);
-        rank.role == Role::Server && self.options.config.has_replicas() && self.running && !finished
+        rank.role == Role::Server && self.may_lose_servers() && !self.summaries.contains_key(&rank)
+    }
+
+    pub(super) fn may_lose_servers(&self) -> bool {
+        self.options.config.has_replicas() && self.running
     }
 
     fn tell(&self, text: &str) {
@@ -88,7 +91,7 @@ impl Supervisor {
     /// Tells a loss once all is known of it, and starts the server again.
     fn conclude(&mut self, rank: Rank) {
         let Some(loss) = self.replicas.losses.get(&rank) else { return };
-        let ours = self.processes.starts(rank);
+        let ours = self.processes.has_started(rank);
         let joined = self.joined.contains(&rank);
         if ours && loss.exit.is_none() || joined && loss.departure.is_none() {
             return;
@@ -102,13 +105,14 @@ impl Supervisor {
         }
         let text = departure.map_or(format!("{rank} {end} before it had joined"), |departure| words(&departure, &end));
         self.tell(&text);
-        match self.replicas.tries.get(&rank).copied().unwrap_or_default() {
-            _ if !ours => self.tell(&format!("{rank} was started by somebody else: its shards have no backup until it comes again")),
-            TRIES_MAX.. => self.tell(&format!(
+        let tries = self.replicas.tries.get(&rank).copied().unwrap_or_default();
+        match self.processes.hindrance(rank) {
+            Some(why) => self.tell(&format!("{rank} is not started again ({why}): its shards stay without a backup")),
+            None if tries >= TRIES_MAX => self.tell(&format!(
                 "{rank} has been started {TRIES_MAX} times without bringing a shard's second copy back: it is not started again, and \
                  its shards stay without a backup"
             )),
-            tries => {
+            None => {
                 self.replicas.restarts.insert(rank, Instant::now() + PAUSE * 2u32.pow(tries));
             }
         }
@@ -128,10 +132,15 @@ impl Supervisor {
             }
             *self.replicas.tries.entry(rank).or_default() += 1;
             self.lost.remove(&rank);
-            let context =
-                Context { directory: &self.directory, token: &self.token, listening: self.rendezvous.listening() };
+            let context = Context {
+                directory: &self.directory,
+                token: &self.token,
+                listening: self.rendezvous.listening(),
+                may_lose_servers: true,
+            };
             if let Err(error) = self.processes.restart(rank, &context) {
-                self.tell(&format!("{rank} could not be started again ({error}): its shards stay without a backup"));
+                self.tell(&format!("{rank} could not be started again: {error}"));
+                self.backed_exited(rank, Exit::Code(1));
             }
         }
     }

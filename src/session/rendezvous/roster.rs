@@ -416,6 +416,7 @@ impl Roster {
         }
         (self.ended, self.dismissed) = (true, true);
         self.give_up_change();
+        self.dismiss_waiting();
         let checkpoint = self.config.checkpoint.at_end && self.config.checkpoint.dir.is_some();
         let clock = self.clock_reached();
         self.send(self.everybody(), FromLauncher::Command(Command::End { clock, checkpoint }));

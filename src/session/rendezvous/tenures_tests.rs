@@ -397,6 +397,17 @@ fn the_job_ends_when_all_who_serve_have_finished() {
     assert!(!stage.notices.iter().any(|notice| matches!(notice, Notice::Lost(_) | Notice::Failed { .. })));
 }
 
+/// It would wait for the job's view until the launcher loses its patience.
+#[test]
+fn who_comes_again_as_the_job_ends_is_sent_away() {
+    let mut stage = Stage::running();
+    stage.lose(1);
+    stage.join(11, 1).unwrap();
+    stage.report(WORKER, Report::Finished { summary: serde_json::Value::Null });
+    assert_eq!(stage.hung_up, [11]);
+    assert_eq!(stage.copies_lost(), None);
+}
+
 #[test]
 fn who_has_finished_and_is_gone_is_not_missed() {
     let mut stage = Stage::running();

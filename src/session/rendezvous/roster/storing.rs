@@ -25,6 +25,7 @@ impl Roster {
     pub fn checkpoint_recorded(&mut self, clock: Clock, outcome: Result<(), String>) {
         let recorded = self.checkpoints.recorded(clock, outcome.is_ok());
         if recorded.stopping && outcome.is_ok() {
+            self.dismiss_waiting();
             self.over = true;
             self.send(self.everybody(), FromLauncher::Command(Command::Leave { clock }));
         }

@@ -187,6 +187,14 @@ impl Roster {
         }
     }
 
+    /// The job ends: whoever has not been shown it yet is not needed any more.
+    pub(super) fn dismiss_waiting(&mut self) {
+        let waiting = self.seats.iter().filter(|(_, seat)| seat.presence == Presence::Waiting);
+        for rank in waiting.map(|(rank, _)| *rank).collect::<Vec<_>>() {
+            self.gone(rank, Some("came again as the job ended".into()));
+        }
+    }
+
     /// Answers the offers of a rank that has come again: everybody else has a path to make to it, one by one.
     pub(super) fn show_tenures(&mut self, rank: Rank) -> Result<(), String> {
         let seat = self.seat(rank);
