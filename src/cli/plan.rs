@@ -59,7 +59,7 @@ pub(super) struct PlanArguments {
     /// Budget for landing memory, of one server.
     #[arg(long, value_name = "SIZE", default_value = "1GiB")]
     landing: String,
-    /// Copies of every shard, the working one included; this version runs jobs with one.
+    /// Copies of every shard, the working one included: 1 or 2.
     #[arg(long, value_name = "N", default_value_t = 1)]
     replicas: u16,
     /// Servers on one host.
@@ -146,7 +146,6 @@ impl PlanArguments {
         Ok(Question {
             config: self.config(transport)?,
             parameters: parameters(self.params.as_deref().unwrap_or_default())?,
-            replicas: self.replicas,
             servers_per_host: self.servers_per_host,
             workers_per_host: self.workers_per_host,
             host_memory,
@@ -167,6 +166,7 @@ impl PlanArguments {
             ("workers", self.workers.to_string()),
             ("servers", self.servers.to_string()),
             ("shards_per_server", self.shards_per_server.to_string()),
+            ("replicas", self.replicas.to_string()),
             ("gradient_dtype", self.dtype.clone()),
             ("parameter_dtype", parameter_dtype.into()),
             ("consistency", self.consistency.clone()),

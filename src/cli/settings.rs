@@ -32,6 +32,9 @@ pub(super) struct SettingArguments {
     /// Shards (pinned threads) of each server.
     #[arg(long, value_name = "N")]
     shards_per_server: Option<String>,
+    /// Copies of each shard, on different servers: 1, or 2, of which one serves and the other takes over when that is gone.
+    #[arg(long, value_name = "N")]
+    replicas: Option<String>,
     /// How far ahead of the slowest a worker may run: bsp, ssp:N or asp.
     #[arg(long)]
     consistency: Option<String>,
@@ -155,6 +158,7 @@ impl SettingArguments {
             ("workers", &self.workers),
             ("name", &self.name),
             ("shards_per_server", &self.shards_per_server),
+            ("replicas", &self.replicas),
             ("consistency", &self.consistency),
             ("optimizer.kind", &self.optimizer),
             ("optimizer.learning_rate", &self.learning_rate),

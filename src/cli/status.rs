@@ -10,7 +10,7 @@ use clap::Args;
 use crate::{
     Error, Result,
     launch::JobDirectory,
-    session::{Control, ControlAnswer, PathCounts, Status, control},
+    session::{Control, ControlAnswer, PathCounts, ShardStatus, Status, control},
 };
 
 /// How long a launcher may take to say how things stand.
@@ -59,6 +59,25 @@ pub(super) fn status(arguments: &StatusArguments) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Who serves which shard, and whether the other copy may take over; nothing where shards have one copy.
+fn redundancy(status: &Status) -> String {
+    let mut text = String::new();
+    for shard in &status.shards {
+        let ShardStatus { epoch, primary, backup, backup_state, .. } = shard;
+        text += &format!(
+            "shard {}: {primary} serves since epoch {epoch}, backup {backup}: {backup_state}\n",
+            shard.shard.0
+        );
+    }
+    let without = status.shards_without_backup();
+    text += &match (status.shards.is_empty(), without.is_empty()) {
+        (true, _) => String::new(),
+        (_, true) => "redundancy: full\n".into(),
+        _ => format!("shards without a backup: {}\n", without.join(", ")),
+    };
+    text
+}
+
 fn table(status: &Status) -> String {
     let checkpoint = status.checkpoint.map_or("none yet".into(), |clock| format!("clock {clock}"));
     let mut text = format!("job {}, last checkpoint: {checkpoint}\n", status.name);
@@ -68,6 +87,7 @@ fn table(status: &Status) -> String {
         let pid = if rank.pid == 0 { "-".into() } else { rank.pid.to_string() };
         text += &format!("{:<12} {:<11} {clock:>9} {pid:>9}  {}\n", rank.rank.to_string(), rank.state, rank.host);
     }
+    text += &redundancy(status);
     if status.not_finite > 0 {
         text += &format!("gradients that were not finite at {} clocks\n", status.not_finite);
     }
@@ -90,4 +110,36 @@ fn table(status: &Status) -> String {
         }
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::types::{Rank, ShardId};
+
+    #[test]
+    fn shards_without_a_backup_are_named() {
+        let shard = |shard, state: &str| ShardStatus {
+            shard: ShardId(shard),
+            epoch: 3,
+            primary: Rank::server(1),
+            backup: Rank::server(0),
+            backup_state: state.into(),
+        };
+        let status = |states: &[&str]| Status {
+            name: "job".into(),
+            instance: 0,
+            ranks: Vec::new(),
+            shards: states.iter().zip(0..).map(|(state, index)| shard(index, state)).collect(),
+            checkpoint: None,
+            not_finite: 0,
+            verdict: None,
+            metrics: None,
+        };
+        assert_eq!(redundancy(&status(&[])), "", "each shard has one copy");
+        assert!(redundancy(&status(&["complete", "complete"])).ends_with("redundancy: full\n"));
+        let text = redundancy(&status(&["catching up", "complete", "gone"]));
+        assert!(text.starts_with("shard 0: server 1 serves since epoch 3, backup server 0: catching up\n"), "{text}");
+        assert!(text.ends_with("shards without a backup: 0, 2\n"), "{text}");
+    }
 }

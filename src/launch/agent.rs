@@ -214,6 +214,14 @@ impl Agent {
             ToAgent::Start { crew, token, name, mark, home, .. } => {
                 self.start(&crew, &JobToken::from_hex(&token)?, &name, mark, home)?;
             }
+            ToAgent::Restart { rank } => {
+                if let Some(Running { processes, directory, .. }) = &mut self.running
+                    && let Err(error) = processes.restart(rank, directory)
+                {
+                    say(&format!("gradwire: {rank} could not be started again: {error}"));
+                    tell(&FromAgent::Exited { rank, exit: Exit::Code(1) });
+                }
+            }
             ToAgent::Signal { rank, signal } => {
                 if let (Some(running), Ok(signal)) = (&self.running, Signal::try_from(signal)) {
                     running.processes.signal(rank, signal);

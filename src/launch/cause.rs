@@ -48,6 +48,8 @@ pub(super) enum Sight {
     Reported { rank: Rank, text: String, elsewhere: bool },
     /// A rank's connection ended.
     Lost(Rank),
+    /// A shard has no copy left; how the servers that held it ended, and whether one was killed.
+    CopiesLost { text: String, killed: bool },
     /// Something that is no rank's own doing: somebody did not come in time, a process could not be started.
     General(String),
 }
@@ -66,7 +68,7 @@ const VOICES_MAX: usize = 3;
 pub(super) fn find(sights: &[Sight]) -> Option<Cause> {
     let first = sights.iter().enumerate().min_by_key(|(order, sight)| (weight(sight, sights), *order))?.1;
     let (rank, mut text, code) = match first {
-        Sight::General(text) => (None, text.clone(), 1),
+        Sight::General(text) | Sight::CopiesLost { text, .. } => (None, text.clone(), 1),
         Sight::Exited(rank, exit) => {
             let own = words(*rank, sights).map(|text| format!(": {text}")).unwrap_or_default();
             let early = rank.role == Role::Worker && *exit == Exit::Code(0);
@@ -91,12 +93,12 @@ pub(super) fn find(sights: &[Sight]) -> Option<Cause> {
 /// The smaller, the closer to the root.
 fn weight(sight: &Sight, sights: &[Sight]) -> u8 {
     match sight {
-        Sight::Exited(_, Exit::Signal(_)) => 0,
+        Sight::Exited(_, Exit::Signal(_)) | Sight::CopiesLost { killed: true, .. } => 0,
         Sight::Reported { elsewhere: false, .. } => 1,
         // A rank that had spoken before it ended is judged by its words.
         Sight::Exited(rank, _) if words(*rank, sights).is_some() => 5,
         Sight::Exited(..) => 2,
-        Sight::General(_) => 3,
+        Sight::General(_) | Sight::CopiesLost { .. } => 3,
         Sight::Reported { .. } => 4,
         Sight::Lost(_) => 6,
     }
@@ -172,6 +174,15 @@ mod tests {
         assert_eq!(cause(&[Sight::Lost(W0), Sight::General("late".into())]), ("late".into(), 1));
         assert_eq!(cause(&[Sight::Exited(S0, Exit::Code(0))]), ("server 0 ended with exit code 0".into(), 1));
         assert_eq!(find(&[]), None);
+    }
+
+    /// A worker that is lost takes the servers along that wait for it, and with them the copies.
+    #[test]
+    fn copies_are_lost_by_those_who_were_killed_or_after_a_worker() {
+        let lost = |killed| Sight::CopiesLost { text: "shard 0 has lost both copies".into(), killed };
+        let worker = Sight::Exited(W1, Exit::Code(3));
+        assert_eq!(cause(&[lost(false), worker.clone()]), ("worker 1 ended with exit code 3".into(), 3));
+        assert_eq!(cause(&[lost(true), worker]).1, 1);
     }
 
     #[test]

@@ -24,14 +24,14 @@ pub(super) struct Dealt {
     pub gpu: Option<usize>,
 }
 
-/// Deals a host's cores to its ranks: a server has one for each shard, the workers share what is left, at least one each. `taken`
+/// Deals a host's cores to its ranks: a server has one for each lane, the workers share what is left, at least one each. `taken`
 /// are the cores that other jobs use, each as often as it is used.
 ///
 /// # Errors
 ///
 /// [`Error::Config`] if workers are to go to GPUs and the machine has none.
 pub(super) fn deal(crew: &Crew, machine: &Topology, taken: &[usize]) -> Result<BTreeMap<Rank, Dealt>> {
-    let shards = usize::from(crew.config.shards_per_server);
+    let shards = usize::from(crew.config.lanes_per_server());
     let of = |role| crew.ranks.iter().copied().filter(move |rank: &Rank| rank.role == role);
     let left = machine.cores.len().saturating_sub(of(Role::Server).count() * shards);
     let for_worker = (left / of(Role::Worker).count().max(1)).max(1);

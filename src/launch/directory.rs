@@ -15,7 +15,7 @@ use nix::fcntl::{Flock, FlockArg};
 
 use crate::{
     Error, Result,
-    session::{Address, JobConfig, check_name},
+    session::{Address, JobConfig, TenureLog, check_name},
     wire::JobToken,
 };
 
@@ -62,7 +62,7 @@ impl JobDirectory {
         };
         let directory = JobDirectory { path, lock: Some(lock) };
         // What a killed launcher of this name may have left is of no use to anybody.
-        for old in ["rendezvous", "token", "config.json", "pids", "cores"] {
+        for old in ["rendezvous", "token", "config.json", "pids", "cores", "tenures"] {
             let _ = fs::remove_file(directory.path.join(old));
         }
         Ok(directory)
@@ -121,6 +121,11 @@ impl JobDirectory {
         let path = self.path.join(name);
         let file = OpenOptions::new().create(true).write(true).truncate(true).mode(0o600).open(&path);
         file.and_then(|mut file| file.write_all(text.as_bytes())).map_err(|e| Error::file("write", path, e))
+    }
+
+    /// The log of who serves which shard, for a job with two copies of each.
+    pub(super) fn tenures(&self) -> Result<TenureLog> {
+        TenureLog::open(&self.path.join("tenures"))
     }
 
     /// Where the job's rendezvous is.

@@ -28,7 +28,13 @@ use super::{
     supervisor::Event,
     sweep,
 };
-use crate::{Error, Result, mem::Topology, session::VERSION, types::Rank, wire::JobToken};
+use crate::{
+    Error, Result,
+    mem::Topology,
+    session::VERSION,
+    types::{Rank, Role},
+    wire::JobToken,
+};
 
 /// How long hosts may take to say hello and to reach the rendezvous.
 const HELLO_TIME: Duration = Duration::from_secs(30);
@@ -140,7 +146,12 @@ impl Fleet {
             Word::Agent(_) => Ok(Vec::new()),
             Word::Ended(why) => {
                 member.lost = true;
+                let alive: Vec<Rank> = self.alive().filter(|rank| self.ranks[rank].0 == index).collect();
                 self.give_up(index);
+                if context.may_lose_servers && alive.iter().all(|rank| rank.role == Role::Server) {
+                    self.say(&format!("gradwire: host {} {why}", self.members[index].host.name));
+                    return Ok(alive.into_iter().map(|rank| (rank, Exit::Code(1))).collect());
+                }
                 Err(Error::Config(format!("host {} {why}", self.members[index].host.name)))
             }
         }
@@ -262,6 +273,34 @@ impl Fleet {
         }
     }
 
+    /// Whether we have started this rank's process.
+    pub fn has_started(&self, rank: Rank) -> bool {
+        self.ranks.contains_key(&rank)
+    }
+
+    /// Why a rank whose process has ended cannot be started again from here.
+    pub fn hindrance(&self, rank: Rank) -> Option<&'static str> {
+        match self.ranks.get(&rank) {
+            None => Some("it was started by somebody else"),
+            Some((host, _)) => self.members[*host].lost.then_some("its host is gone"),
+        }
+    }
+
+    /// Starts a rank again, where its process ran that has ended.
+    ///
+    /// # Errors
+    ///
+    /// What kept it from starting here; an agent tells its own later.
+    pub fn restart(&mut self, rank: Rank, context: &Context<'_>) -> Result<()> {
+        let Some((host, exit)) = self.ranks.get_mut(&rank) else { return Ok(()) };
+        match &self.members[*host].remote {
+            Some(remote) => remote.say(ToAgent::Restart { rank }),
+            None => self.here.restart(rank, context.directory)?,
+        }
+        *exit = None;
+        Ok(())
+    }
+
     /// How a rank's process ended, if it has.
     pub fn exit(&self, rank: Rank) -> Option<Exit> {
         self.ranks.get(&rank)?.1
@@ -315,4 +354,6 @@ pub(super) struct Context<'a> {
     pub token: &'a JobToken,
     /// Where the rendezvous listens.
     pub listening: SocketAddr,
+    /// Whether the job goes on without a server.
+    pub may_lose_servers: bool,
 }

@@ -28,7 +28,7 @@ use crate::{
     Error, Result,
     session::{
         Address, CheckpointSink, Control, ControlAnswer, JobConfig, MetricsEndpoint, Order, Rendezvous,
-        RendezvousOptions, StepRange, control, launcher_text,
+        RendezvousOptions, StepRange, TenureStore, control, launcher_text,
     },
     types::Rank,
     wire::JobToken,
@@ -199,6 +199,7 @@ impl Job {
         };
         let directory = JobDirectory::create(options.home.as_deref(), &options.config.name)?;
         let (events, events_in) = channel();
+        let tenures = options.config.has_replicas().then(|| directory.tenures()).transpose()?;
         let for_notices = events.clone();
         let rendezvous = Rendezvous::start(
             options.config.clone(),
@@ -208,6 +209,7 @@ impl Job {
                 reserved: options.config.ranks().filter(|rank| !options.by_hand.contains(rank)).collect(),
                 on_notice: Box::new(move |notice| drop(for_notices.send(Event::Notice(notice)))),
                 on_checkpoint,
+                tenures: tenures.map(|log| Box::new(log) as Box<dyn TenureStore>),
             },
         )?;
         let (address, listening) = (rendezvous.address(), rendezvous.listening());

@@ -31,6 +31,8 @@ pub(super) enum ToAgent {
     /// Start these ranks. `home` is where the job's directory is made, if not in the usual place; `silence_ms` how long the
     /// launcher may be silent before it counts as gone.
     Start { crew: Box<Crew>, token: String, name: String, mark: String, home: Option<PathBuf>, silence_ms: u64 },
+    /// Start this rank again, whose process has ended.
+    Restart { rank: Rank },
     /// Send a signal to a rank's group.
     Signal { rank: Rank, signal: i32 },
     /// The launcher is there.

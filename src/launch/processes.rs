@@ -45,6 +45,8 @@ pub(super) struct Processes {
     mark: String,
     on_exit: OnExit,
     sink: SharedSink,
+    /// What was started, to start one of it again.
+    crew: Option<Crew>,
     ranks: BTreeMap<Rank, Process>,
     readers: Vec<JoinHandle<()>>,
     /// Tells readers that whoever still holds the other end of their pipe is none of ours.
@@ -53,7 +55,15 @@ pub(super) struct Processes {
 
 impl Processes {
     pub fn new(mark: String, on_exit: OnExit, sink: SharedSink) -> Processes {
-        Processes { mark, on_exit, sink, ranks: BTreeMap::new(), readers: Vec::new(), stop_reading: Arc::default() }
+        Processes {
+            mark,
+            on_exit,
+            sink,
+            crew: None,
+            ranks: BTreeMap::new(),
+            readers: Vec::new(),
+            stop_reading: Arc::default(),
+        }
     }
 
     /// By what every process of the job is known.
@@ -65,14 +75,39 @@ impl Processes {
     pub fn start(&mut self, crew: &Crew, directory: &JobDirectory) -> Result<()> {
         let (prepared, cores) = crew.prepare(directory, &self.mark)?;
         directory.write("cores", &cores::text(&cores).replace(',', " "))?;
-        for Prepared { rank, mut command, bound } in prepared {
-            command.stdin(Stdio::null());
-            if !crew.pass_output {
-                command.stdout(Stdio::piped()).stderr(Stdio::piped());
-            }
-            let child = spawn::supervised(&mut command, bound.as_deref())?;
-            self.watch(rank, child)?;
+        self.crew = Some(crew.clone());
+        for prepared in prepared {
+            self.start_one(prepared, crew.pass_output)?;
         }
+        self.write_pids(directory)
+    }
+
+    /// Starts a rank again whose process has been reaped.
+    ///
+    /// # Errors
+    ///
+    /// As [`Processes::start`].
+    pub fn restart(&mut self, rank: Rank, directory: &JobDirectory) -> Result<()> {
+        let started =
+            self.crew.as_ref().filter(|_| self.ranks.get(&rank).is_some_and(|process| process.exit.is_some()));
+        let Some(crew) = started else { return Ok(()) };
+        let (pass_output, (prepared, _)) = (crew.pass_output, crew.prepare(directory, &self.mark)?);
+        for prepared in prepared.into_iter().filter(|prepared| prepared.rank == rank) {
+            self.start_one(prepared, pass_output)?;
+        }
+        self.write_pids(directory)
+    }
+
+    fn start_one(&mut self, Prepared { rank, mut command, bound }: Prepared, pass_output: bool) -> Result<()> {
+        command.stdin(Stdio::null());
+        if !pass_output {
+            command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        }
+        let child = spawn::supervised(&mut command, bound.as_deref())?;
+        self.watch(rank, child)
+    }
+
+    fn write_pids(&self, directory: &JobDirectory) -> Result<()> {
         let pids = self.ranks.iter().map(|(rank, process)| format!("{} {rank}\n", process.group));
         directory.write("pids", &pids.collect::<String>())
     }

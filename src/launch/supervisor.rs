@@ -3,6 +3,8 @@
 //! Invariant: the first failure is told by its cause, not by what followed from it; every way out of `run` passes `clear_up`.
 #![forbid(unsafe_code)]
 
+mod replicas;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::mpsc::{Receiver, RecvTimeoutError, Sender},
@@ -95,6 +97,7 @@ pub(super) struct Supervisor {
     checkpoint: Option<u64>,
     stopped_with_checkpoint: bool,
     timeline: Timeline,
+    replicas: replicas::Replicas,
 }
 
 impl Supervisor {
@@ -126,6 +129,7 @@ impl Supervisor {
             checkpoint: None,
             stopped_with_checkpoint: false,
             timeline: Timeline::default(),
+            replicas: replicas::Replicas::default(),
         }
     }
 
@@ -153,8 +157,12 @@ impl Supervisor {
 
     fn start(&mut self) -> Result<Keeper> {
         let keeper = Keeper::start(&self.options.executable, self.processes.mark(), self.directory.path())?;
-        let context =
-            Context { directory: &self.directory, token: &self.token, listening: self.rendezvous.listening() };
+        let context = Context {
+            directory: &self.directory,
+            token: &self.token,
+            listening: self.rendezvous.listening(),
+            may_lose_servers: false,
+        };
         if let Err(e) = self.processes.start(&self.options, &context) {
             self.see(Sight::General(e.to_string()));
         }
@@ -163,8 +171,12 @@ impl Supervisor {
 
     /// What an agent on another host says.
     fn host(&mut self, index: usize, word: Word) {
-        let context =
-            Context { directory: &self.directory, token: &self.token, listening: self.rendezvous.listening() };
+        let context = Context {
+            directory: &self.directory,
+            token: &self.token,
+            listening: self.rendezvous.listening(),
+            may_lose_servers: self.may_lose_servers(),
+        };
         match self.processes.heard(index, word, &self.options, &context) {
             Ok(exited) => exited.into_iter().for_each(|(rank, exit)| self.exited(rank, exit)),
             Err(e) => self.see(Sight::General(e.to_string())),
@@ -186,7 +198,7 @@ impl Supervisor {
 
     fn next_deadline(&self) -> Option<Instant> {
         let ending = self.ending.as_ref().and_then(|ending| ending.terminate_at.or(ending.kill_at));
-        self.settle_at.into_iter().chain(ending).chain(self.processes.next_deadline()).min()
+        self.settle_at.into_iter().chain(ending).chain(self.processes.next_deadline()).chain(self.next_restart()).min()
     }
 
     fn handle(&mut self, event: Event) {
@@ -234,6 +246,10 @@ impl Supervisor {
             }
             Notice::NotFinite { clock, worker, tensor, count } => self.not_finite(clock, worker, &tensor, count),
             Notice::Failed { rank, text, elsewhere } => self.see(Sight::Reported { rank, text, elsewhere }),
+            Notice::Gone(departure) => self.gone(*departure),
+            Notice::CopiesLost { shard, servers } => self.copies_lost(shard, servers),
+            Notice::Tenure { shard, tenure, alone } => self.tenure(shard, tenure, &alone),
+            Notice::StoreUnavailable(why) => self.store_unavailable(&why),
             // Of a rank that we started, its exit tells more, and when the job is ending it was told to leave.
             Notice::Lost(rank) => {
                 self.lost.insert(rank);
@@ -292,6 +308,7 @@ impl Supervisor {
             // A worker that is stopped with a checkpoint ends as its program sees fit.
             (Some(Ending { end: End::Preempted(_), .. }), _)
                 if rank.role == Role::Worker && matches!(exit, Exit::Code(_)) || self.stopped_with_checkpoint => {}
+            _ if self.is_backed(rank) => self.backed_exited(rank, exit),
             _ => self.see(Sight::Exited(rank, exit)),
         }
     }
@@ -357,9 +374,14 @@ impl Supervisor {
             return;
         }
         let wait = if matches!(sight, Sight::Lost(_)) { SETTLE_TIME_LOST } else { SETTLE_TIME };
+        self.sights.push(sight);
+        self.settle(wait);
+    }
+
+    /// Gathers what is seen for a while, then looks for the cause.
+    fn settle(&mut self, wait: Duration) {
         let at = Instant::now() + wait;
         self.settle_at = Some(self.settle_at.map_or(at, |earlier| earlier.min(at)));
-        self.sights.push(sight);
     }
 
     fn signal(&mut self, signal: Signal) {
@@ -399,11 +421,13 @@ impl Supervisor {
         }
         if self.settle_at.is_some_and(|at| at <= now) {
             self.settle_at = None;
+            self.tell_copies_lost();
             if let Some(cause) = cause::find(&self.sights) {
                 self.rendezvous.order(Order::Fail(cause.text.clone()));
                 self.end(End::Failed(cause), HEED_TIME);
             }
         }
+        self.restart(now);
         let Some(ending) = &mut self.ending else { return };
         if ending.terminate_at.is_some_and(|at| at <= now) {
             ending.terminate_at = None;

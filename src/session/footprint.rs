@@ -9,12 +9,12 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use super::{DeviceChoice, JobConfig};
+use super::{DeviceChoice, JobConfig, shard_of};
 use crate::{
     Error, Result,
     layout::{ALIGNMENT, Layout, WorkerView},
     optim::ChunkStep,
-    types::{Rank, Role, ShardId},
+    types::{PeerId, Rank, Role, ShardId},
 };
 
 /// Fewest landing slots that a worker can work with: one that is being read, one that is being written.
@@ -44,6 +44,8 @@ pub struct ShardMemory {
     pub replies: u64,
     /// Landing slots of all workers, all of the largest chunk's size.
     pub landing: u64,
+    /// Slots for what the other copy of the shard sends, where there are two.
+    pub replica: u64,
     /// Landing slots of each worker.
     pub slots: u32,
 }
@@ -71,7 +73,7 @@ impl ShardShape {
 impl ShardMemory {
     /// All of it.
     pub fn total(&self) -> u64 {
-        self.master + self.state + self.accumulator + self.replies + self.landing
+        self.master + self.state + self.accumulator + self.replies + self.landing + self.replica
     }
 
     /// What of it lies in the host's memory for certain: of a shard on a GPU only what peers write and read.
@@ -88,7 +90,7 @@ impl JobConfig {
     /// [`Error::Config`] with the sum, if there is no room for 2.
     pub fn slots(&self, shape: &ShardShape) -> Result<u32> {
         let chunk = (shape.chunk_elements_max * self.gradient_dtype.size() as u64).max(1);
-        let budget = self.landing_bytes / u64::from(self.shards_per_server);
+        let budget = self.landing_bytes / u64::from(self.lanes_per_server());
         let fits = budget / (u64::from(self.workers) * chunk);
         if fits < SLOTS_MIN {
             return Err(Error::Config(format!(
@@ -108,7 +110,7 @@ impl JobConfig {
     /// As [`JobConfig::slots`].
     pub fn shard_memory(&self, shape: &ShardShape) -> Result<ShardMemory> {
         let slots = self.slots(shape)?;
-        let accumulates = self.two_step || self.decides() || ChunkStep::needs_accumulator(&self.optimizer);
+        let accumulates = self.is_two_step() || ChunkStep::needs_accumulator(&self.optimizer);
         let array = 4 * shape.elements;
         let [gradient, parameter] =
             [self.gradient_dtype, self.parameter_dtype].map(|dtype| shape.chunk_elements_max * dtype.size() as u64);
@@ -118,6 +120,7 @@ impl JobConfig {
             accumulator: if accumulates { array } else { 0 },
             replies: (2 * shape.chunks).max(1) * parameter,
             landing: u64::from(self.workers) * u64::from(slots) * gradient,
+            replica: u64::from(self.replica_slots()) * 4 * shape.chunk_elements_max,
             slots,
         })
     }
@@ -136,8 +139,8 @@ impl JobConfig {
         match rank.role {
             Role::Worker => Ok(self.worker_memory(WorkerView::new(layout, rank.index).elements)),
             Role::Server => {
-                let first = rank.index * self.shards_per_server;
-                let shards = (first..first + self.shards_per_server).map(ShardId);
+                let lanes = (0..self.lanes_per_server()).map(|lane| PeerId { rank, lane });
+                let shards = lanes.map(|lane| shard_of(lane, self.servers, self.shards_per_server));
                 shards.map(|shard| Ok(self.shard_memory(&ShardShape::of(layout, shard))?.on_host(&self.device))).sum()
             }
         }
@@ -162,7 +165,7 @@ impl JobConfig {
         Err(Error::Config(format!(
             "the job does not fit into this host's memory: {} servers take {} bytes and {} workers {}, together {}, and {available} \
              are available; shard 0 has {} for master parameters, {} for optimizer state, {} for sums, {} for replies and {} for {} \
-             landing slots of each of {} workers: use more hosts, or lower landing_bytes",
+             landing slots of each of {} workers{}: use more hosts, or lower landing_bytes",
             servers.0,
             servers.1,
             workers.0,
@@ -174,7 +177,8 @@ impl JobConfig {
             first.replies,
             first.landing,
             first.slots,
-            self.workers
+            self.workers,
+            if self.has_replicas() { ", and every shard is held twice" } else { "" }
         )))
     }
 }
@@ -237,6 +241,7 @@ mod tests {
             accumulator: 0,
             replies: 6 * 2048,
             landing: 2 * 3 * 2048,
+            replica: 0,
             slots: 3,
         };
         assert_eq!((memory, memory.total()), (wanted, 12_288 + 24_576 + 12_288 + 12_288));
@@ -253,6 +258,18 @@ mod tests {
             .iter()
             .sum();
         assert_eq!(config.rank_memory(&layout, Rank::server(0)).unwrap(), of_shards);
+    }
+
+    #[test]
+    fn a_second_copy_is_a_whole_shard_and_its_slots() {
+        let one = JobConfig { two_step: true, landing_bytes: 1 << 20, ..config() };
+        let two = JobConfig { replicas: 2, two_step: false, landing_bytes: 2 << 20, ..one.clone() };
+        two.validate().unwrap();
+        let layout = layout(&one);
+        let rank = |config: &JobConfig, server| config.rank_memory(&layout, Rank::server(server)).unwrap();
+        // Slots of 1024 elements in f32, for each of four lanes.
+        assert_eq!(rank(&two, 0), rank(&one, 0) + rank(&one, 1) + 4 * 8 * 4096);
+        assert_eq!(rank(&two, 0), rank(&two, 1));
     }
 
     #[test]

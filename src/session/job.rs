@@ -116,6 +116,10 @@ pub struct JobConfig {
     pub workers: u16,
     /// Shards (pinned threads) of each server.
     pub shards_per_server: u16,
+    /// Copies of each shard, on different servers: 1, or 2 of which one serves and the other may take over.
+    pub replicas: u16,
+    /// How long the other lane of a shard with two copies may be silent before it counts as gone, in milliseconds.
+    pub suspect_ms: u64,
     /// How far ahead of the others a worker may run, and what an update is.
     pub consistency: Consistency,
     /// How the gradients of one clock become one.
@@ -198,6 +202,8 @@ impl Default for JobConfig {
             servers: 1,
             workers: 1,
             shards_per_server: 1,
+            replicas: 1,
+            suspect_ms: 500,
             consistency: Consistency::default(),
             reduction: Reduction::default(),
             optimizer: OptimizerConfig::new(OptimizerKind::ADAMW, 1e-3),
@@ -291,6 +297,7 @@ impl JobConfig {
                 self.consistency
             ));
         }
+        self.validate_replicas()?;
         self.soft.validate()?;
         self.loss_scale.validate()?;
         self.optimizer.validate()
@@ -313,6 +320,7 @@ impl JobConfig {
             ("join_ms", self.join_ms),
             ("setup_ms", self.setup_ms),
             ("gpu_ms", self.gpu_ms),
+            ("suspect_ms", self.suspect_ms),
         ] {
             if value == 0 {
                 return Err(Error::Config(format!("`{key}` is 0; it must be at least 1")));
@@ -429,7 +437,7 @@ mod tests {
     #[test]
     fn what_cannot_work_is_refused_by_its_key() {
         type Spoil = fn(&mut JobConfig);
-        let cases: [(&str, Spoil); 11] = [
+        let cases: [(&str, Spoil); 16] = [
             ("workers", |j| j.workers = 0),
             ("servers", |j| j.servers = RANKS_MAX + 1),
             ("shards_per_server", |j| j.shards_per_server = 0),
@@ -439,6 +447,11 @@ mod tests {
             ("deadline_ms", |j| j.deadline_ms = j.heartbeat_ms),
             ("checkpoint.dir", |j| j.checkpoint.every = Some(5)),
             ("../x", |j| j.name = "../x".into()),
+            ("replicas", |j| j.replicas = 3),
+            ("servers", |j| j.replicas = 2),
+            ("bsp", |j| (j.replicas, j.servers, j.consistency) = (2, 2, Consistency::Asp)),
+            ("global_norm", |j| (j.replicas, j.servers, j.optimizer.clip.global_norm) = (2, 2, Some(1.0))),
+            ("device", |j| (j.replicas, j.servers, j.device) = (2, 2, DeviceChoice::Auto)),
             ("bsp", |j| (j.skip_nonfinite, j.consistency) = (true, Consistency::Asp)),
             ("clip.global_norm", |j| j.optimizer.clip.global_norm = Some(0.0)),
         ];

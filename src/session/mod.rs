@@ -6,6 +6,7 @@
 
 mod changes;
 mod checksums;
+mod copies;
 mod device;
 pub(crate) mod fabrics;
 mod footprint;
@@ -20,7 +21,9 @@ mod recorder;
 mod rendezvous;
 mod setting;
 mod settings;
+mod store;
 mod tenure;
+mod tenure_log;
 mod timeline;
 mod verdict;
 
@@ -37,11 +40,14 @@ pub use placement::cores_from_environment;
 pub use rebuild::Proposal;
 pub use recorder::{Recorder, Trace};
 pub use rendezvous::{
-    Address, CheckpointSink, Command, Commands, Control, Member, Notice, NoticeSink, Offer, Order, RankStatus,
-    Rendezvous, RendezvousOptions, Report, Reporter, Status, VERSION, View, decode_lines, token_from_environment,
+    Address, CheckpointSink, Command, Commands, Control, Departure, Member, Notice, NoticeSink, Offer, Order,
+    RankStatus, Rendezvous, RendezvousOptions, Report, Reporter, ShardStatus, Status, VERSION, View, decode_lines,
+    token_from_environment,
 };
 pub(crate) use rendezvous::{ControlAnswer, LineBuffer, control};
 pub use settings::{RANK_VARIABLES, gather};
+pub use store::{Swap, TenureStore};
 pub use tenure::{Claim, Tenure, pair, shard_of};
+pub use tenure_log::TenureLog;
 pub use timeline::{ClockOffset, StepRange, TimelinePart};
 pub use verdict::{Finding, Owed, Verdict, WAITS_MAX, Wait, judge};

@@ -33,6 +33,8 @@ const SETTINGS: &[(&str, Kind)] = &[
     ("servers", Kind::Whole),
     ("workers", Kind::Whole),
     ("shards_per_server", Kind::Whole),
+    ("replicas", Kind::Whole),
+    ("suspect_ms", Kind::Whole),
     ("consistency", Kind::Text),
     ("reduction", Kind::Choice(&["mean", "sum"])),
     ("gradient_dtype", Kind::Choice(&["f32", "bf16", "f16"])),

@@ -194,6 +194,7 @@ mod tests {
             reported_ms: *reported_ms,
         };
         Status {
+            shards: Vec::new(),
             name: "job".into(),
             instance: 0,
             ranks: ranks.iter().map(rank).collect(),

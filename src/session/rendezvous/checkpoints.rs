@@ -46,14 +46,16 @@ pub(super) struct Recorded {
 #[derive(Debug)]
 pub(super) struct Checkpoints {
     shards: u32,
+    /// Whether a part may come twice: from the copy that served, and from the one that took over.
+    repeats: bool,
     open: BTreeMap<Clock, BTreeMap<ShardId, Value>>,
     request: Option<Request>,
     last: Option<Clock>,
 }
 
 impl Checkpoints {
-    pub fn new(shards: u32) -> Checkpoints {
-        Checkpoints { shards, open: BTreeMap::new(), request: None, last: None }
+    pub fn new(shards: u32, repeats: bool) -> Checkpoints {
+        Checkpoints { shards, repeats, open: BTreeMap::new(), request: None, last: None }
     }
 
     /// Only the first `shards` shards have something to store.
@@ -89,6 +91,11 @@ impl Checkpoints {
         if u32::from(shard.0) >= self.shards {
             return Err(format!("there is no shard {}", shard.0));
         }
+        let is_there =
+            self.last >= Some(clock) || self.open.get(&clock).is_some_and(|parts| parts.contains_key(&shard));
+        if self.repeats && is_there {
+            return Ok(None);
+        }
         let parts = self.open.entry(clock).or_default();
         if parts.insert(shard, info).is_some() {
             return Err(format!("shard {} has reported its part of clock {clock} already", shard.0));
@@ -120,6 +127,11 @@ impl Checkpoints {
         }
     }
 
+    /// What ranks have been asked to write and have not written yet.
+    pub fn requested(&self) -> Option<Command> {
+        self.request.as_ref().map(Request::command)
+    }
+
     /// A control caller hung up.
     pub fn forget(&mut self, connection: ConnectionId) {
         if let Some(request) = &mut self.request {
@@ -138,7 +150,7 @@ mod tests {
 
     #[test]
     fn parts_are_handed_on_once_complete_and_in_order() {
-        let mut book = Checkpoints::new(3);
+        let mut book = Checkpoints::new(3, false);
         assert_eq!(shard(2, &mut book, 5), None);
         assert_eq!(shard(0, &mut book, 5), None);
         assert_eq!(shard(0, &mut book, 6), None);
@@ -150,8 +162,21 @@ mod tests {
     }
 
     #[test]
+    fn a_copy_that_took_over_may_report_its_part_again() {
+        let mut book = Checkpoints::new(2, true);
+        assert_eq!(shard(0, &mut book, 5), None);
+        assert_eq!(shard(0, &mut book, 5), None);
+        assert!(shard(1, &mut book, 5).is_some());
+        book.recorded(5, true);
+        assert_eq!(shard(1, &mut book, 5), None);
+        assert!(book.open.is_empty(), "it is complete");
+        assert_eq!(shard(0, &mut book, 6), None);
+        assert!(shard(1, &mut book, 6).is_some());
+    }
+
+    #[test]
     fn a_late_shard_moves_the_request_ahead() {
-        let mut book = Checkpoints::new(1);
+        let mut book = Checkpoints::new(1, false);
         assert_eq!(book.request(10, None, Some(7)), Command::Checkpoint { clock: 12 });
         assert_eq!(book.late(12, 15), Some(Command::Checkpoint { clock: 19 }));
         assert_eq!(book.late(12, 15), None, "the second shard that was late for the first attempt");
@@ -162,7 +187,7 @@ mod tests {
 
     #[test]
     fn a_stop_is_not_answered_by_another_checkpoint() {
-        let mut book = Checkpoints::new(1);
+        let mut book = Checkpoints::new(1, false);
         let command = book.request(10, Some("preempted".into()), None);
         assert!(matches!(command, Command::Stop { checkpoint: true, clock: Some(12), .. }));
         assert!(!book.recorded(11, true).stopping);
@@ -172,7 +197,7 @@ mod tests {
 
     #[test]
     fn incomplete_checkpoints_are_bounded() {
-        let mut book = Checkpoints::new(2);
+        let mut book = Checkpoints::new(2, false);
         for clock in 0..1000 {
             assert_eq!(shard(0, &mut book, clock), None);
             assert!(book.open.len() <= OPEN_MAX + 1);

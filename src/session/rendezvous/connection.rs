@@ -8,7 +8,7 @@ use std::{
     time::Instant,
 };
 
-use super::message::{LineBuffer, STRANGER_BYTES_MAX};
+use super::line::{LineBuffer, STRANGER_BYTES_MAX};
 use crate::{session::PortRange, types::Rank};
 
 /// Opens a port: one of `ports`, if other hosts are to call and none was chosen.

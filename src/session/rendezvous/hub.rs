@@ -4,15 +4,11 @@
 //! them; what it sends reaches no state of the job.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     io::{ErrorKind, Read},
-    net::{SocketAddr, TcpListener},
+    net::TcpListener,
     os::fd::AsFd,
-    sync::{
-        Arc,
-        mpsc::{Receiver, Sender, channel},
-    },
-    thread::JoinHandle,
+    sync::{Arc, mpsc::Receiver},
     time::{Duration, Instant},
 };
 
@@ -20,23 +16,21 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tracing::{info, warn};
 
 use super::{
-    Address, VERSION, auth,
-    connection::{Connection, Stage, listen},
-    message::{
-        Admission, Answer, Challenge, FromLauncher, LINE_BYTES_MAX, LineBuffer, Purpose, STRANGER_BYTES_MAX, decode,
-        encode,
-    },
+    VERSION, auth,
+    connection::{Connection, Stage},
+    handle::{CheckpointSink, NoticeSink, Order, RendezvousOptions},
+    line::{LINE_BYTES_MAX, LineBuffer, STRANGER_BYTES_MAX, decode, encode},
+    message::{Admission, Answer, Challenge, FromLauncher, Purpose},
     notice::Notice,
     notify::Notify,
     peer::{clock_name, host_name, keep_alive},
     roster::{ConnectionId, Effect, Roster},
+    swaps::Swaps,
 };
 use crate::{
-    Error, Result,
-    layout::Layout,
+    Result,
     observe::monotonic_ns,
     session::{JobConfig, memory_available},
-    types::{Clock, Rank},
     wire::JobToken,
 };
 
@@ -58,119 +52,7 @@ const REFUSALS_LOGGED_MAX: u32 = 200;
 /// How long the last messages may take to leave when the rendezvous ends.
 const FAREWELL_TIME: Duration = Duration::from_millis(500);
 
-/// Is told what happens, on the rendezvous' thread.
-pub type NoticeSink = Box<dyn FnMut(Notice) + Send>;
-
-/// Writes the manifest of a checkpoint of this layout whose parts are all on the disk, given in the order of their shards; on the
-/// rendezvous' thread.
-pub type CheckpointSink = Box<dyn FnMut(Clock, Vec<serde_json::Value>, &Layout) -> Result<()> + Send>;
-
-/// What a rendezvous is started with.
-pub struct RendezvousOptions {
-    /// Where to listen; port 0 lets the kernel choose.
-    pub listen: SocketAddr,
-    /// Ranks whose processes the caller starts itself: one that joins as "any rank" never gets one of these.
-    pub reserved: BTreeSet<Rank>,
-    /// Is told what happens.
-    pub on_notice: NoticeSink,
-    /// Completes checkpoints.
-    pub on_checkpoint: CheckpointSink,
-}
-
-/// What the launcher orders.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Order {
-    /// A checkpoint at the next clock.
-    Checkpoint,
-    /// A checkpoint at the next clock, with which every rank ends; ends without one where none can be written.
-    CheckpointAndStop(String),
-    /// Every rank ends now.
-    Stop(String),
-    /// Every rank hears why the job has failed.
-    Fail(String),
-    /// The launcher's metrics are read at this address.
-    MetricsAt(SocketAddr),
-    /// The last messages leave, then the port closes.
-    Close,
-}
-
-/// A running rendezvous. Dropping it closes the port.
-pub struct Rendezvous {
-    listening: SocketAddr,
-    orders: Sender<Order>,
-    notify: Arc<Notify>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Rendezvous {
-    /// Opens the port (one of the job's, if other hosts are to call and none was chosen) and starts the thread.
-    pub fn start(config: JobConfig, token: JobToken, options: RendezvousOptions) -> Result<Rendezvous> {
-        let subject = || format!("the rendezvous port {}", options.listen);
-        let listener = listen(options.listen, config.ports).map_err(|e| Error::os("bind", subject(), e))?;
-        listener.set_nonblocking(true).map_err(|e| Error::os("fcntl", subject(), e))?;
-        let listening = listener.local_addr().map_err(|e| Error::os("getsockname", subject(), e))?;
-        let (orders, orders_in) = channel();
-        let notify = Arc::new(Notify::new()?);
-        let mut roster = Roster::new(config, options.reserved, Instant::now());
-        if let Some(bytes) = memory_available() {
-            roster.limit_memory(host_name(), bytes);
-        }
-        let mut hub = Hub {
-            listener,
-            token,
-            roster,
-            connections: BTreeMap::new(),
-            next_id: 0,
-            refusals: 0,
-            notify: Arc::clone(&notify),
-            orders: orders_in,
-            on_notice: options.on_notice,
-            on_checkpoint: options.on_checkpoint,
-            closing: None,
-        };
-        let thread = std::thread::Builder::new()
-            .name("rendezvous".into())
-            .spawn(move || hub.run())
-            .map_err(|e| Error::os("pthread_create", "the rendezvous", e))?;
-        Ok(Rendezvous { listening, orders, notify, thread: Some(thread) })
-    }
-
-    /// Where it listens.
-    pub fn listening(&self) -> SocketAddr {
-        self.listening
-    }
-
-    /// Where processes of this machine reach it.
-    pub fn address(&self) -> Address {
-        let mut address = self.listening;
-        if address.ip().is_unspecified() {
-            address.set_ip(if address.is_ipv4() {
-                std::net::Ipv4Addr::LOCALHOST.into()
-            } else {
-                std::net::Ipv6Addr::LOCALHOST.into()
-            });
-        }
-        address.into()
-    }
-
-    /// Gives an order; it is carried out on the rendezvous' thread.
-    pub fn order(&self, order: Order) {
-        // The thread ends only on `Close`, after which there is nothing left to order.
-        let _ = self.orders.send(order);
-        self.notify.wake();
-    }
-}
-
-impl Drop for Rendezvous {
-    fn drop(&mut self) {
-        self.order(Order::Close);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
-}
-
-struct Hub {
+pub(super) struct Hub {
     listener: TcpListener,
     token: JobToken,
     roster: Roster,
@@ -179,13 +61,42 @@ struct Hub {
     refusals: u32,
     notify: Arc<Notify>,
     orders: Receiver<Order>,
+    swaps: Swaps,
     on_notice: NoticeSink,
     on_checkpoint: CheckpointSink,
     closing: Option<Instant>,
 }
 
 impl Hub {
-    fn run(&mut self) {
+    /// What answers at this port, is given orders here, and is woken by that.
+    pub fn new(
+        config: JobConfig,
+        token: JobToken,
+        options: RendezvousOptions,
+        (listener, orders, notify): (TcpListener, Receiver<Order>, Arc<Notify>),
+    ) -> Result<Hub> {
+        let mut roster = Roster::new(config, options.reserved, Instant::now());
+        if let Some(bytes) = memory_available() {
+            roster.limit_memory(host_name(), bytes);
+        }
+        Ok(Hub {
+            listener,
+            token,
+            roster,
+            connections: BTreeMap::new(),
+            next_id: 0,
+            refusals: 0,
+            swaps: Swaps::start(options.tenures, Arc::clone(&notify))?,
+            notify,
+            orders,
+            on_notice: options.on_notice,
+            on_checkpoint: options.on_checkpoint,
+            closing: None,
+        })
+    }
+
+    /// Serves until it has been told to close.
+    pub fn run(&mut self) {
         loop {
             let now = Instant::now();
             let flushed = self.connections.values().all(|connection| connection.outgoing.is_empty());
@@ -252,9 +163,13 @@ impl Hub {
                 }
                 Order::Stop(reason) => self.roster.stop(reason),
                 Order::Fail(text) => self.roster.fail(text),
+                Order::Gone(rank, how) => self.roster.gone(rank, Some(how)),
                 Order::MetricsAt(address) => self.roster.set_metrics(address),
                 Order::Close => self.closing = self.closing.or(Some(Instant::now() + FAREWELL_TIME)),
             }
+        }
+        while let Some((swap, outcome)) = self.swaps.poll() {
+            self.roster.swapped(swap, outcome);
         }
         self.carry_out();
     }
@@ -451,6 +366,8 @@ impl Hub {
                     }
                 }
                 Effect::Notice(notice) => (self.on_notice)(notice),
+                Effect::Swap(swap) => self.swaps.begin(swap),
+                Effect::HangUp(id) => drop(self.connections.remove(&id)),
                 Effect::Time { to } => {
                     let time = encode(&FromLauncher::Time { at_ns: monotonic_ns(), clock: clock_name() });
                     self.connections.entry(to).and_modify(|connection| connection.outgoing.extend(&time));

@@ -16,10 +16,8 @@ use std::{
 
 use super::{
     Address,
-    message::{
-        Command, Control, FromLauncher, LINE_BYTES_MAX, LineBuffer, Offer, Purpose, Report, Status, ToLauncher, View,
-        decode, encode,
-    },
+    line::{LINE_BYTES_MAX, LineBuffer, decode, encode},
+    message::{Command, Control, FromLauncher, Offer, Purpose, Report, Status, ToLauncher, View},
     notify::Notify,
     peer::{Caller, Connection, clock_name, token_from_environment},
 };

@@ -8,7 +8,9 @@
 mod auth;
 mod checkpoints;
 mod connection;
+mod handle;
 mod hub;
+mod line;
 mod member;
 mod message;
 mod notice;
@@ -17,6 +19,9 @@ mod peer;
 mod roster;
 #[cfg(test)]
 mod roster_tests;
+mod swaps;
+#[cfg(test)]
+mod tenures_tests;
 #[cfg(test)]
 mod tests;
 mod waiting;
@@ -28,12 +33,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-pub use hub::{CheckpointSink, NoticeSink, Order, Rendezvous, RendezvousOptions};
+pub use handle::{CheckpointSink, NoticeSink, Order, Rendezvous, RendezvousOptions};
+pub(crate) use line::LineBuffer;
+pub use line::decode_lines;
 pub use member::{Commands, Member, Reporter};
 pub(crate) use member::{ControlAnswer, control};
-pub(crate) use message::LineBuffer;
-pub use message::{Command, Control, Offer, RankStatus, Report, Status, VERSION, View, decode_lines};
-pub use notice::Notice;
+pub use message::{Command, Control, Offer, RankStatus, Report, ShardStatus, Status, VERSION, View};
+pub use notice::{Departure, Notice};
 pub use peer::token_from_environment;
 
 use crate::{Error, Result, types::Rank};

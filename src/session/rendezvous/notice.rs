@@ -4,10 +4,25 @@
 
 use crate::{
     optim::LiveChange,
-    session::{TimelinePart, Verdict},
+    session::{Tenure, TimelinePart, Verdict},
     transport::PathChoice,
-    types::{Clock, Rank},
+    types::{Clock, Rank, ShardId},
 };
+
+/// How a server left, and who goes on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Departure {
+    /// Who.
+    pub rank: Rank,
+    /// Its process.
+    pub pid: u32,
+    /// Its host.
+    pub host: String,
+    /// Why, if that is known: its own words, or what the others found.
+    pub why: Option<String>,
+    /// The servers of the other copies of the shards that it had a part in.
+    pub others: Vec<Rank>,
+}
 
 /// What the launcher must know.
 #[derive(Clone, Debug, PartialEq)]
@@ -59,6 +74,26 @@ pub enum Notice {
         /// Some of its marks.
         part: Box<TimelinePart>,
     },
+    /// A server is gone, and the job goes on without it: its shards have other copies.
+    Gone(Box<Departure>),
+    /// A shard has no copy left.
+    CopiesLost {
+        /// Which.
+        shard: ShardId,
+        /// The servers that held it.
+        servers: [Rank; 2],
+    },
+    /// A shard with two copies is served in another way from now on.
+    Tenure {
+        /// Which shard.
+        shard: ShardId,
+        /// Who serves it.
+        tenure: Tenure,
+        /// The shards that have no backup now.
+        alone: Vec<ShardId>,
+    },
+    /// The store of tenures cannot be used: no copy takes over until it can; told once until then.
+    StoreUnavailable(String),
     /// A rank's connection ended before it had finished.
     Lost(Rank),
     /// A rank has done its part.

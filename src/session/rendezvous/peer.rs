@@ -14,7 +14,8 @@ use serde::de::DeserializeOwned;
 
 use super::{
     Address, VERSION, auth,
-    message::{Admission, Answer, Challenge, LineBuffer, Purpose, STRANGER_BYTES_MAX, decode, encode},
+    line::{LineBuffer, STRANGER_BYTES_MAX, decode, encode},
+    message::{Admission, Answer, Challenge, Purpose},
 };
 use crate::{Error, Result, types::Role, wire::JobToken};
 

@@ -7,6 +7,8 @@ mod changing;
 mod missing;
 mod paths;
 mod standing;
+mod storing;
+mod tenures;
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -20,11 +22,12 @@ use super::{
     names,
     notice::Notice,
     seconds,
+    swaps::Swapping,
     waiting::Waiting,
 };
 use crate::{
     layout::{Layout, TensorSpec},
-    session::{Changes, JobConfig, PathCounts, Proposal},
+    session::{Changes, JobConfig, PathCounts, Proposal, Tenure},
     transport::PathChoice,
     types::{Clock, PeerId, Rank, Role},
 };
@@ -44,6 +47,10 @@ pub(super) enum Effect {
     Time { to: ConnectionId },
     /// Tell the launcher.
     Notice(Notice),
+    /// Ask the store of tenures, then call `swapped`.
+    Swap(Swapping),
+    /// This one is of the job no more.
+    HangUp(ConnectionId),
     /// A checkpoint's parts are all there: have the manifest written, then call `checkpoint_recorded`.
     Record { clock: Clock, parts: Vec<serde_json::Value> },
 }
@@ -64,6 +71,21 @@ struct Seat {
     sent: BTreeMap<String, u64>,
     reported: Option<Instant>,
     finished: bool,
+    presence: Presence,
+}
+
+/// How a server of a job with two copies of each shard comes and goes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Presence {
+    /// There since the beginning.
+    #[default]
+    First,
+    /// Gone; another process may take the seat.
+    Gone,
+    /// Another process, which waits until nobody takes it for the one before.
+    Waiting,
+    /// Another process, which has been shown the job.
+    Admitted,
 }
 
 /// A set of ranks that wait for one another.
@@ -108,13 +130,21 @@ pub(super) struct Roster {
     ended: bool,
     /// The servers have been told how to end.
     dismissed: bool,
+    /// Nobody is to go on without anybody any more.
+    over: bool,
+    view: Option<PackedView>,
+    /// By shard; empty where each has one copy.
+    tenures: Vec<Tenure>,
+    /// The store's last answer was that it cannot be used.
+    store_failed: bool,
     effects: VecDeque<Effect>,
 }
 
 impl Roster {
     pub fn new(config: JobConfig, reserved: BTreeSet<Rank>, now: Instant) -> Roster {
         let seats = config.ranks().map(|rank| (rank, Seat::default())).collect();
-        let checkpoints = Checkpoints::new(config.shard_count());
+        let tenures = tenures::first(&config);
+        let checkpoints = Checkpoints::new(config.shard_count(), config.has_replicas());
         Roster {
             waiting: Waiting::new(&config),
             changes: Changes::new(config.shard_count() as usize),
@@ -139,6 +169,10 @@ impl Roster {
             metrics: None,
             ended: false,
             dismissed: false,
+            over: false,
+            view: None,
+            tenures,
+            store_failed: false,
             effects: VecDeque::new(),
         }
     }
@@ -177,17 +211,22 @@ impl Roster {
         let Some(seat) = self.seats.get_mut(&rank) else {
             return Err(format!("there is no {rank}: this job has {count} of that role, counted from 0"));
         };
-        if seat.taken {
+        let again = seat.presence == Presence::Gone;
+        if seat.taken && !again {
             return Err(format!(
                 "{rank} has joined already (process {} on {}); every rank joins once",
                 seat.pid, seat.host
             ));
         }
         *seat = Seat { connection: Some(connection), taken: true, host, pid, ..Seat::default() };
+        if again {
+            seat.presence = Presence::Waiting;
+        }
         self.by_connection.insert(connection, rank);
         let config = Box::new(self.config.clone());
         self.send(vec![connection], FromLauncher::Welcome { rank, config });
         self.notice(Notice::Joined(rank));
+        self.admit();
         // A server may come after the last declaration.
         if self.declaring.is_some() {
             self.show_view();
@@ -227,7 +266,7 @@ impl Roster {
 
     /// A rank said what cannot be understood or must not be said.
     pub fn protocol_failure(&mut self, rank: Rank, text: String) {
-        self.notice(Notice::Failed { rank, text: format!("broke the rendezvous protocol: {text}"), elsewhere: false });
+        self.failed(rank, format!("broke the rendezvous protocol: {text}"), false);
     }
 
     fn declare(&mut self, rank: Rank, specs: Vec<TensorSpec>, now: Instant) -> Result<(), String> {
@@ -263,6 +302,7 @@ impl Roster {
             self.layout = Some(layout);
         }
         self.declaring = None;
+        self.view = Some(view.clone());
         self.send(self.everybody(), FromLauncher::View(view));
     }
 
@@ -276,6 +316,9 @@ impl Roster {
         let seat = self.seat(rank);
         if seat.offered.replace(offers).is_some() {
             return Err("every rank offers once".into());
+        }
+        if seat.presence == Presence::Admitted {
+            return self.show_tenures(rank);
         }
         let offering = self.offering.get_or_insert_with(|| Gathering { here: BTreeSet::new(), since: now });
         offering.here.insert(rank);
@@ -338,7 +381,7 @@ impl Roster {
                     self.send(self.everybody(), FromLauncher::Command(command));
                 }
             }
-            Report::Claim { .. } => return Err("this job has one copy of each shard".into()),
+            Report::Claim { lane, shard, epoch, claim } => self.claim(PeerId { rank, lane }, shard, epoch, claim)?,
             Report::Rebuild { lane, proposal } => self.pass_on(PeerId { rank, lane }, proposal)?,
             Report::PathCounts { lane, counts } => {
                 self.seat(rank).path_counts.insert(lane, counts);
@@ -355,7 +398,7 @@ impl Roster {
             Report::Prepared { number, lane, from } => self.on_prepared(PeerId { rank, lane }, number, from),
             Report::MetricsAt { address } => self.seat(rank).metrics = Some(address),
             Report::Timeline(part) => self.notice(Notice::Timeline { rank, part: Box::new(part) }),
-            Report::Failed { text, elsewhere } => self.notice(Notice::Failed { rank, text, elsewhere }),
+            Report::Failed { text, elsewhere } => self.failed(rank, text, elsewhere),
             Report::Finished { summary } => {
                 self.seat(rank).finished = true;
                 self.notice(Notice::Finished { rank, summary });
@@ -373,6 +416,7 @@ impl Roster {
         }
         (self.ended, self.dismissed) = (true, true);
         self.give_up_change();
+        self.dismiss_waiting();
         let checkpoint = self.config.checkpoint.at_end && self.config.checkpoint.dir.is_some();
         let clock = self.clock_reached();
         self.send(self.everybody(), FromLauncher::Command(Command::End { clock, checkpoint }));
@@ -393,22 +437,6 @@ impl Roster {
         }
     }
 
-    /// Asks for a checkpoint at the next clock that no shard can have passed; with a reason, the job ends with it. The error
-    /// says why there can be none.
-    pub fn request_checkpoint(&mut self, stop: Option<String>, waiting: Option<ConnectionId>) -> Result<(), String> {
-        if self.config.checkpoint.dir.is_none() {
-            return Err("this job has no checkpoint directory; start it with --checkpoint-dir DIR".into());
-        }
-        if !self.running || self.ended {
-            let when = if self.ended { "is ending" } else { "has not begun to train" };
-            return Err(format!("no checkpoint can be written now: the job {when}"));
-        }
-        self.ended = stop.is_some();
-        let command = self.checkpoints.request(self.clock_reached(), stop, waiting);
-        self.send(self.everybody(), FromLauncher::Command(command));
-        Ok(())
-    }
-
     /// The furthest clock that anybody has reported.
     fn clock_reached(&self) -> Clock {
         self.seats.values().filter_map(|seat| seat.clock).max().unwrap_or(self.config.start_clock)
@@ -426,34 +454,15 @@ impl Roster {
         self.layout.as_ref()
     }
 
-    /// The manifest of a checkpoint was written, or could not be.
-    pub fn checkpoint_recorded(&mut self, clock: Clock, outcome: Result<(), String>) {
-        let recorded = self.checkpoints.recorded(clock, outcome.is_ok());
-        if recorded.stopping && outcome.is_ok() {
-            self.send(self.everybody(), FromLauncher::Command(Command::Leave { clock }));
-        }
-        let answer = match &outcome {
-            Ok(()) => FromLauncher::CheckpointWritten { clock },
-            Err(text) => FromLauncher::Refused(text.clone()),
-        };
-        if !recorded.waiting.is_empty() {
-            self.send(recorded.waiting, answer);
-        }
-        self.notice(match outcome {
-            Ok(()) => Notice::Checkpoint { clock, stopping: recorded.stopping },
-            Err(text) => Notice::CheckpointFailed(text),
-        });
-    }
-
     /// Ends the job by name: every rank is told, nobody may join any more.
     pub fn fail(&mut self, text: String) {
-        (self.ended, self.dismissed) = (true, true);
+        (self.ended, self.dismissed, self.over) = (true, true, true);
         self.send(self.everybody(), FromLauncher::Command(Command::JobFailed { text }));
     }
 
     /// Tells every rank to end now, without a checkpoint.
     pub fn stop(&mut self, reason: String) {
-        (self.ended, self.dismissed) = (true, true);
+        (self.ended, self.dismissed, self.over) = (true, true, true);
         let command = Command::Stop { reason, checkpoint: false, clock: None };
         self.send(self.everybody(), FromLauncher::Command(command));
     }
@@ -465,7 +474,7 @@ impl Roster {
         let seat = self.seat(rank);
         seat.connection = None;
         if !seat.finished {
-            self.notice(Notice::Lost(rank));
+            self.left(rank);
         }
     }
 

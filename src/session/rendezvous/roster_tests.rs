@@ -57,6 +57,7 @@ impl Stage {
             match effect {
                 Effect::Send { to, message } => self.sent.extend(to.into_iter().map(|id| (id, message.clone()))),
                 Effect::Notice(notice) => self.notices.push(notice),
+                Effect::Swap(_) | Effect::HangUp(_) => unreachable!("each shard has one copy"),
                 Effect::Time { to } => {
                     let message = FromLauncher::Time { at_ns: 1, clock: "test".into() };
                     self.sent.push((to, message));

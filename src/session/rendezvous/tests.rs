@@ -40,6 +40,7 @@ fn start(workers: u16, change: impl FnOnce(&mut JobConfig)) -> Job {
             on_checkpoint.send((clock, parts.len())).unwrap();
             Ok(())
         }),
+        tenures: None,
     };
     let rendezvous = Rendezvous::start(config, token.clone(), options).unwrap();
     Job { rendezvous, token, notices, checkpoints }

@@ -26,8 +26,6 @@ pub struct Question {
     pub config: JobConfig,
     /// Parameters of the model.
     pub parameters: u64,
-    /// Copies of every shard, the working one included. This version of gradwire runs one.
-    pub replicas: u16,
     /// Servers on one host.
     pub servers_per_host: u16,
     /// Workers on one host.
@@ -55,7 +53,7 @@ pub struct Plan {
     pub shard: ShardShape,
     /// Its memory, by what it is for.
     pub shard_memory: ShardMemory,
-    /// Host memory of one server: its shards (without what is on a GPU), and its replicas' share.
+    /// Host memory of one server: its shards (without what is on a GPU), and those that it holds the second copy of.
     pub server_bytes: u64,
     /// Bytes of one worker: gradients and parameters.
     pub worker_bytes: u64,
@@ -87,15 +85,17 @@ pub struct Plan {
 ///
 /// [`Error::Config`] for settings that cannot be, with the sum where landing memory is too small.
 pub fn plan(question: &Question) -> Result<Plan> {
-    let Question { config, parameters, replicas, .. } = question;
-    if *parameters == 0 || *replicas == 0 || question.servers_per_host == 0 || question.workers_per_host == 0 {
-        return Err(Error::Config("parameters, replicas and processes of a host must be at least 1".into()));
+    let Question { config, parameters, .. } = question;
+    if *parameters == 0 || question.servers_per_host == 0 || question.workers_per_host == 0 {
+        return Err(Error::Config("parameters and processes of a host must be at least 1".into()));
     }
     let shard = ShardShape::even(*parameters, config);
     let shard_memory = config.shard_memory(&shard)?;
-    let shards_per_server = u64::from(config.shards_per_server);
-    let server_bytes = shard_memory.on_host(&config.device) * shards_per_server * u64::from(*replicas);
+    let lanes = u64::from(config.lanes_per_server());
+    let server_bytes = shard_memory.on_host(&config.device) * lanes;
     let worker_bytes = config.worker_memory(parameters.next_multiple_of(crate::layout::ALIGNMENT));
+    // Each lane of a pair has a path to the other one.
+    let partners = u64::from(config.has_replicas());
     let on_host = |most: u16, all: u16| u64::from(most.min(all));
     let (servers, workers) = (u64::from(config.servers), u64::from(config.workers));
     let servers_here = on_host(question.servers_per_host, config.servers);
@@ -117,9 +117,9 @@ pub fn plan(question: &Question) -> Result<Plan> {
         fits,
         landing_budget: config.landing_bytes,
         slots: shard_memory.slots,
-        queue_pairs_server_host: servers_here * workers * shards_per_server,
-        queue_pairs_worker_host: workers_here * servers * shards_per_server,
-        queue_pairs: 2 * workers * servers * shards_per_server,
+        queue_pairs_server_host: servers_here * lanes * (workers + partners),
+        queue_pairs_worker_host: workers_here * servers * lanes,
+        queue_pairs: servers * lanes * (2 * workers + partners),
         step: predict(config, *parameters, &question.costs, &question.cluster, question.backward_s),
     })
 }

@@ -28,13 +28,14 @@ pub fn text(plan: &Plan) -> String {
     let mut lines = vec![
         format!("model      {} parameters in {} chunks on {} shards", plan.parameters, plan.chunks, plan.shards),
         format!(
-            "shard      {}: master {}, optimizer state {}, sums {}, replies {}, landing {}",
+            "shard      {}: master {}, optimizer state {}, sums {}, replies {}, landing {}{}",
             bytes(memory.total()),
             bytes(memory.master),
             bytes(memory.state),
             bytes(memory.accumulator),
             bytes(memory.replies),
-            bytes(memory.landing)
+            bytes(memory.landing),
+            if memory.replica > 0 { format!(", from its other copy {}", bytes(memory.replica)) } else { String::new() }
         ),
         format!(
             "landing    {} slots for each worker on each shard, of a budget of {} a server",

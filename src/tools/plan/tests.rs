@@ -21,7 +21,6 @@ fn question() -> Question {
             ..JobConfig::default()
         },
         parameters: 70_000_000_000,
-        replicas: 1,
         servers_per_host: 1,
         workers_per_host: 1,
         host_memory: None,
@@ -44,8 +43,13 @@ fn memory_is_the_sum_that_the_design_names() {
     assert_eq!(plan.server_bytes, 16 * elements + (1 << 30));
     assert_eq!(plan.worker_bytes, 4 * 70_000_000_000);
     assert_eq!((plan.queue_pairs_server_host, plan.queue_pairs_worker_host, plan.queue_pairs), (64, 8, 1024));
-    let twice = super::plan(&Question { replicas: 2, servers_per_host: 2, ..question() }).unwrap();
-    assert_eq!((twice.server_bytes, twice.server_host_bytes), (2 * plan.server_bytes, 4 * plan.server_bytes));
+    let mut twice = Question { servers_per_host: 2, ..question() };
+    twice.config.replicas = 2;
+    let twice = super::plan(&twice).unwrap();
+    // Sums of their own and eight slots in f32 for each copy; the budget of landing memory is the server's.
+    let copy = 20 * elements + (1 << 29) + (8 << 20);
+    assert_eq!((twice.server_bytes, twice.server_host_bytes), (2 * copy, 4 * copy));
+    assert_eq!((twice.queue_pairs_server_host, twice.queue_pairs), (2 * 2 * 65, 8 * 2 * 129));
 }
 
 #[test]

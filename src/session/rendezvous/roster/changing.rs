@@ -20,6 +20,9 @@ impl Roster {
 
     fn may_change(&self, change: &LiveChange) -> Result<(), String> {
         change.check(&self.config.optimizer, self.config.consistency).map_err(|error| error.to_string())?;
+        if self.config.has_replicas() {
+            return Err("in a job with two copies of each shard settings cannot be changed while it runs yet".into());
+        }
         match (self.running, self.ended) {
             (true, false) => Ok(()),
             (_, true) => Err("nothing can be changed any more: the job is ending".into()),

@@ -22,6 +22,7 @@ impl Roster {
             name: self.config.name.clone(),
             instance: self.config.instance,
             ranks: ranks.collect(),
+            shards: self.shards_standing(),
             checkpoint: self.checkpoints.last(),
             not_finite: self.not_finite.1,
             verdict: self.waiting.verdict(now).cloned(),
@@ -32,6 +33,7 @@ impl Roster {
     fn state_of(&self, seat: &Seat) -> &'static str {
         match seat {
             Seat { finished: true, .. } => "finished",
+            Seat { presence: Presence::Gone, .. } => "gone",
             Seat { taken: false, .. } => "not joined",
             Seat { connection: None, .. } => "lost",
             _ if self.running => "running",

@@ -1,0 +1,197 @@
+//! Servers that are gone and started again while their shards go on elsewhere.
+//!
+//! A loss is told once it is known from both sides: the rendezvous has said that the job goes on, and the process has ended (it is
+//! killed, if it has not). Then it is started again, after a pause that doubles as long as no shard gets its second copy back.
+//!
+//! Invariant: a server is started again only after its last process has ended, and so many times in a row at most.
+
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
+
+use nix::sys::signal::Signal;
+
+use super::{Context, End, Ending, SETTLE_TIME, Sight, Supervisor};
+use crate::{
+    launch::cause::Exit,
+    session::{Departure, Order, Tenure, pair},
+    types::{Rank, Role, ShardId},
+};
+
+/// The pause before a server is started again for the first time; it doubles with each try that has brought nothing.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// So often a server is started in a row without a shard's getting its second copy back.
+const TRIES_MAX: u32 = 6;
+
+/// A server whose process has ended, or is to.
+#[derive(Debug, Default)]
+struct Loss {
+    departure: Option<Departure>,
+    exit: Option<Exit>,
+}
+
+/// What is known of servers that were lost.
+#[derive(Debug, Default)]
+pub(super) struct Replicas {
+    losses: BTreeMap<Rank, Loss>,
+    /// How each server ended last, and whether it was killed.
+    ends: BTreeMap<Rank, (String, bool)>,
+    /// When to start one again.
+    restarts: BTreeMap<Rank, Instant>,
+    tries: BTreeMap<Rank, u32>,
+    lost: Option<(ShardId, [Rank; 2])>,
+    /// Some shard has had no backup.
+    was_alone: bool,
+}
+
+impl Replicas {
+    /// How a server's process ended, the last one that did, and whether it was killed.
+    fn end_of(&self, rank: Rank) -> (String, bool) {
+        let loss = self.losses.get(&rank);
+        let why = loss.and_then(|loss| loss.departure.as_ref()?.why.clone()).map(|why| (why, false));
+        let exit = || loss?.exit.map(|exit| (exit.to_string(), matches!(exit, Exit::Signal(_))));
+        let before = || self.ends.get(&rank).cloned();
+        why.or_else(exit).or_else(before).unwrap_or(("left the job".into(), false))
+    }
+}
+
+impl Supervisor {
+    /// Whether others may go on where this rank is gone.
+    pub(super) fn is_backed(&self, rank: Rank) -> bool {
+        rank.role == Role::Server && self.may_lose_servers() && !self.summaries.contains_key(&rank)
+    }
+
+    pub(super) fn may_lose_servers(&self) -> bool {
+        self.options.config.has_replicas() && self.running
+    }
+
+    fn tell(&self, text: &str) {
+        self.processes.say(&format!("gradwire: job {}: {text}", self.options.config.name));
+    }
+
+    /// The process of such a server has ended.
+    pub(super) fn backed_exited(&mut self, rank: Rank, exit: Exit) {
+        self.replicas.losses.entry(rank).or_default().exit = Some(exit);
+        self.rendezvous.order(Order::Gone(rank, exit.to_string()));
+        self.conclude(rank);
+    }
+
+    /// The job goes on without it.
+    pub(super) fn gone(&mut self, departure: Departure) {
+        let rank = departure.rank;
+        self.lost.insert(rank);
+        self.replicas.losses.entry(rank).or_default().departure = Some(departure);
+        // Whatever it was that kept it silent: it is of the job no more.
+        self.processes.signal(rank, Signal::SIGKILL);
+        self.conclude(rank);
+    }
+
+    /// Tells a loss once all is known of it, and starts the server again.
+    fn conclude(&mut self, rank: Rank) {
+        let Some(loss) = self.replicas.losses.get(&rank) else { return };
+        let ours = self.processes.has_started(rank);
+        let joined = self.joined.contains(&rank);
+        if ours && loss.exit.is_none() || joined && loss.departure.is_none() {
+            return;
+        }
+        let (end, killed) = self.replicas.end_of(rank);
+        let Loss { departure, .. } = self.replicas.losses.remove(&rank).unwrap_or_default();
+        self.replicas.ends.insert(rank, (end.clone(), killed));
+        self.joined.remove(&rank);
+        if self.ending.is_some() || self.replicas.lost.is_some() {
+            return;
+        }
+        let text = departure.map_or(format!("{rank} {end} before it had joined"), |departure| words(&departure, &end));
+        self.tell(&text);
+        let tries = self.replicas.tries.get(&rank).copied().unwrap_or_default();
+        match self.processes.hindrance(rank) {
+            Some(why) => self.tell(&format!("{rank} is not started again ({why}): its shards stay without a backup")),
+            None if tries >= TRIES_MAX => self.tell(&format!(
+                "{rank} has been started {TRIES_MAX} times without bringing a shard's second copy back: it is not started again, and \
+                 its shards stay without a backup"
+            )),
+            None => {
+                self.replicas.restarts.insert(rank, Instant::now() + PAUSE * 2u32.pow(tries));
+            }
+        }
+    }
+
+    pub(super) fn next_restart(&self) -> Option<Instant> {
+        self.replicas.restarts.values().min().copied()
+    }
+
+    /// Starts servers again whose pause is over.
+    pub(super) fn restart(&mut self, now: Instant) {
+        let due = self.replicas.restarts.iter().filter(|(_, at)| **at <= now);
+        for rank in due.map(|(rank, _)| *rank).collect::<Vec<_>>() {
+            self.replicas.restarts.remove(&rank);
+            if self.ending.is_some() || self.settle_at.is_some() {
+                continue;
+            }
+            *self.replicas.tries.entry(rank).or_default() += 1;
+            self.lost.remove(&rank);
+            let context = Context {
+                directory: &self.directory,
+                token: &self.token,
+                listening: self.rendezvous.listening(),
+                may_lose_servers: true,
+            };
+            if let Err(error) = self.processes.restart(rank, &context) {
+                self.tell(&format!("{rank} could not be started again: {error}"));
+                self.backed_exited(rank, Exit::Code(1));
+            }
+        }
+    }
+
+    /// A shard is served in another way.
+    pub(super) fn tenure(&mut self, shard: ShardId, tenure: Tenure, alone: &[ShardId]) {
+        let Tenure { epoch, primary, is_paired } = tenure;
+        if is_paired {
+            let config = &self.options.config;
+            for lane in pair(shard, config.servers, config.shards_per_server) {
+                self.replicas.tries.remove(&lane.rank);
+            }
+        }
+        let backup = if is_paired { "with a complete backup" } else { "without a backup" };
+        self.tell(&format!("shard {}: {} serves since epoch {epoch}, {backup}", shard.0, primary.rank));
+        let was_alone = std::mem::replace(&mut self.replicas.was_alone, !alone.is_empty());
+        if was_alone && alone.is_empty() {
+            self.tell("redundancy is full again");
+        }
+    }
+
+    pub(super) fn store_unavailable(&self, why: &str) {
+        self.tell(&format!("no copy of a shard can take over, since that cannot be written down: {why}"));
+    }
+
+    /// A shard has no copy left.
+    pub(super) fn copies_lost(&mut self, shard: ShardId, servers: [Rank; 2]) {
+        if matches!(&self.ending, Some(Ending { end: End::Failed(_) | End::Interrupted(_), .. })) {
+            return;
+        }
+        self.replicas.lost = Some((shard, servers));
+        self.settle(SETTLE_TIME);
+    }
+
+    /// Adds to what was seen how the servers ended whose shard is lost.
+    pub(super) fn tell_copies_lost(&mut self) {
+        let Some((shard, servers)) = self.replicas.lost.take() else { return };
+        let ends = servers.map(|rank| self.replicas.end_of(rank));
+        let texts = [0, 1].map(|index| format!("{} {}", servers[index], ends[index].0));
+        let text = format!("shard {} has lost both copies: {}", shard.0, texts.join(", "));
+        self.sights.push(Sight::CopiesLost { text, killed: ends.iter().any(|(_, killed)| *killed) });
+    }
+}
+
+/// "server 1 (process 123 on host) was killed by signal 9 (SIGKILL); its shards go on with server 2".
+fn words(departure: &Departure, end: &str) -> String {
+    let Departure { rank, pid, host, others, .. } = departure;
+    let others: Vec<String> = others.iter().map(Rank::to_string).collect();
+    let on = match others.is_empty() {
+        true => "it had no part in any shard".into(),
+        false => format!("its shards go on with {}", others.join(" and ")),
+    };
+    format!("{rank} (process {pid} on {host}) {end}; {on}")
+}

@@ -1,0 +1,47 @@
+//! What follows for a job from its number of copies of each shard.
+//!
+//! Invariant: with one copy nothing here changes anything.
+#![forbid(unsafe_code)]
+
+use super::{DeviceChoice, JobConfig};
+use crate::{Error, Result};
+
+impl JobConfig {
+    /// Refuses what two copies of each shard cannot be had with.
+    pub(super) fn validate_replicas(&self) -> Result<()> {
+        let refuse = |why: &str| Err(Error::Config(format!("`replicas` is {}; {why}", self.replicas)));
+        match self.replicas {
+            1 => Ok(()),
+            2 if self.servers < 2 => {
+                refuse("the copies of a shard are on different servers: `servers` must be at least 2")
+            }
+            2 if !self.consistency.aggregates() => refuse("that needs `consistency` bsp"),
+            2 if self.decides() => refuse(
+                "with two copies `optimizer.clip.global_norm`, `skip_nonfinite` and a dynamic `loss_scale.mode` are not built yet",
+            ),
+            2 if self.device != DeviceChoice::Cpu => refuse("that needs `device` cpu: on GPUs it is not built yet"),
+            2 => Ok(()),
+            _ => refuse("it must be 1 or 2"),
+        }
+    }
+
+    /// Whether reduce and apply are two passes.
+    pub fn is_two_step(&self) -> bool {
+        self.two_step || self.decides() || self.has_replicas()
+    }
+
+    /// Whether every shard has two copies.
+    pub fn has_replicas(&self) -> bool {
+        self.replicas > 1
+    }
+
+    /// The lanes of each server: one for each of its own shards, and one for each that it holds the second copy of.
+    pub fn lanes_per_server(&self) -> u16 {
+        self.shards_per_server * self.replicas
+    }
+
+    /// Slots of each lane for what the other one of its pair sends, each of the shard's largest chunk in f32.
+    pub fn replica_slots(&self) -> u32 {
+        if self.has_replicas() { 8 } else { 0 }
+    }
+}

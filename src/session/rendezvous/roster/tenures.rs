@@ -1,0 +1,233 @@
+//! Who serves each shard of a job with two copies of each, and servers that come and go.
+//!
+//! A server that is gone is told of to all; the lanes that had the other copies then claim. Another process may take its seat, and
+//! is shown the job once no tenure counts on what its predecessor held.
+//!
+//! Invariant: a tenure changes only as the store has answered, and every rank is told; a job ends by name as soon as a shard has no
+//! copy that has everything.
+
+use super::*;
+use crate::{
+    session::{Claim, ShardStatus, Swap, pair, rendezvous::notice::Departure},
+    types::{Epoch, ShardId},
+};
+
+/// How every shard begins; nothing where each has one copy.
+pub(super) fn first(config: &JobConfig) -> Vec<Tenure> {
+    let shards = if config.has_replicas() { config.shard_count() as u16 } else { 0 };
+    (0..shards).map(|shard| Tenure::first(pair(ShardId(shard), config.servers, config.shards_per_server))).collect()
+}
+
+impl Roster {
+    fn pair(&self, shard: ShardId) -> [PeerId; 2] {
+        pair(shard, self.config.servers, self.config.shards_per_server)
+    }
+
+    /// Every shard, its lanes, and who serves it.
+    fn held(&self) -> impl Iterator<Item = (ShardId, [PeerId; 2], Tenure)> + '_ {
+        let shards = (0..).map(ShardId).zip(&self.tenures);
+        shards.map(|(shard, tenure)| (shard, self.pair(shard), *tenure))
+    }
+
+    /// Whether a rank's process is there and has been shown the job.
+    fn is_there(&self, rank: Rank) -> bool {
+        let seat = &self.seats[&rank];
+        let shown = matches!(seat.presence, Presence::First | Presence::Admitted);
+        seat.connection.is_some() && shown && !seat.finished
+    }
+
+    /// Whether others may go on where this rank is gone.
+    fn is_backed(&self, rank: Rank) -> bool {
+        self.running && !self.tenures.is_empty() && rank.role == Role::Server
+    }
+
+    /// A rank says that it cannot go on, or has broken the protocol.
+    pub(super) fn failed(&mut self, rank: Rank, text: String, elsewhere: bool) {
+        match self.is_backed(rank) && !self.over {
+            true => self.gone(rank, Some(format!("failed: {text}"))),
+            false => self.notice(Notice::Failed { rank, text, elsewhere }),
+        }
+    }
+
+    /// A rank's connection ended before it had finished.
+    pub(super) fn left(&mut self, rank: Rank) {
+        match self.is_backed(rank) && !self.over {
+            true => self.gone(rank, None),
+            false => self.notice(Notice::Lost(rank)),
+        }
+    }
+
+    /// A server's process is gone, or is to count as gone: the lanes of its shards' other copies may claim, unless there is none.
+    pub fn gone(&mut self, rank: Rank, why: Option<String>) {
+        let Some(seat) = self.seats.get(&rank) else { return };
+        if self.over || seat.finished || seat.presence == Presence::Gone || !self.is_backed(rank) {
+            return;
+        }
+        let others = self.held().filter(|(_, lanes, tenure)| tenure.needs(rank, *lanes));
+        let mut others: Vec<Rank> = others.flat_map(|(_, lanes, _)| lanes.map(|lane| lane.rank)).collect();
+        others.retain(|other| *other != rank);
+        others.sort_unstable();
+        others.dedup();
+        let seat = self.seat(rank);
+        seat.presence = Presence::Gone;
+        let (pid, host, connection) = (seat.pid, seat.host.clone(), seat.connection.take());
+        if let Some(connection) = connection {
+            self.by_connection.remove(&connection);
+            self.effects.push_back(Effect::HangUp(connection));
+        }
+        if !self.ends_for_lack_of_copies() {
+            self.send(self.everybody(), FromLauncher::Command(Command::Gone { rank }));
+        }
+        self.notice(Notice::Gone(Box::new(Departure { rank, pid, host, why, others })));
+    }
+
+    /// Ends the job if a shard has no copy left that has everything.
+    fn ends_for_lack_of_copies(&mut self) -> bool {
+        let lost = self.held().find(|(_, lanes, tenure)| {
+            let serving = tenure.primary.rank;
+            let serves = self.is_there(serving) || self.seats[&serving].finished;
+            !serves && !(tenure.is_paired && self.is_there(tenure.other(*lanes).rank))
+        });
+        let Some((shard, lanes, _)) = lost else { return false };
+        (self.over, self.ended) = (true, true);
+        self.notice(Notice::CopiesLost { shard, servers: lanes.map(|lane| lane.rank) });
+        true
+    }
+
+    /// A lane wants a shard's tenure changed.
+    pub(super) fn claim(&mut self, lane: PeerId, shard: ShardId, epoch: Epoch, claim: Claim) -> Result<(), String> {
+        let Some(tenure) = self.tenures.get(usize::from(shard.0)).copied() else {
+            return Err(format!("shard {} has no second copy", shard.0));
+        };
+        let lanes = self.pair(shard);
+        if !lanes.contains(&lane) {
+            return Err(format!("{lane} holds no copy of shard {}", shard.0));
+        }
+        let other = tenure.other(lanes).rank;
+        let next = match claim {
+            Claim::Pair if !self.is_there(other) => Err(format!("{other} is gone again")),
+            // A process that has just taken a seat has nothing of what the one before it held.
+            _ if !self.is_there(lane.rank) => Err("it has not been shown the job yet".into()),
+            _ if self.over => Err("the job is ending".into()),
+            _ => tenure.after(lanes, lane, epoch, claim),
+        };
+        match next {
+            Ok(next) => {
+                let swap = Swapping { claimant: lane, shard, expected: tenure.epoch, next };
+                self.effects.push_back(Effect::Swap(swap));
+            }
+            Err(why) => self.refuse(lane, shard, &why),
+        }
+        Ok(())
+    }
+
+    /// Tells a claimant alone how things stand.
+    fn refuse(&mut self, lane: PeerId, shard: ShardId, why: &str) {
+        tracing::info!("{lane} claims shard {} in vain: {why}", shard.0);
+        let to = self.seats[&lane.rank].connection.into_iter().collect();
+        let tenure = self.tenures[usize::from(shard.0)];
+        self.send(to, FromLauncher::Command(Command::Tenure { shard, tenure }));
+    }
+
+    /// The store has answered.
+    pub fn swapped(&mut self, swap: Swapping, outcome: Swap) {
+        let Swapping { claimant, shard, next, .. } = swap;
+        match outcome {
+            Swap::Swapped => self.adopt(shard, next),
+            // A swap whose answer never came may have been made all the same.
+            Swap::Present(present) if present.epoch > self.tenures[usize::from(shard.0)].epoch => {
+                self.adopt(shard, present);
+            }
+            Swap::Present(_) => self.refuse(claimant, shard, "another claim was faster"),
+            Swap::Unavailable(why) => {
+                self.refuse(claimant, shard, &why);
+                if !std::mem::replace(&mut self.store_failed, true) {
+                    self.notice(Notice::StoreUnavailable(why));
+                }
+                return;
+            }
+        }
+        self.store_failed = false;
+    }
+
+    /// A shard has a new tenure.
+    fn adopt(&mut self, shard: ShardId, tenure: Tenure) {
+        let before = std::mem::replace(&mut self.tenures[usize::from(shard.0)], tenure);
+        self.send(self.everybody(), FromLauncher::Command(Command::Tenure { shard, tenure }));
+        let alone = self.held().filter(|(_, _, tenure)| !tenure.is_paired).map(|(shard, ..)| shard).collect();
+        self.notice(Notice::Tenure { shard, tenure, alone });
+        if self.over || self.ends_for_lack_of_copies() {
+            return;
+        }
+        let lanes = self.pair(shard);
+        for rank in lanes.map(|lane| lane.rank) {
+            let dropped = before.needs(rank, lanes) && !tenure.needs(rank, lanes);
+            if dropped && self.is_there(rank) && !self.is_needed(rank) {
+                self.gone(rank, Some("was not heard by the other servers of its shards".into()));
+            }
+        }
+        self.admit();
+    }
+
+    /// Whether a rank has a part in any shard.
+    fn is_needed(&self, rank: Rank) -> bool {
+        self.held().any(|(_, lanes, tenure)| tenure.needs(rank, lanes))
+    }
+
+    /// Shows the job to those who have taken a seat again, as soon as no tenure means the process that held it before.
+    pub(super) fn admit(&mut self) {
+        let waiting = self.seats.iter().filter(|(_, seat)| seat.presence == Presence::Waiting);
+        let waiting: Vec<Rank> = waiting.map(|(rank, _)| *rank).filter(|rank| !self.is_needed(*rank)).collect();
+        for rank in waiting {
+            let seat = self.seat(rank);
+            seat.presence = Presence::Admitted;
+            let to = seat.connection.into_iter().collect();
+            let view = self.view.clone().expect("a job that runs has a view");
+            self.send(to, FromLauncher::View(view));
+        }
+    }
+
+    /// The job ends: whoever has not been shown it yet is not needed any more.
+    pub(super) fn dismiss_waiting(&mut self) {
+        let waiting = self.seats.iter().filter(|(_, seat)| seat.presence == Presence::Waiting);
+        for rank in waiting.map(|(rank, _)| *rank).collect::<Vec<_>>() {
+            self.gone(rank, Some("came again as the job ended".into()));
+        }
+    }
+
+    /// Answers the offers of a rank that has come again: everybody else has a path to make to it, one by one.
+    pub(super) fn show_tenures(&mut self, rank: Rank) -> Result<(), String> {
+        let seat = self.seat(rank);
+        if seat.offered.as_ref().is_some_and(|offers| !offers.is_empty()) {
+            return Err("a rank that comes again has nobody who waits for its offers".into());
+        }
+        let to: Vec<ConnectionId> = seat.connection.into_iter().collect();
+        self.send(to.clone(), FromLauncher::Offers(Vec::new()));
+        let changed = self.held().filter(|(_, _, tenure)| tenure.epoch > 0);
+        let changed: Vec<Command> = changed.map(|(shard, _, tenure)| Command::Tenure { shard, tenure }).collect();
+        for command in changed.into_iter().chain(self.checkpoints.requested()) {
+            self.send(to.clone(), FromLauncher::Command(command));
+        }
+        Ok(())
+    }
+
+    pub(super) fn shards_standing(&self) -> Vec<ShardStatus> {
+        let standing = self.held().map(|(shard, lanes, tenure)| {
+            let backup = tenure.other(lanes).rank;
+            let seat = &self.seats[&backup];
+            let backup_state = match tenure.is_paired && (self.is_there(backup) || seat.finished) {
+                true => "complete",
+                false if seat.connection.is_some() => "catching up",
+                false => "gone",
+            };
+            ShardStatus {
+                shard,
+                epoch: tenure.epoch,
+                primary: tenure.primary.rank,
+                backup,
+                backup_state: backup_state.into(),
+            }
+        });
+        standing.collect()
+    }
+}
