@@ -22,9 +22,9 @@ use crate::{
     observe::{Queue, TaskKind},
     optim::{LearningRates, LiveChange},
     session::{Claim, Paths, WAITS_MAX, Wait},
-    transport::{Completion, Endpoint, Transport, Wakeup},
+    transport::{Completion, Endpoint, Transport, Wakeup, WorkRequest},
     types::{Clock, PeerId, Role, Version},
-    wire::Attachment,
+    wire::{Attachment, Note, NoteKind},
 };
 
 /// What a turn has done, and whether there is more to do at once.
@@ -282,6 +282,14 @@ impl<T: Transport> EventLoop<T> {
         let Some(backup) = self.shard.backup() else { return };
         self.paths.set_aside(backup);
         self.shard.lose_backup();
+    }
+
+    /// The job ends: the backup, if there is one, may go.
+    pub fn dismiss_backup(&mut self) -> Result<()> {
+        let Some(peer) = self.shard.backup() else { return Ok(()) };
+        let note = Note::new(NoteKind::Goodbye);
+        self.paths.post(WorkRequest { id: 0, peer, note, payload: None });
+        self.paths.flush()
     }
 
     /// What is to be asked of the store.

@@ -16,7 +16,7 @@ use std::{
 
 use serde_json::json;
 
-use super::{EventLoop, NotFinite, Progress, Snapshot, node::Plan};
+use super::{EventLoop, LanePart, NotFinite, Progress, Replica, Snapshot, Standing, node::Plan};
 use crate::{
     Error, Result,
     checkpoint::{self, ChunkState},
@@ -32,12 +32,28 @@ const PROGRESS_EVERY: Duration = Duration::from_millis(200);
 /// How long workers may take to leave before the servers do.
 const LEAVE_TIME: Duration = Duration::from_secs(2);
 
+/// How a lane ended without an error.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Ended {
+    /// With the job.
+    Done,
+    /// What it had is of no use: the lane is to begin anew, as a backup that has nothing.
+    BeginsAnew,
+}
+
+/// What follows from a command.
+enum Obeyed {
+    Stays,
+    Leaves,
+    BeginsAnew,
+}
+
 /// What a lane's thread works with.
 pub(super) struct Lane {
     plan: Arc<Plan>,
     shard: ShardId,
     lane: u16,
-    event_loop: EventLoop<Fabrics>,
+    replica: Replica<Fabrics>,
     reporter: Reporter,
     commands: CommandWakeup,
     writer: Option<Writer>,
@@ -53,7 +69,7 @@ pub(super) struct Lane {
 }
 
 /// The launcher's commands as something that wakes a sleeping thread.
-struct CommandWakeup(Commands);
+pub(super) struct CommandWakeup(pub Commands);
 
 impl Wakeup for CommandWakeup {
     fn fd(&self) -> BorrowedFd<'_> {
@@ -70,11 +86,11 @@ impl Wakeup for CommandWakeup {
 }
 
 impl Lane {
-    /// A lane whose event loop is ready to be connected.
+    /// A lane that is ready to be connected.
     pub fn new(
         plan: Arc<Plan>,
-        shard: ShardId,
-        event_loop: EventLoop<Fabrics>,
+        (me, shard): (PeerId, ShardId),
+        replica: Replica<Fabrics>,
         reporter: Reporter,
         commands: Commands,
     ) -> Lane {
@@ -82,10 +98,10 @@ impl Lane {
             plan.checkpoint_dir.clone().map(|dir| Writer::new(dir, shard, plan.layout.clone(), reporter.clone()));
         let reported = (Instant::now(), plan.start_clock);
         Lane {
-            lane: shard.0 % plan.shards_per_server,
+            lane: me.lane,
             plan,
             shard,
-            event_loop,
+            replica,
             reporter,
             commands: CommandWakeup(commands),
             writer,
@@ -97,50 +113,72 @@ impl Lane {
         }
     }
 
-    /// What each worker, and each lane with which this one decides, needs to reach this lane.
+    /// What each worker, and each lane with which this one has to do, needs to reach this lane; a lane that follows has to do with its
+    /// primary alone.
     pub fn offers(&mut self, me: PeerId) -> Result<Vec<Offer>> {
-        let decision = self.plan.decision();
-        let lanes = decision.iter().flat_map(|decision| decision.peers(&self.plan.layout, self.shard));
-        let peers = (0..self.plan.workers).map(PeerId::worker).chain(lanes);
-        peers.map(|peer| Ok((me, peer, self.event_loop.paths().offer(peer)?))).collect()
+        let peers: Vec<PeerId> = match self.replica.part() {
+            LanePart::Following(standby) => vec![standby.primary()],
+            LanePart::Serving(event_loop) => {
+                let decision = self.plan.decision();
+                let lanes = decision.iter().flat_map(|decision| decision.peers(&self.plan.layout, self.shard));
+                let workers = (0..self.plan.workers).map(PeerId::worker);
+                workers.chain(lanes).chain(event_loop.shard().backup()).collect()
+            }
+        };
+        peers.into_iter().map(|peer| Ok((me, peer, self.replica.paths().offer(peer)?))).collect()
     }
 
-    /// Serves until the job ends.
-    pub fn run(mut self, offers: Vec<Offer>) -> Result<()> {
+    /// Connects to those who have offered.
+    pub fn connect(&mut self, offers: Vec<Offer>) -> Result<()> {
         let deadline = Instant::now() + self.plan.connect_time;
         for (peer, _, endpoint) in offers {
-            self.event_loop.connect(peer, &endpoint, deadline)?;
+            self.replica.paths().connect(peer, &endpoint, deadline)?;
         }
-        self.event_loop.paths().note_fallbacks();
+        self.replica.paths().note_fallbacks();
+        Ok(())
+    }
+
+    /// Serves, or follows, until the job ends or what this lane has is of no use.
+    pub fn run(mut self) -> Result<Ended> {
         let waiter = Waiter::new()?;
         let mut idle = Idle::default();
         loop {
             while let Some(command) = self.commands.0.poll()? {
-                if self.obey(command)? {
-                    return Ok(());
+                match self.obey(command)? {
+                    Obeyed::Stays => {}
+                    Obeyed::Leaves => return Ok(Ended::Done),
+                    Obeyed::BeginsAnew => return Ok(Ended::BeginsAnew),
                 }
             }
             let now = Instant::now();
-            let progress = match (self.event_loop.turn(now), self.leaving) {
+            let progress = match (self.replica.turn(now), self.leaving) {
                 (Ok(_), Some((clock, until))) if now >= until => return Err(Error::Preempted { clock }),
                 (Err(_), Some((clock, _))) => return Err(Error::Preempted { clock }),
                 (turned, _) => turned?,
             };
             self.store_snapshots();
-            while let Some(NotFinite { clock, worker, tensor }) = self.event_loop.take_not_finite() {
+            while let Some(found) = self.replica.serves().and_then(EventLoop::take_not_finite) {
+                let NotFinite { clock, worker, tensor } = found;
                 self.reporter.report(Report::NotFinite { clock, worker, tensor })?;
+            }
+            if self.replica.is_useless() {
+                return Ok(Ended::BeginsAnew);
+            }
+            if let Some((epoch, claim)) = self.replica.take_claim() {
+                let (lane, shard) = (self.lane, self.shard);
+                self.reporter.report(Report::Claim { lane, shard, epoch, claim })?;
             }
             self.report_progress(now)?;
             self.report_paths()?;
             self.report_waits(now)?;
-            if self.event_loop.is_done() && self.end.is_some() {
+            if self.end.is_some() && self.is_over() {
                 return self.finish();
             }
             if progress != Progress::Idle {
                 idle.busy(now);
             } else if !idle.may_spin(now) {
                 let until = self.next_deadline();
-                match self.event_loop.wakeups() {
+                match self.replica.wakeups() {
                     (transport, None) => waiter.wait_from(now, &mut [transport, &mut self.commands], until)?,
                     (transport, Some(device)) => {
                         waiter.wait_from(now, &mut [transport, &mut self.commands, device], until)?
@@ -150,46 +188,69 @@ impl Lane {
         }
     }
 
-    fn next_deadline(&self) -> Option<Instant> {
-        let (when, clock) = self.reported;
-        let progress = (self.event_loop.shard().clock_done() > clock).then_some(when + PROGRESS_EVERY);
-        let leaving = self.leaving.map(|(_, until)| until);
-        self.event_loop.next_deadline().into_iter().chain(progress).chain(leaving).min()
+    /// Whether all workers have finished and everything has been applied, or the lane that serves needs this one no more.
+    fn is_over(&mut self) -> bool {
+        match self.replica.part() {
+            LanePart::Serving(event_loop) => event_loop.is_done(),
+            LanePart::Following(standby) => standby.is_dismissed() || !standby.is_paired(),
+        }
     }
 
-    /// Follows a command; `true` if it is to leave at once.
-    fn obey(&mut self, command: Command) -> Result<bool> {
+    fn next_deadline(&self) -> Option<Instant> {
+        let (when, clock) = self.reported;
+        let served = self.replica.served();
+        let progress = served.filter(|serving| serving.shard().clock_done() > clock).map(|_| when + PROGRESS_EVERY);
+        let leaving = self.leaving.map(|(_, until)| until);
+        self.replica.next_deadline().into_iter().chain(progress).chain(leaving).min()
+    }
+
+    /// Follows a command.
+    fn obey(&mut self, command: Command) -> Result<Obeyed> {
         match command {
             Command::Checkpoint { clock } => self.request_checkpoint(clock, false)?,
             Command::Stop { checkpoint: true, clock: Some(clock), .. } => self.request_checkpoint(clock, true)?,
-            Command::Stop { .. } => return Ok(true),
+            Command::Stop { .. } => return Ok(Obeyed::Leaves),
             Command::Leave { clock } => self.leaving = Some((clock, Instant::now() + LEAVE_TIME)),
             Command::TellWaits => self.told = None,
             Command::Prepare { number, clock } => {
-                let from = self.event_loop.prepare_change(number, clock);
-                self.reporter.report(Report::Prepared { number, lane: self.lane, from })?;
+                if let Some(serving) = self.replica.serves() {
+                    let from = serving.prepare_change(number, clock);
+                    self.reporter.report(Report::Prepared { number, lane: self.lane, from })?;
+                }
             }
-            Command::Change { number, change } => self.event_loop.settle_change(number, change)?,
+            Command::Change { number, change } => {
+                if let Some(serving) = self.replica.serves() {
+                    serving.settle_change(number, change)?;
+                }
+            }
             Command::Rebuild { lane, proposal } if lane == self.lane => {
-                self.event_loop.paths().proposed(proposal, Instant::now());
+                self.replica.proposed(proposal, Instant::now());
             }
             Command::Rebuild { .. } => {} // another lane's
-            Command::Tenure { .. } | Command::Gone { .. } => {}
+            Command::Tenure { shard, tenure } if shard == self.shard && self.plan.has_copies => {
+                match self.replica.set_tenure(tenure, Instant::now())? {
+                    Standing::Stays => {}
+                    Standing::Serves => tracing::warn!("shard {} is served here from now on", shard.0),
+                    Standing::BeginsAnew => return Ok(Obeyed::BeginsAnew),
+                }
+            }
+            Command::Gone { rank } => self.replica.handle_gone(rank),
+            Command::Tenure { .. } => {} // another shard's
             Command::End { clock, checkpoint } => self.end = Some((clock, checkpoint)),
             Command::JobFailed { text } => return Err(Error::JobFailed(text)),
         }
-        Ok(false)
+        Ok(Obeyed::Stays)
     }
 
     fn request_checkpoint(&mut self, clock: Clock, stop: bool) -> Result<()> {
-        match self.event_loop.request_checkpoint(clock, stop) {
-            Ok(()) => Ok(()),
-            Err(reached) => self.reporter.report(Report::CheckpointLate { clock, reached }),
+        match self.replica.serves().map(|serving| serving.request_checkpoint(clock, stop)) {
+            None | Some(Ok(())) => Ok(()),
+            Some(Err(reached)) => self.reporter.report(Report::CheckpointLate { clock, reached }),
         }
     }
 
     fn store_snapshots(&mut self) {
-        while let Some(snapshot) = self.event_loop.take_snapshot() {
+        while let Some(snapshot) = self.replica.serves().and_then(EventLoop::take_snapshot) {
             match &self.writer {
                 Some(writer) => writer.write(snapshot),
                 None => tracing::warn!("shard {} has no directory for its checkpoint", self.shard.0),
@@ -199,7 +260,7 @@ impl Lane {
 
     fn report_progress(&mut self, now: Instant) -> Result<()> {
         let (when, before) = self.reported;
-        let clock = self.event_loop.shard().clock_done();
+        let Some(clock) = self.replica.served().map(|serving| serving.shard().clock_done()) else { return Ok(()) };
         if clock > before && now >= when + PROGRESS_EVERY {
             self.reported = (now, clock);
             self.reporter.report(Report::Progress { clock })?;
@@ -211,7 +272,7 @@ impl Lane {
     /// Passes on what broken paths need of the launcher, and what became of them.
     fn report_paths(&mut self) -> Result<()> {
         let (lane, reporter) = (self.lane, &self.reporter);
-        let paths = self.event_loop.paths();
+        let paths = self.replica.paths();
         for proposal in paths.take_proposals() {
             reporter.report(Report::Rebuild { lane, proposal })?;
         }
@@ -225,29 +286,32 @@ impl Lane {
 
     /// Says what is waited for: when the launcher asks, and with every heartbeat while nothing has moved for too long.
     fn report_waits(&mut self, now: Instant) -> Result<()> {
-        let still = self.event_loop.stillness(now) >= self.plan.warn;
+        let still = self.replica.stillness(now) >= self.plan.warn;
         let due = |told: Instant| still && now >= told + self.plan.heartbeat;
         if !self.told.is_none_or(due) {
             return Ok(());
         }
         let asked = self.told.replace(now).is_none();
-        let waits = self.event_loop.waits(now);
+        let waits = self.replica.served().map(|serving| serving.waits(now)).unwrap_or_default();
         let lane = self.lane;
         if asked || !waits.is_empty() { self.reporter.report(Report::Waits { lane, waits }) } else { Ok(()) }
     }
 
-    /// All workers have finished and everything has been applied.
-    fn finish(mut self) -> Result<()> {
-        if let Some((clock, true)) = self.end
-            && let Some(writer) = &self.writer
-            && self.event_loop.shard().versions().next().is_some()
-        {
-            writer.write(self.event_loop.snapshot(clock)?);
+    /// The end: whoever serves stores what is to be stored, and lets its backup go.
+    fn finish(mut self) -> Result<Ended> {
+        let writes = self.end.is_some_and(|(_, checkpoint)| checkpoint);
+        if let Some(serving) = self.replica.serves() {
+            if let (Some((clock, _)), Some(writer)) = (self.end.filter(|_| writes), &self.writer)
+                && serving.shard().versions().next().is_some()
+            {
+                writer.write(serving.snapshot(clock)?);
+            }
         }
-        match self.writer.take() {
-            Some(writer) => writer.join(),
-            None => Ok(()),
+        let written = self.writer.take().map_or(Ok(()), Writer::join);
+        if let Some(serving) = self.replica.serves() {
+            serving.dismiss_backup()?;
         }
+        written.map(|()| Ended::Done)
     }
 }
 

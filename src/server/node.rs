@@ -8,7 +8,7 @@ use std::{
         Arc,
         mpsc::{Sender, channel},
     },
-    time::Duration,
+    time::{Duration, Instant, SystemTime},
 };
 
 use nix::{
@@ -17,8 +17,9 @@ use nix::{
 };
 
 use super::{
-    ChunkImage, DecisionConfig, DecisionRules, EventLoop, InitialValues, LiveState, Memory, MemoryOptions, OnDevice,
-    Seeded, ShardConfig, lane::Lane,
+    ChunkImage, DecisionConfig, DecisionRules, EventLoop, InitialValues, LiveState, Memory, MemoryOptions,
+    MirrorConfig, OnDevice, Replica, Seeded, ShardConfig, Standby, StandbyOptions,
+    lane::{CommandWakeup, Ended, Lane},
 };
 use crate::{
     Error, Result,
@@ -29,10 +30,10 @@ use crate::{
     observe::Usage,
     optim::LearningRates,
     session::{
-        JobConfig, Member, Observation, Offer, Paths, Recorder, Report, ShardShape, cores_from_environment, device_of,
-        fabrics, memory_available,
+        Command, JobConfig, Member, Observation, Offer, PathOptions, Paths, Recorder, Report, ShardShape, Tenure,
+        cores_from_environment, device_of, fabrics, memory_available, pair, shard_of,
     },
-    transport::Fabrics,
+    transport::{Fabrics, Waiter},
     types::{Clock, PeerId, Rank, ShardId},
 };
 
@@ -43,7 +44,8 @@ pub(super) struct Plan {
     pub checkpoint_dir: Option<PathBuf>,
     pub start_clock: Clock,
     pub connect_time: Duration,
-    pub shards_per_server: u16,
+    /// Every shard has two copies.
+    pub has_copies: bool,
     /// How long a wait may be before it is reported, and how often it is reported then.
     pub warn: Duration,
     pub heartbeat: Duration,
@@ -104,7 +106,7 @@ pub fn run(mut member: Member) -> Result<()> {
         checkpoint_dir: config.checkpoint.dir.clone(),
         start_clock: config.start_clock,
         connect_time: config.deadline().max(Duration::from_secs(30)),
-        shards_per_server: config.shards_per_server,
+        has_copies: config.has_replicas(),
         warn: config.warn(),
         heartbeat: config.heartbeat(),
         devices,
@@ -114,30 +116,34 @@ pub fn run(mut member: Member) -> Result<()> {
     let mut observation = Observation::start(&member)?;
     observe_memory(&plan, member.rank(), &observation)?;
     let (setup, setups) = channel();
-    let mut lanes = Vec::new();
-    for lane in 0..plan.config.shards_per_server {
+    let begin = |member: &Member, lane: u16, is_first: bool, recorder| -> Result<Sender<Vec<Offer>>> {
         let (offers_out, offers_in) = channel();
         let thread = LaneThread {
             plan: plan.clone(),
             me: PeerId { rank: member.rank(), lane },
             core: cores.get(usize::from(lane)).copied(),
-            transport: fabrics::open(&member, lane, true)?,
+            transport: fabrics::open(member, lane, true)?,
             reporter: member.reporter(),
-            commands: member.commands()?,
+            commands: CommandWakeup(member.commands()?),
             setup: setup.clone(),
-            recorder: observation.recorder(lane).1,
+            recorder,
+            is_first,
         };
         let name = format!("shard-{}", thread.shard().0);
         let handle = std::thread::Builder::new().name(name).spawn(move || thread.run(&offers_in));
         handle.map_err(|error| Error::os("pthread_create", "a shard's thread", error))?;
-        lanes.push(offers_out);
+        Ok(offers_out)
+    };
+    let is_first = !member.comes_again();
+    let mut lanes = Vec::new();
+    for lane in 0..plan.config.lanes_per_server() {
+        lanes.push(begin(&member, lane, is_first, observation.recorder(lane).1)?);
     }
-    drop(setup);
     let mut offers = Vec::new();
     for _ in &lanes {
         match setups.recv().map_err(|_| Error::JobFailed("a shard's thread ended before it was ready".into()))? {
             Step::Offers(own) => offers.extend(own),
-            Step::Ended(outcome) => return outcome,
+            Step::Ended(_, outcome) => return outcome.map(drop),
         }
     }
     let incoming = member.exchange(offers)?;
@@ -147,9 +153,18 @@ pub fn run(mut member: Member) -> Result<()> {
         // A lane that has ended already says so below.
         let _ = lane_out.send(own);
     }
-    for _ in &lanes {
+    let mut serving = lanes.len();
+    while serving > 0 {
+        // This end holds a sender too: a thread that panics says so by the hook of its guard.
         match setups.recv() {
-            Ok(Step::Ended(outcome)) => outcome?,
+            Ok(Step::Ended(lane, Ok(Ended::BeginsAnew))) => {
+                let offers_out = begin(&member, lane, false, None)?;
+                let _ = offers_out.send(Vec::new());
+            }
+            Ok(Step::Ended(_, outcome)) => {
+                outcome?;
+                serving -= 1;
+            }
             Ok(Step::Offers(_)) => {}
             Err(_) => return Err(Error::JobFailed("a shard's thread panicked".into())),
         }
@@ -163,8 +178,22 @@ pub fn run(mut member: Member) -> Result<()> {
 enum Step {
     /// It is ready to be connected; these are its endpoints.
     Offers(Vec<Offer>),
-    /// It has ended.
-    Ended(Result<()>),
+    /// This lane has ended.
+    Ended(u16, Result<Ended>),
+}
+
+/// Says that a lane has ended, also when its thread panics.
+struct Guard {
+    setup: Sender<Step>,
+    lane: u16,
+    outcome: Option<Result<Ended>>,
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        let panicked = || Err(Error::JobFailed("a shard's thread panicked".into()));
+        let _ = self.setup.send(Step::Ended(self.lane, self.outcome.take().unwrap_or_else(panicked)));
+    }
 }
 
 struct LaneThread {
@@ -173,30 +202,61 @@ struct LaneThread {
     core: Option<usize>,
     transport: Fabrics,
     reporter: crate::session::Reporter,
-    commands: crate::session::Commands,
+    commands: CommandWakeup,
     setup: Sender<Step>,
     recorder: Option<Box<Recorder>>,
+    /// The job begins with this lane.
+    is_first: bool,
 }
 
 impl LaneThread {
     fn shard(&self) -> ShardId {
-        ShardId(self.me.rank.index * self.plan.config.shards_per_server + self.me.lane)
+        shard_of(self.me, self.plan.config.servers, self.plan.config.shards_per_server)
+    }
+
+    /// The tenure under which this lane begins: a lane that is not of the first hears of one that another serves.
+    fn tenure(&mut self) -> Result<Tenure> {
+        let (config, shard) = (&self.plan.config, self.shard());
+        if self.is_first {
+            return Ok(Tenure::first(pair(shard, config.servers, config.shards_per_server)));
+        }
+        let deadline = Instant::now() + self.plan.connect_time;
+        let waiter = Waiter::new()?;
+        loop {
+            match self.commands.0.poll()? {
+                Some(Command::Tenure { shard: of, tenure }) if of == shard && tenure.primary != self.me => {
+                    return Ok(tenure);
+                }
+                Some(Command::JobFailed { text }) => return Err(Error::JobFailed(text)),
+                Some(Command::Stop { reason, .. }) => return Err(Error::JobFailed(reason)),
+                Some(_) => {}
+                None if Instant::now() >= deadline => {
+                    let (from, awaited, waited) = ("the launcher".into(), "who serves a shard", self.plan.connect_time);
+                    return Err(Error::Deadline { from, awaited, chunk: None, clock: None, waited });
+                }
+                None => drop(waiter.wait(&mut [&mut self.commands], Some(deadline))?),
+            }
+        }
     }
 
     fn run(self, offers: &std::sync::mpsc::Receiver<Vec<Offer>>) {
-        let setup = self.setup.clone();
-        let serve = || -> Result<()> {
-            let me = self.me;
-            let mut lane = self.build()?;
+        let (me, setup, is_first) = (self.me, self.setup.clone(), self.is_first);
+        let mut guard = Guard { setup: setup.clone(), lane: me.lane, outcome: None };
+        let serve = || -> Result<Ended> {
             // Fails only when the process is ending; then nobody sends offers either.
-            let _ = setup.send(Step::Offers(lane.offers(me)?));
-            match offers.recv() {
-                Ok(incoming) => lane.run(incoming),
-                Err(_) => Ok(()),
+            let ready = |offers| drop(setup.send(Step::Offers(offers)));
+            if is_first {
+                let mut lane = self.build()?;
+                ready(lane.offers(me)?);
+                let Ok(incoming) = offers.recv() else { return Ok(Ended::Done) };
+                lane.connect(incoming)?;
+                return lane.run();
             }
+            ready(Vec::new());
+            let Ok(_) = offers.recv() else { return Ok(Ended::Done) };
+            self.build()?.run()
         };
-        let outcome = serve();
-        let _ = setup.send(Step::Ended(outcome));
+        guard.outcome = Some(serve());
     }
 
     fn open(&self, info: &DeviceInfo) -> Result<OnDevice> {
@@ -212,8 +272,9 @@ impl LaneThread {
     }
 
     /// Pins the thread, then allocates: memory lies beside whoever touches it.
-    fn build(self) -> Result<Lane> {
+    fn build(mut self) -> Result<Lane> {
         let (plan, shard) = (self.plan.clone(), self.shard());
+        let tenure = self.tenure()?;
         let device = device_of(&plan.devices, shard);
         let topology = Topology::discover();
         let core = beside(&topology, self.core, device.and_then(|device| device.numa_node), self.me.lane);
@@ -229,21 +290,35 @@ impl LaneThread {
             reduction: config.reduction,
             gradient_dtype: config.gradient_dtype,
             parameter_dtype: config.parameter_dtype,
-            two_step: config.two_step || config.decides(),
+            two_step: config.is_two_step(),
             measures: config.decides(),
             region: RegionOptions { prefault: true, ..region.clone() },
         };
         let mut memory = Memory::new(memory, plan.layout.clone(), shard, &*initial_values(config)?, device)?;
-        let versions = restore(&plan, shard, &mut memory)?;
-        let mut paths = Paths::new(self.transport, config.path_options());
+        // Whoever comes later gets the state from the primary.
+        let versions = if self.is_first { restore(&plan, shard, &mut memory)? } else { None };
+        restore_rates(&plan, &mut memory)?;
+        let options = PathOptions { life: self.life(), ..config.path_options() };
+        let mut paths = Paths::new(self.transport, options);
         paths.record(self.recorder);
+        let lanes = pair(shard, config.servers, config.shards_per_server);
+        let other = config.has_replicas().then(|| if lanes[0] == self.me { lanes[1] } else { lanes[0] });
+        if let Some(other) = other {
+            paths.suspect_after(other, config.suspicion());
+        }
+        let mirror = other.map(|peer| MirrorConfig {
+            peer,
+            is_paired: true,
+            parts: 1 + config.optimizer.kind.state_slots(),
+            slots: config.replica_slots(),
+        });
         let shard_config = ShardConfig {
             me: self.me,
             shard,
             workers: config.workers,
             consistency: config.consistency,
             slots: config.slots(&ShardShape::of(&plan.layout, shard))?,
-            two_step: config.two_step || config.decides(),
+            two_step: config.is_two_step(),
             decision: plan.decision(),
             loss_scale: config.loss_scale,
             live: resumed(config)?,
@@ -252,19 +327,36 @@ impl LaneThread {
             gradient_dtype: config.gradient_dtype,
             parameter_dtype: config.parameter_dtype,
             checkpoint_every: config.checkpoint.every,
-            mirror: None,
+            mirror,
         };
-        let event_loop =
-            EventLoop::new(shard_config, plan.layout.clone(), memory, paths, &region, versions.as_deref())?;
-        Ok(Lane::new(plan, shard, event_loop, self.reporter, self.commands))
+        let layout = plan.layout.clone();
+        let replica = if tenure.primary == self.me {
+            let event_loop = EventLoop::new(shard_config, layout, memory, paths, &region, versions.as_deref())?;
+            Replica::serving(self.me, tenure, event_loop)
+        } else {
+            let options = StandbyOptions { shard: shard_config, region, tenure, is_first: self.is_first };
+            let mut standby = Standby::new(options, layout, memory, paths, versions.as_deref())?;
+            if !self.is_first {
+                standby.join(Instant::now());
+            }
+            Replica::following(self.me, tenure, standby)
+        };
+        Ok(Lane::new(plan, (self.me, shard), replica, self.reporter, self.commands.0))
+    }
+
+    /// Which life of this lane this is: of two that begin one after the other, at most one in a microsecond, the later has the
+    /// greater number.
+    fn life(&self) -> u64 {
+        let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        if self.is_first { 0 } else { since.as_micros() as u64 }
     }
 }
 
 /// Tells what the shards of this rank take of memory.
 fn observe_memory(plan: &Plan, rank: Rank, observation: &Observation) -> Result<()> {
-    let first = rank.index * plan.shards_per_server;
-    for shard in first..first + plan.shards_per_server {
-        let memory = plan.config.shard_memory(&ShardShape::of(&plan.layout, ShardId(shard)))?;
+    for lane in 0..plan.config.lanes_per_server() {
+        let shard = shard_of(PeerId { rank, lane }, plan.config.servers, plan.config.shards_per_server);
+        let memory = plan.config.shard_memory(&ShardShape::of(&plan.layout, shard))?;
         let kinds = [memory.master, memory.state, memory.accumulator, memory.replies, memory.landing];
         for (kind, bytes) in ["master", "state", "accumulator", "replies", "landing"].into_iter().zip(kinds) {
             observation.add_memory(kind, bytes);
@@ -345,6 +437,14 @@ fn restore(plan: &Plan, shard: ShardId, memory: &mut Memory) -> Result<Option<Ve
         memory.restore(&image)?;
         versions.push(data.version);
     }
+    Ok(Some(versions))
+}
+
+/// The learning rates of the checkpoint to be resumed.
+fn restore_rates(plan: &Plan, memory: &mut Memory) -> Result<()> {
+    let Some(path) = &plan.config.resume else { return Ok(()) };
+    let checkpoint = Checkpoint::open(path)?;
+    let defect = |defect: String| Error::Checkpoint { path: path.clone(), defect };
     let rates = checkpoint.manifest().state.learning_rate.clone();
     if !rates.is_null() {
         let rates: LearningRates = serde_json::from_value(rates).map_err(|error| defect(error.to_string()))?;
@@ -356,5 +456,5 @@ fn restore(plan: &Plan, shard: ShardId, memory: &mut Memory) -> Result<Option<Ve
         }
         memory.restore_rates(rates);
     }
-    Ok(Some(versions))
+    Ok(())
 }

@@ -3,6 +3,8 @@
 //! Invariant: with one copy nothing here changes anything.
 #![forbid(unsafe_code)]
 
+use std::time::Duration;
+
 use super::{DeviceChoice, JobConfig};
 use crate::{Error, Result};
 
@@ -38,6 +40,11 @@ impl JobConfig {
     /// The lanes of each server: one for each of its own shards, and one for each that it holds the second copy of.
     pub fn lanes_per_server(&self) -> u16 {
         self.shards_per_server * self.replicas
+    }
+
+    /// How long the other lane of a pair may be silent before it counts as gone.
+    pub fn suspicion(&self) -> Duration {
+        Duration::from_millis(self.suspect_ms)
     }
 
     /// Slots of each lane for what the other one of its pair sends, each of the shard's largest chunk in f32.

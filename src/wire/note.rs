@@ -49,10 +49,12 @@ pub enum NoteKind {
     Change = 19,
     /// A worker has finished, and all that it gave is in; from who serves a shard to the backup.
     Left = 20,
+    /// The backup has been sent all of the state.
+    Whole = 21,
 }
 
 impl NoteKind {
-    const ALL: [NoteKind; 20] = [
+    const ALL: [NoteKind; 21] = [
         NoteKind::Attach,
         NoteKind::Heartbeat,
         NoteKind::Push,
@@ -73,6 +75,7 @@ impl NoteKind {
         NoteKind::Holds,
         NoteKind::Change,
         NoteKind::Left,
+        NoteKind::Whole,
     ];
 
     /// Whether a note of this kind travels with a payload.

@@ -137,7 +137,7 @@ impl Worker {
             epoch: 0,
             gradient_dtype: config.gradient_dtype,
             parameter_dtype: config.parameter_dtype,
-            has_copies: false,
+            has_copies: config.has_replicas(),
         };
         let (observed, recorder) = Observed::start(member)?;
         observed.memory(&config, &layout, rank.index);

@@ -401,6 +401,9 @@ impl<T: Transport + Wakeup> Turner<T> {
                 session::Command::JobFailed { text } => return Err(Error::JobFailed(text)),
                 session::Command::Stop { clock: None, reason, .. } => return Err(Error::JobFailed(reason)),
                 session::Command::TellWaits => self.told = None,
+                session::Command::Tenure { shard, tenure } => {
+                    self.engine.set_tenure(shard, tenure.primary, Instant::now());
+                }
                 session::Command::Rebuild { proposal, .. } => {
                     self.engine.paths().proposed(proposal, Instant::now());
                 }
@@ -409,7 +412,6 @@ impl<T: Transport + Wakeup> Turner<T> {
                 | session::Command::Checkpoint { .. }
                 | session::Command::Prepare { .. }
                 | session::Command::Change { .. }
-                | session::Command::Tenure { .. }
                 | session::Command::Gone { .. }
                 | session::Command::End { .. } => {}
             }

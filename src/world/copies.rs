@@ -96,7 +96,14 @@ impl World<'_> {
     /// Whether every shard has both copies, and everybody runs.
     fn is_whole(&self) -> bool {
         let copies = &self.copies;
-        copies.gone.is_empty() && copies.stopped.is_none() && copies.tenures.iter().all(|tenure| tenure.is_paired)
+        let is_paired = |node: &Node| match node.replica.as_ref().and_then(Replica::followed) {
+            Some(standby) => standby.is_paired(),
+            None => node.replica.is_some(),
+        };
+        copies.gone.is_empty()
+            && copies.stopped.is_none()
+            && copies.tenures.iter().all(|tenure| tenure.is_paired)
+            && self.servers.iter().all(is_paired)
     }
 
     fn lanes_of_pair(&self, shard: usize) -> [PeerId; 2] {

@@ -60,6 +60,10 @@ pub struct Backup {
     taken: u64,
     /// Of these the primary knows.
     told: u64,
+    /// All of the primary's state is in this copy's.
+    is_whole: bool,
+    /// The primary has nothing to go on with: this copy is to begin anew.
+    is_refused: bool,
     /// The path is there, and the primary has been told what has come.
     is_attached: bool,
     scale: f32,
@@ -68,8 +72,9 @@ pub struct Backup {
 }
 
 impl Backup {
-    /// A copy of a shard at the beginning: either the primary is at the beginning too, or it sends the state first.
-    pub fn new(primary: PeerId, shard: ShardId, layout: Arc<Layout>, holds: Inheritance) -> Backup {
+    /// A copy of a shard at the beginning: either the primary is at the beginning too, and this is all of it, or it sends the state
+    /// first.
+    pub fn new(primary: PeerId, shard: ShardId, layout: Arc<Layout>, holds: Inheritance, is_whole: bool) -> Backup {
         Backup {
             primary,
             shard,
@@ -80,11 +85,23 @@ impl Backup {
             received: 0,
             taken: 0,
             told: 0,
+            is_whole,
+            is_refused: false,
             is_attached: false,
             scale: 1.0,
             effects: VecDeque::new(),
             request_next: 0,
         }
+    }
+
+    /// Whether the primary has said that this copy is to begin anew.
+    pub fn is_refused(&self) -> bool {
+        self.is_refused
+    }
+
+    /// Whether all of the primary's state is in this copy's.
+    pub fn is_whole(&self) -> bool {
+        self.is_whole
     }
 
     /// Whose copy this is.
@@ -132,6 +149,11 @@ impl Backup {
                     return Err(protocol("no such part"));
                 }
             }
+            (NoteKind::Resume, None) => {
+                self.is_refused = true;
+                return Ok(());
+            }
+            (NoteKind::Whole, None) => {}
             (NoteKind::Change, None) if change_of(&note).is_some() => {}
             (NoteKind::Left, None) if (note.chunk.0 as usize) < self.holds.finished.len() => {}
             _ => return Err(protocol("it has no place here")),
@@ -207,6 +229,7 @@ impl Backup {
                     self.effects.push_back(BackupEffect::Change(clock, change));
                 }
                 (NoteKind::Left, None) => self.holds.finished[note.chunk.index()] = true,
+                (NoteKind::Whole, None) => self.is_whole = true,
                 _ => {
                     let has = clock.unwrap_or(0);
                     return Err(wrong(format!(

@@ -72,6 +72,14 @@ impl<T: Transport> Replica<T> {
         }
     }
 
+    /// The standby, if it follows.
+    pub fn followed(&self) -> Option<&Standby<T>> {
+        match &self.part {
+            Some(Part::Following(standby)) => Some(standby),
+            _ => None,
+        }
+    }
+
     /// The tenure that it knows.
     pub fn tenure(&self) -> Tenure {
         self.tenure

@@ -91,7 +91,7 @@ impl<T: Transport> Standby<T> {
             versions: versions.map_or_else(|| vec![shard.start_clock; chunks], <[Version]>::to_vec),
             finished: vec![false; shard.workers.into()],
         };
-        let mut backup = Backup::new(mirror.peer, shard.shard, layout.clone(), holds);
+        let mut backup = Backup::new(mirror.peer, shard.shard, layout.clone(), holds, options.is_first);
         backup.scale_by((1.0 / f64::from(shard.loss_scale.first())) as f32);
         let attachment =
             Attachment { rkey: 0, offset: 0, slot_bytes: slot_bytes as u32, slots: mirror.slots, credit: 0 };
@@ -204,7 +204,7 @@ impl<T: Transport> Standby<T> {
 
     /// Whether it has lost its primary before it had everything.
     pub fn is_useless(&self) -> bool {
-        self.lost.is_some() && !self.is_paired
+        (self.lost.is_some() || self.backup.is_refused()) && !self.is_paired
     }
 
     /// Its primary.
@@ -228,12 +228,12 @@ impl<T: Transport> Standby<T> {
         if tenure.epoch < self.epoch {
             return false;
         }
-        let is_newer = tenure.epoch > self.epoch;
         self.epoch = tenure.epoch;
         if tenure.primary != self.backup.primary() {
             return false; // it is this lane's turn: see `take_over`
         }
-        let is_paired = tenure.is_paired && (is_newer || self.is_paired);
+        // What the store says may be said of a backup that was there before this one.
+        let is_paired = tenure.is_paired && self.backup.is_whole();
         let was_paired = std::mem::replace(&mut self.is_paired, is_paired);
         if self.is_paired && self.lost.is_some() {
             self.claim = Some(Claim::TakeOver);

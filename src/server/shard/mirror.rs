@@ -67,6 +67,8 @@ pub(super) struct Mirror {
     peer: PeerId,
     stage: Stage,
     parts: usize,
+    /// The backup has been told that it has been sent everything.
+    is_whole: bool,
     /// Payloads that may be under way.
     slots: usize,
     landing: Option<Attachment>,
@@ -86,6 +88,7 @@ impl Mirror {
             peer: config.peer,
             stage: if config.is_paired { Stage::Paired } else { Stage::Alone },
             parts: config.parts,
+            is_whole: config.is_paired,
             slots: pool.len(),
             landing: None,
             resumes_at: None,
@@ -163,7 +166,7 @@ impl Shard {
         let Some(mirror) = &mut self.mirror else { return };
         let was_attached = mirror.landing.is_some();
         mirror.stage = Stage::Alone;
-        mirror.payloads = 0;
+        (mirror.payloads, mirror.is_whole) = (0, false);
         let sent = std::mem::take(&mut mirror.sent);
         sent.into_entries().for_each(|record| self.settle(record));
         (0..self.chunks.len()).for_each(|index| self.touch(index));
@@ -208,16 +211,24 @@ impl Shard {
     fn resume_backup(&mut self, received: u64) {
         let mirror = self.mirror.as_mut().expect("the caller has looked");
         if mirror.stage == Stage::Alone {
-            return self.begin_to_fill();
+            if received == 0 {
+                return self.begin_to_fill();
+            }
+            // It counts what it had of an earlier stream: only one that has nothing can be filled.
+            mirror.landing = None;
+            let peer = mirror.peer;
+            return self.post(peer, Note::new(NoteKind::Resume), None);
         }
         if !mirror.sent.allows(received) {
             // It is not the one that we knew: a process that has begun anew.
             let landing = mirror.landing;
             self.lose_backup();
             let mirror = self.mirror.as_mut().expect("looked at above");
-            mirror.landing = landing;
             if mirror.stage == Stage::Alone {
-                self.begin_to_fill();
+                mirror.landing = landing;
+                self.resume_backup(received);
+            } else if received == 0 {
+                mirror.landing = landing; // it is filled as soon as the store knows that this lane is alone
             }
             return;
         }
@@ -311,6 +322,9 @@ impl Shard {
     /// All of the state has been copied: once the backup has it all, it may count.
     fn pair(&mut self) {
         let mirror = self.mirror.as_mut().expect("the caller has looked");
+        if !std::mem::replace(&mut mirror.is_whole, true) {
+            return self.write_down(Note::new(NoteKind::Whole), None, None, None);
+        }
         if mirror.sent.is_empty() {
             mirror.stage = Stage::Pairing;
             mirror.claim = Some(Claim::Pair);

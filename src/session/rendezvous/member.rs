@@ -49,6 +49,7 @@ const FAREWELL_TIME: Duration = Duration::from_secs(1);
 pub struct Member {
     rank: Rank,
     config: JobConfig,
+    again: bool,
     token: JobToken,
     address: Address,
     seat: Arc<Seat>,
@@ -138,8 +139,16 @@ impl Link {
         // Every lane listens before the job runs, and no change is made before.
         let passes = matches!(
             command,
-            Command::TellWaits | Command::Prepare { .. } | Command::Change { .. } | Command::Rebuild { .. }
+            Command::TellWaits
+                | Command::Prepare { .. }
+                | Command::Change { .. }
+                | Command::Rebuild { .. }
+                | Command::Gone { .. }
         );
+        if let Command::Tenure { shard, .. } = &command {
+            // Of each shard the present one is enough for whoever begins to listen later.
+            state.past.retain(|past| !matches!(past, Command::Tenure { shard: of, .. } if of == shard));
+        }
         if !passes {
             state.past.push(command);
         }
@@ -187,8 +196,8 @@ impl Member {
         let welcome = next_message(&stream, &mut buffer);
         stream.set_read_timeout(None).map_err(option)?;
         stream.set_write_timeout(Some(WRITE_TIME)).map_err(option)?;
-        let (rank, config) = match welcome {
-            Ok(FromLauncher::Welcome { rank, config }) => (rank, *config),
+        let (rank, config, again) = match welcome {
+            Ok(FromLauncher::Welcome { rank, config, again }) => (rank, *config, again),
             Ok(FromLauncher::Refused(why)) => return Err(Error::Refused { who: "the launcher".into(), why }),
             Ok(FromLauncher::Command(Command::JobFailed { text })) => return Err(Error::JobFailed(text)),
             Ok(_) => return Err(lost(&Some("it answered something else than a welcome".into()))),
@@ -207,7 +216,7 @@ impl Member {
             .spawn(move || for_reader.read(buffer))
             .map_err(|e| Error::os("pthread_create", "the rendezvous reader", e))?;
         let seat = Arc::new(Seat { link, reader: Some(reader), owner: Owner::here() });
-        Ok(Member { rank, config, token: token.clone(), address: address.clone(), seat, commands })
+        Ok(Member { rank, config, again, token: token.clone(), address: address.clone(), seat, commands })
     }
 
     /// Takes the seat that the environment names: `GRADWIRE_RENDEZVOUS`, `GRADWIRE_ROLE` (worker if absent), `GRADWIRE_RANK` (any
@@ -237,6 +246,11 @@ impl Member {
     /// Who this process is.
     pub fn rank(&self) -> Rank {
         self.rank
+    }
+
+    /// Whether another process has had this seat before, and the job runs already.
+    pub fn comes_again(&self) -> bool {
+        self.again
     }
 
     /// The job's settings.

@@ -90,6 +90,9 @@ pub(super) enum FromLauncher {
     Welcome {
         rank: Rank,
         config: Box<JobConfig>,
+        /// Another process has had this seat before.
+        #[serde(default)]
+        again: bool,
     },
     View(PackedView),
     Offers(Vec<Offer>),

@@ -224,7 +224,7 @@ impl Roster {
         }
         self.by_connection.insert(connection, rank);
         let config = Box::new(self.config.clone());
-        self.send(vec![connection], FromLauncher::Welcome { rank, config });
+        self.send(vec![connection], FromLauncher::Welcome { rank, config, again });
         self.notice(Notice::Joined(rank));
         self.admit();
         // A server may come after the last declaration.

@@ -427,7 +427,7 @@ fn who_has_finished_and_is_gone_is_not_missed() {
 fn an_offer_to_nobody_ends_nothing() {
     let mut stage = Stage::running();
     stage.lose_server_1();
-    let proposal = Proposal { peer: PeerId::server(1, 0), generation: 1, endpoint: Endpoint::new("tcp", "x") };
+    let proposal = Proposal { peer: PeerId::server(1, 0), generation: 1, life: 0, endpoint: Endpoint::new("tcp", "x") };
     stage.report(0, Report::Rebuild { lane: 0, proposal });
     assert!(stage.sent.is_empty() && stage.notices.is_empty());
 }
