@@ -82,9 +82,13 @@ const ALLOWED: &[(&str, &str, &str)] = &[
     ("src/server/memory/mod.rs", "wait without a time", "the device's own deadline (`gpu_ms`) ends it"),
     ("src/server/node.rs", "recv", "the process' own threads; each sends how it ended, and its end closes the channel"),
     ("src/session/metrics.rs", "join", "the thread looks twice a second whether it is to end"),
+    (
+        "src/session/rendezvous/handle.rs",
+        "join",
+        "the thread has been told to close, and does within its farewell time",
+    ),
     ("src/session/rendezvous/hub.rs", "PollTimeout::NONE", "where nobody is waited for; an order wakes it"),
     ("src/session/rendezvous/hub.rs", "accept", "the port does not block; `Hub::accept` is called so too"),
-    ("src/session/rendezvous/hub.rs", "join", "the thread has been told to close, and does within its farewell time"),
     ("src/session/rendezvous/member.rs", "join", "the connection has been shut down, which ends the reader"),
     (
         "src/session/rendezvous/member.rs",
@@ -92,6 +96,12 @@ const ALLOWED: &[(&str, &str, &str)] = &[
         "the launcher's word; keep-alive probes end it, or leaving the seat",
     ),
     ("src/session/rendezvous/mod.rs", "thread::sleep", "between two tries to reach the rendezvous, under a deadline"),
+    ("src/session/rendezvous/swaps.rs", "join", "its channel is closed, and each call of the store has an end"),
+    (
+        "src/session/rendezvous/swaps.rs",
+        "recv",
+        "the store's thread waits for work; the rendezvous' end closes the channel",
+    ),
     ("src/sys/header.rs", "output", "for tests: a C compiler and the program that it made"),
     ("src/tools/bench/disk.rs", "join", "threads that write files; the benchmark is of how long that takes"),
     ("src/tools/bench/disk.rs", "thread::scope", "threads that write files; the benchmark is of how long that takes"),
