@@ -81,6 +81,7 @@ const ALLOWED: &[(&str, &str, &str)] = &[
     ),
     ("src/server/memory/mod.rs", "wait without a time", "the device's own deadline (`gpu_ms`) ends it"),
     ("src/server/node.rs", "recv", "the process' own threads; each sends how it ended, and its end closes the channel"),
+    ("src/session/etcd.rs", "status", "the status of an HTTP answer that is there"),
     ("src/session/metrics.rs", "join", "the thread looks twice a second whether it is to end"),
     (
         "src/session/rendezvous/handle.rs",
