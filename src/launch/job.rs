@@ -27,8 +27,8 @@ use super::{
 use crate::{
     Error, Result,
     session::{
-        Address, CheckpointSink, Control, ControlAnswer, JobConfig, MetricsEndpoint, Order, Rendezvous,
-        RendezvousOptions, StepRange, TenureStore, control, launcher_text,
+        Address, CheckpointSink, Control, ControlAnswer, EtcdStore, JobConfig, MetricsEndpoint, Order, Rendezvous,
+        RendezvousOptions, StepRange, StoreChoice, TenureStore, control, launcher_text,
     },
     types::Rank,
     wire::JobToken,
@@ -199,7 +199,7 @@ impl Job {
         };
         let directory = JobDirectory::create(options.home.as_deref(), &options.config.name)?;
         let (events, events_in) = channel();
-        let tenures = options.config.has_replicas().then(|| directory.tenures()).transpose()?;
+        let tenures = options.config.has_replicas().then(|| store(&options.config, &directory)).transpose()?;
         let for_notices = events.clone();
         let rendezvous = Rendezvous::start(
             options.config.clone(),
@@ -209,7 +209,7 @@ impl Job {
                 reserved: options.config.ranks().filter(|rank| !options.by_hand.contains(rank)).collect(),
                 on_notice: Box::new(move |notice| drop(for_notices.send(Event::Notice(notice)))),
                 on_checkpoint,
-                tenures: tenures.map(|log| Box::new(log) as Box<dyn TenureStore>),
+                tenures,
             },
         )?;
         let (address, listening) = (rendezvous.address(), rendezvous.listening());
@@ -311,6 +311,14 @@ impl Job {
             }
         }
     }
+}
+
+/// Where it is written down who serves each shard.
+fn store(config: &JobConfig, directory: &JobDirectory) -> Result<Box<dyn TenureStore>> {
+    Ok(match &config.store {
+        StoreChoice::Embedded => Box::new(directory.tenures()?),
+        StoreChoice::Etcd(members) => Box::new(EtcdStore::open(members, &config.name, config.instance)?),
+    })
 }
 
 /// The launcher's own metrics: what its rendezvous says of the job whenever somebody asks.

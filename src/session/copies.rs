@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use super::{DeviceChoice, JobConfig};
+use super::{DeviceChoice, JobConfig, StoreChoice};
 use crate::{Error, Result};
 
 impl JobConfig {
@@ -13,6 +13,7 @@ impl JobConfig {
     pub(super) fn validate_replicas(&self) -> Result<()> {
         let refuse = |why: &str| Err(Error::Config(format!("`replicas` is {}; {why}", self.replicas)));
         match self.replicas {
+            1 if self.store != StoreChoice::Embedded => refuse("a `store` is needed with 2 only"),
             1 => Ok(()),
             2 if self.servers < 2 => {
                 refuse("the copies of a shard are on different servers: `servers` must be at least 2")

@@ -7,7 +7,7 @@ use std::{path::PathBuf, str::FromStr, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
-use super::{DeviceChoice, MetricsAddress, PathOptions, PayloadChecksums, StepRange};
+use super::{DeviceChoice, MetricsAddress, PathOptions, PayloadChecksums, StepRange, StoreChoice};
 use crate::{
     Error, Result,
     consistency::Consistency,
@@ -120,6 +120,8 @@ pub struct JobConfig {
     pub replicas: u16,
     /// How long the other lane of a shard with two copies may be silent before it counts as gone, in milliseconds.
     pub suspect_ms: u64,
+    /// Where it is written down who serves each shard with two copies.
+    pub store: StoreChoice,
     /// How far ahead of the others a worker may run, and what an update is.
     pub consistency: Consistency,
     /// How the gradients of one clock become one.
@@ -204,6 +206,7 @@ impl Default for JobConfig {
             shards_per_server: 1,
             replicas: 1,
             suspect_ms: 500,
+            store: StoreChoice::default(),
             consistency: Consistency::default(),
             reduction: Reduction::default(),
             optimizer: OptimizerConfig::new(OptimizerKind::ADAMW, 1e-3),

@@ -35,6 +35,7 @@ const SETTINGS: &[(&str, Kind)] = &[
     ("shards_per_server", Kind::Whole),
     ("replicas", Kind::Whole),
     ("suspect_ms", Kind::Whole),
+    ("store", Kind::Text),
     ("consistency", Kind::Text),
     ("reduction", Kind::Choice(&["mean", "sum"])),
     ("gradient_dtype", Kind::Choice(&["f32", "bf16", "f16"])),

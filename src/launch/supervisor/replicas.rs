@@ -189,9 +189,5 @@ impl Supervisor {
 fn words(departure: &Departure, end: &str) -> String {
     let Departure { rank, pid, host, others, .. } = departure;
     let others: Vec<String> = others.iter().map(Rank::to_string).collect();
-    let on = match others.is_empty() {
-        true => "it had no part in any shard".into(),
-        false => format!("its shards go on with {}", others.join(" and ")),
-    };
-    format!("{rank} (process {pid} on {host}) {end}; {on}")
+    format!("{rank} (process {pid} on {host}) {end}; its shards go on with {}", others.join(" and "))
 }

@@ -20,7 +20,7 @@ pub struct Departure {
     pub host: String,
     /// Why, if that is known: its own words, or what the others found.
     pub why: Option<String>,
-    /// The servers of the other copies of the shards that it had a part in.
+    /// The servers of its shards' other copies.
     pub others: Vec<Rank>,
 }
 

@@ -2,9 +2,12 @@
 //!
 //! Invariant: every swap that was begun is answered once, in the order of beginning.
 
-use std::sync::{
-    Arc,
-    mpsc::{Receiver, Sender, channel},
+use std::{
+    sync::{
+        Arc,
+        mpsc::{Receiver, Sender, channel},
+    },
+    thread::JoinHandle,
 };
 
 use super::notify::Notify;
@@ -25,16 +28,18 @@ pub(super) struct Swapping {
 
 /// The swaps under way.
 pub(super) struct Swaps {
-    begun: Sender<Swapping>,
+    /// Closed at the end.
+    begun: Option<Sender<Swapping>>,
     ended: Receiver<(Swapping, Swap)>,
+    thread: Option<JoinHandle<()>>,
 }
 
 impl Swaps {
-    /// Starts the thread, if there is a store; it ends with the handle, once the store has answered.
+    /// Starts the thread, if there is a store; it ends with the handle.
     pub fn start(store: Option<Box<dyn TenureStore>>, notify: Arc<Notify>) -> Result<Swaps> {
         let (begun, begun_in) = channel::<Swapping>();
         let (ended_out, ended) = channel();
-        let Some(mut store) = store else { return Ok(Swaps { begun, ended }) };
+        let Some(mut store) = store else { return Ok(Swaps { begun: None, ended, thread: None }) };
         let serve = move || {
             while let Ok(swap) = begun_in.recv() {
                 let outcome = store.compare_and_swap(swap.shard, swap.expected, swap.next);
@@ -44,18 +49,28 @@ impl Swaps {
             }
         };
         let thread = std::thread::Builder::new().name("tenures".into()).spawn(serve);
-        thread.map_err(|e| Error::os("pthread_create", "the store of tenures", e))?;
-        Ok(Swaps { begun, ended })
+        let thread = thread.map_err(|e| Error::os("pthread_create", "the store of tenures", e))?;
+        Ok(Swaps { begun: Some(begun), ended, thread: Some(thread) })
     }
 
     /// Asks the store.
     pub fn begin(&self, swap: Swapping) {
         // Without a store nothing is ever answered: a job with two copies has one.
-        let _ = self.begun.send(swap);
+        let _ = self.begun.as_ref().map(|begun| begun.send(swap));
     }
 
     /// What the store has answered next.
     pub fn poll(&self) -> Option<(Swapping, Swap)> {
         self.ended.try_recv().ok()
+    }
+}
+
+impl Drop for Swaps {
+    /// The store has things to put in order, such as keys that nobody will need any more.
+    fn drop(&mut self) {
+        drop(self.begun.take());
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
     }
 }

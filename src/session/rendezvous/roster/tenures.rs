@@ -63,9 +63,8 @@ impl Roster {
         if self.over || seat.finished || seat.presence == Presence::Gone || !self.is_backed(rank) {
             return;
         }
-        let others = self.held().filter(|(_, lanes, tenure)| tenure.needs(rank, *lanes));
-        let mut others: Vec<Rank> = others.flat_map(|(_, lanes, _)| lanes.map(|lane| lane.rank)).collect();
-        others.retain(|other| *other != rank);
+        let of_it = self.held().map(|(_, lanes, _)| lanes.map(|lane| lane.rank)).filter(|ranks| ranks.contains(&rank));
+        let mut others: Vec<Rank> = of_it.flatten().filter(|other| *other != rank).collect();
         others.sort_unstable();
         others.dedup();
         let seat = self.seat(rank);

@@ -4,6 +4,9 @@
 //!
 //! Invariant: every test ends all that it started, also when it fails.
 
+mod cluster;
+mod stores;
+
 use std::{
     ffi::OsString,
     os::unix::fs::PermissionsExt,
@@ -47,7 +50,11 @@ fn options(home: &Path) -> JobOptions {
 
 /// A job whose worker runs.
 fn running(home: &Path) -> Job {
-    let job = Job::start(options(home)).unwrap();
+    start(options(home))
+}
+
+fn start(options: JobOptions) -> Job {
+    let job = Job::start(options).unwrap();
     wait_for_text(&job, "running as worker 0");
     job
 }
@@ -118,27 +125,32 @@ struct Lanes {
     rank: Rank,
     reporter: Reporter,
     tenures: [Tenure; 2],
+    /// By shard: the other lane is gone, and that has not been granted yet.
+    alone: [bool; 2],
 }
 
 impl Lanes {
-    /// Claims in every shard what holds of it: `claim` says what, of the tenure and whether we serve.
-    fn claim(&self, claim: impl Fn(&Tenure, bool) -> Option<Claim>) -> gradwire::Result<()> {
+    /// Claims what must be so of each shard; again and again, since a claim may be refused.
+    fn claim(&self) -> gradwire::Result<()> {
         for lane in [0, 1].map(|lane| PeerId { rank: self.rank, lane }) {
             let shard = shard_of(lane, 2, 1);
-            let tenure = self.tenures[usize::from(shard.0)];
-            if let Some(claim) = claim(&tenure, tenure.primary == lane) {
-                self.reporter.report(Report::Claim { lane: lane.lane, shard, epoch: tenure.epoch, claim })?;
-            }
+            let Tenure { epoch, primary, is_paired } = self.tenures[usize::from(shard.0)];
+            let claim = match (primary == lane, is_paired, self.alone[usize::from(shard.0)]) {
+                (true, true, true) => Claim::GoAlone,
+                (false, true, true) => Claim::TakeOver,
+                // It is refused until the other one is there.
+                (true, false, _) => Claim::Pair,
+                _ => continue,
+            };
+            self.reporter.report(Report::Claim { lane: lane.lane, shard, epoch, claim })?;
         }
         Ok(())
     }
 
-    /// The other server is gone.
-    fn go_on_alone(&self) -> gradwire::Result<()> {
-        self.claim(|tenure, serves| {
-            let claim = if serves { Claim::GoAlone } else { Claim::TakeOver };
-            tenure.is_paired.then_some(claim)
-        })
+    fn hear(&mut self, shard: ShardId, tenure: Tenure) {
+        let shard = usize::from(shard.0);
+        self.alone[shard] &= tenure.epoch == self.tenures[shard].epoch;
+        self.tenures[shard] = tenure;
     }
 }
 
@@ -146,13 +158,16 @@ fn serve(mut member: Member, files: &Path) -> gradwire::Result<i32> {
     member.view()?;
     member.exchange(Vec::new())?;
     let tenures = [0, 1].map(|shard| Tenure::first(pair(ShardId(shard), 2, 1)));
-    let mut lanes = Lanes { rank: member.rank(), reporter: member.reporter(), tenures };
+    let mut lanes = Lanes { rank: member.rank(), reporter: member.reporter(), tenures, alone: [false; 2] };
     let suspects = files.join("suspect");
-    let mut paired = Instant::now();
+    let mut claimed = Instant::now();
     loop {
         match member.poll_command()? {
-            Some(session::Command::Tenure { shard, tenure }) => lanes.tenures[usize::from(shard.0)] = tenure,
-            Some(session::Command::Gone { .. }) => lanes.go_on_alone()?,
+            Some(session::Command::Tenure { shard, tenure }) => lanes.hear(shard, tenure),
+            Some(session::Command::Gone { .. }) => {
+                lanes.alone = [true; 2];
+                lanes.claim()?;
+            }
             Some(session::Command::Stop { .. } | session::Command::End { .. }) => {
                 lanes.reporter.report(Report::Finished { summary: "served".into() })?;
                 return Ok(0);
@@ -161,12 +176,12 @@ fn serve(mut member: Member, files: &Path) -> gradwire::Result<i32> {
             Some(_) => {}
             None if lanes.rank.index == 0 && suspects.exists() => {
                 let _ = std::fs::remove_file(&suspects);
-                lanes.go_on_alone()?;
+                lanes.alone = [true; 2];
+                lanes.claim()?;
             }
-            // It is refused until the other one is there.
-            None if paired.elapsed() > Duration::from_millis(300) => {
-                paired = Instant::now();
-                lanes.claim(|tenure, serves| (serves && !tenure.is_paired).then_some(Claim::Pair))?;
+            None if claimed.elapsed() > Duration::from_millis(300) => {
+                claimed = Instant::now();
+                lanes.claim()?;
             }
             None => std::thread::sleep(Duration::from_millis(5)),
         }
@@ -226,11 +241,11 @@ fn a_shard_that_loses_both_copies_ends_the_job_by_name() {
     wait_for_text(&job, "shard 1: server 0 serves since epoch 1, without a backup");
     let shown = status_text(home.path());
     assert!(shown.contains("shards without a backup: 0, 1") || shown.contains("backup server 1: gone"), "{shown}");
-    job.kill(S0, Signal::SIGSEGV);
+    job.kill(S0, Signal::SIGABRT);
     let outcome = end(&mut job);
     let reason = outcome.reason.unwrap();
     assert!(reason.contains("has lost both copies: server "), "{reason}");
-    assert!(reason.contains("server 0 was killed by signal 11") && reason.contains("server 1 "), "{reason}");
+    assert!(reason.contains("server 0 was killed by signal 6") && reason.contains("server 1 "), "{reason}");
     assert_eq!(outcome.code, 1);
 }
 
