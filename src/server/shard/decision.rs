@@ -275,7 +275,7 @@ impl Shard {
     pub fn has_parted(&self, peer: PeerId) -> bool {
         match peer.rank.role {
             Role::Worker => self.has_left(peer),
-            Role::Server => self.lane_has_parted(peer),
+            Role::Server => self.backup() != Some(peer) && self.lane_has_parted(peer),
         }
     }
 
