@@ -7,6 +7,7 @@
 
 mod bits;
 mod broken_paths;
+mod damaged;
 mod decisions;
 mod fabrics;
 mod failures;
@@ -27,6 +28,7 @@ mod together;
 mod verbs_hosts;
 mod verbs_links;
 mod verdicts;
+mod wire;
 
 /// Not a test: a worker of the jobs of these tests. Started by the test runner it does nothing.
 #[test]
