@@ -9,6 +9,7 @@
 mod build;
 mod changes;
 mod relay;
+mod time;
 mod trainer;
 
 use std::{
@@ -200,6 +201,8 @@ struct World<'a> {
     snapshots: Vec<Vec<Snapshot>>,
     /// Nodes that do not run any more.
     halted: Vec<PeerId>,
+    /// Nodes that do not run for a while.
+    asleep: Vec<(PeerId, Instant)>,
     victims: Option<(PeerId, PeerId)>,
     chaos_at: Option<u64>,
     /// Requests for checkpoints on their way: the round in which a server hears of one, the server, the clock.
@@ -238,11 +241,11 @@ impl<'a> World<'a> {
         let mut random = SimRandom::new(options.seed);
         let start = Instant::now();
         let queue_max = 1 + random.below(12) as usize;
-        let (lingers, corrupt_one_in) = match options.chaos {
-            Chaos::Rebuilding { corrupt } => (true, corrupt),
-            _ => (false, 0),
+        let (lingers, refuse_one_in, corrupt_one_in) = match options.chaos {
+            Chaos::Rebuilding { corrupt } => (true, 8, corrupt),
+            _ => (false, 0, 0),
         };
-        let sim = SimOptions { delay_max: options.delay_max, queue_max, lingers, corrupt_one_in };
+        let sim = SimOptions { delay_max: options.delay_max, queue_max, lingers, refuse_one_in, corrupt_one_in };
         let network = SimNetwork::new(random.bits(), sim, start);
         let layout_options = LayoutOptions { chunk_elements: options.chunk_elements, shards: options.servers };
         let layout = Arc::new(Layout::build(&options.declarations, layout_options)?);
@@ -269,6 +272,7 @@ impl<'a> World<'a> {
             trainers,
             snapshots,
             halted: Vec::new(),
+            asleep: Vec::new(),
             victims: None,
             chaos_at,
             orders: Vec::new(),
@@ -304,6 +308,7 @@ impl<'a> World<'a> {
             self.request(round);
             self.change(round)?;
             self.pass_on();
+            self.doze();
             let mut busy = false;
             let nodes = self.servers.len() + self.trainers.len();
             let first = self.random.below(nodes as u64) as usize;
@@ -340,11 +345,11 @@ impl<'a> World<'a> {
     /// One node's turn: whether it has more to do, or how it failed.
     fn turn(&mut self, node: usize, program: &mut dyn Program) -> Result<Result<bool, (PeerId, Error)>, String> {
         let now = self.now;
+        if self.rests(self.nodes()[node]) {
+            return Ok(Ok(false));
+        }
         if let Some(server) = self.servers.get_mut(node) {
             let me = PeerId::server(node as u16, 0);
-            if self.halted.contains(&me) {
-                return Ok(Ok(false));
-            }
             let turned = server.turn(now);
             while let Some(snapshot) = server.take_snapshot() {
                 self.snapshots[node].push(snapshot);
@@ -353,9 +358,6 @@ impl<'a> World<'a> {
         }
         let worker = node - self.servers.len();
         let me = PeerId::worker(worker as u16);
-        if self.halted.contains(&me) {
-            return Ok(Ok(false));
-        }
         let trainer = &mut self.trainers[worker];
         match trainer.turn(now, &mut self.random, program) {
             Ok(got_on) => {
@@ -366,24 +368,6 @@ impl<'a> World<'a> {
             }
             Err(error) => Ok(Err((me, error))),
         }
-    }
-
-    /// A little time passes while anybody is busy; otherwise, mostly, it jumps to the next thing that happens.
-    fn pass_time(&mut self, busy: bool) {
-        if busy || !self.network.is_quiet(&self.halted) || self.random.once_in(8) {
-            self.now += Duration::from_micros(self.random.below(50));
-            return;
-        }
-        // Whoever does not run any more has nothing to do at any time.
-        let runs = |peer: PeerId| !self.halted.contains(&peer);
-        let servers = (0u16..).zip(&self.servers).filter(|(server, _)| runs(PeerId::server(*server, 0)));
-        let servers = servers.filter_map(|(_, server)| server.next_deadline());
-        let trainers = (0u16..).zip(&self.trainers).filter(|(worker, _)| runs(PeerId::worker(*worker)));
-        let trainers = trainers.filter_map(|(_, trainer)| trainer.next_deadline());
-        let relay = self.relay.iter().map(|(due, ..)| *due);
-        let next = self.network.next_due().into_iter().chain(servers).chain(trainers).chain(relay).min();
-        let soon = self.now + Duration::from_micros(1);
-        self.now = next.map_or(soon, |next| next.max(soon));
     }
 
     /// Breaks what is to be broken.

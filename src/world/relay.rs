@@ -8,7 +8,8 @@ impl World<'_> {
     /// Delivers the offers that are due.
     pub(super) fn pass_on(&mut self) {
         let now = self.now;
-        let due: Vec<_> = self.relay.extract_if(.., |(due, ..)| *due <= now).collect();
+        let resting = self.resting();
+        let due: Vec<_> = self.relay.extract_if(.., |(due, to, _)| *due <= now && !resting.contains(to)).collect();
         for (_, to, proposal) in due {
             if let Some(paths) = self.paths_of(to) {
                 paths.proposed(proposal, now);
@@ -42,7 +43,7 @@ impl World<'_> {
         sum
     }
 
-    fn nodes(&self) -> Vec<PeerId> {
+    pub(super) fn nodes(&self) -> Vec<PeerId> {
         let servers = (0..self.servers.len()).map(|server| PeerId::server(server as u16, 0));
         servers.chain((0..self.trainers.len()).map(|worker| PeerId::worker(worker as u16))).collect()
     }
