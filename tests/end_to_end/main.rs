@@ -6,6 +6,7 @@
 //! Invariant: every test ends all that it started, also when it fails; no assertion is on how fast something is.
 
 mod bits;
+mod broken_links;
 mod broken_paths;
 mod damaged;
 mod decisions;
