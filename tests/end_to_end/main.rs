@@ -20,6 +20,7 @@ mod leaving;
 mod live;
 mod namespaces;
 mod program;
+mod program_c;
 mod random_faults;
 #[path = "../seccomp/filter.rs"]
 mod seccomp;
@@ -35,6 +36,12 @@ mod wire;
 #[test]
 fn worker_process() {
     let Ok(part) = std::env::var("WORKER_PART") else { return };
+    if std::env::var_os("WORKER_BY_C").is_some() {
+        let steps = std::env::var("WORKER_STEPS").map_or(program::STEPS, |steps| steps.parse().unwrap());
+        let outcome = program_c::play(steps);
+        println!("\nworker process: {outcome:?}");
+        std::process::exit(i32::from(outcome.is_err()));
+    }
     let code = match program::play(&part) {
         Ok(()) => 0,
         Err(gradwire::Error::Preempted { clock }) => {
