@@ -40,6 +40,8 @@ impl<'a> Job<'a> {
         launcher.args(["--set", r#"optimizer.groups=[{name="other"}]"#, "--"]);
         let prepared = |command: &mut std::process::Command, name: &str| {
             let command = worker(command).env("WORKER_STEPS", steps.to_string()).env("WORKER_TELLS", "1");
+            // Which mean something to this test alone.
+            let command = command.env_remove("GRADWIRE_FAULTS").env_remove("GRADWIRE_FAULT_SEED");
             Ended(command.stdout(log(name)).stderr(log(&format!("{name}-errors"))).spawn().unwrap())
         };
         let launcher = prepared(launcher.env("GRADWIRE_HOME", home.path()), "launcher");
