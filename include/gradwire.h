@@ -154,7 +154,7 @@ typedef struct gw_tensor {
  */
 typedef struct gw_view {
   /*
-   The first element, in host memory, aligned to 32 bytes.
+   The first element, aligned to 32 bytes: in host memory, or of a worker of gw_connect_on_gpu its address on the device.
    */
   void *data;
   /*
@@ -165,6 +165,10 @@ typedef struct gw_view {
    Their gw_dtype: that of the job, in which they travel.
    */
   uint32_t dtype;
+  /*
+   The number of the GPU; -1 in host memory.
+   */
+  int32_t device;
 } gw_view;
 
 #ifdef __cplusplus
@@ -303,6 +307,22 @@ enum gw_status gw_parameters(gw_worker worker, size_t tensor, void *out, size_t 
 enum gw_status gw_connect(const struct gw_tensor *tensors, size_t count, gw_worker *worker);
 
 /*
+ As gw_connect, with the worker's gradients and parameters in the memory of GPU number `device` (as CUDA counts those
+ that this process sees), in its primary context, which CUDA's runtime uses too. Gradients leave from there, and
+ parameters land there, without passing through the host. gw_gradient_view and gw_parameter_view give device pointers;
+ whoever has written a gradient waits for its stream or event before gw_push_pull_in_place, which reads it at once.
+ Calls that take addresses in host memory copy to the device and back, and wait for that.
+
+ All servers must be reached over a fabric whose device reaches the GPU's memory (verbs); GW_INVALID names the one that
+ is not, or says that there is no such GPU.
+
+ # Safety
+
+ As gw_connect.
+ */
+enum gw_status gw_connect_on_gpu(const struct gw_tensor *tensors, size_t count, uint32_t device, gw_worker *worker);
+
+/*
  This worker has done its part: ends the clock if something has been pushed in it, waits (at most the job's `wait_ms`)
  until every server knows, and leaves the job in order. The handle is closed, whatever the status.
  */
@@ -360,6 +380,16 @@ enum gw_status gw_parameter_version(gw_worker worker, uint64_t *version);
  call.
  */
 enum gw_status gw_tensor_index(gw_worker worker, const char *name, size_t *tensor);
+
+/*
+ What the loss of this clock is to be multiplied by, since the servers divide gradients by it; 1 unless the job has
+ `--loss-scale`. Another number may hold after each gw_wait.
+
+ # Safety
+
+ `scale` is null or room for a number that nobody else uses during the call.
+ */
+enum gw_status gw_loss_scale(gw_worker worker, float *scale);
 
 /*
  Changes the default group's learning rate on every server, from this clock on; the other groups keep their proportion

@@ -2,7 +2,8 @@
 
 Two workers with one thread each. A step is forward, backward and step(); gradwire's backward pushes while it computes and its
 step() waits for the servers, DDP's backward ends when gloo has summed and its step() computes AdamW. So the parts of a step are not
-alike, and only its whole is compared. `alone` is one process without anybody else: what the computation itself takes.
+alike, and only its whole is compared: all that gradwire's step() does is wait, and DDP waits in backward. `alone` is one process
+without anybody else: what the computation itself takes.
 """
 
 import argparse
@@ -77,14 +78,15 @@ def work(kind: str, options: argparse.Namespace) -> None:
 
 def measure(kind: str, options: argparse.Namespace, home: Path) -> dict:
     """What rank 0 of one run has measured."""
+    kind, _, servers = kind.partition(" ")
     worker = [sys.executable, __file__, "--work", kind, "--width", str(options.width), "--layers", str(options.layers)]
     worker += ["--batch", str(options.batch), "--steps", str(options.steps), "--warm", str(options.warm)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     if kind == "gradwire":
-        flags = ["-s", str(options.servers), "-n", "2", "--optimizer", "adamw", "--lr", str(RATE), "--set", f"optimizer.weight_decay={DECAY}"]
+        flags = ["-s", servers, "-n", "2", "--optimizer", "adamw", "--lr", str(RATE), "--set", f"optimizer.weight_decay={DECAY}"]
         flags += ["--set", f"init_from={home / 'first.safetensors'}"]
         command = shutil.which("gradwire") or sys.exit("no gradwire on PATH")
-        processes = [subprocess.Popen([command, "run", *flags, "--", *worker], env=environment, stdout=subprocess.PIPE, text=True)]
+        processes = [subprocess.Popen([command, "run", *flags, "--", *worker], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)]
     elif kind == "ddp":
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -96,7 +98,10 @@ def measure(kind: str, options: argparse.Namespace, home: Path) -> dict:
     outputs = [process.communicate(timeout=600)[0] for process in processes]
     if any(process.returncode for process in processes):
         sys.exit(f"{kind} failed:\n{''.join(outputs)}")
-    return json.loads(next(line for line in "".join(outputs).splitlines() if "RESULT " in line).split("RESULT ")[1])
+    lines = "".join(outputs).splitlines()
+    result = json.loads(next(line for line in lines if "RESULT " in line).split("RESULT ")[1])
+    fabrics = [line.split("shards: ")[1] for line in lines if "paths between workers and shards: " in line]
+    return result | {"fabric": f"{kind}: {servers} servers, paths: {fabrics[0]}" if fabrics else None}
 
 
 def main() -> None:
@@ -107,23 +112,25 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30, help="that count, in a round")
     parser.add_argument("--warm", type=int, default=5, help="before them")
     parser.add_argument("--rounds", type=int, default=5, help="of each, in turn")
-    parser.add_argument("--servers", type=int, default=1)
+    parser.add_argument("--servers", type=int, nargs="+", default=[1, 2], help="of gradwire; each number has a row")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
         return work(options.work, options)
-    kinds = ("gradwire", "ddp", "alone")
+    kinds = [*(f"gradwire {servers}" for servers in options.servers), "ddp", "alone"]
     steps: dict[str, list[list[float]]] = {kind: [] for kind in kinds}
     losses: dict[str, float] = {}
+    fabrics: dict[str, None] = {}
     with tempfile.TemporaryDirectory() as home:
         for _ in range(options.rounds):
             for kind in kinds:
                 result = measure(kind, options, Path(home))
                 steps[kind] += result["times"]
                 losses[kind] = result["loss"]
+                fabrics |= {result["fabric"]: None} if result["fabric"] else {}
     # They train the same: one that is faster and wrong would be no news.
-    if abs(losses["gradwire"] - losses["ddp"]) > 1e-3:
+    if any(abs(losses[kind] - losses["ddp"]) > 1e-3 for kind in kinds if kind != "alone"):
         sys.exit(f"the losses differ: {losses}")
     parameters = sum(p.numel() for p in Model(options.width, options.layers).parameters())
     rows = []
@@ -135,9 +142,9 @@ def main() -> None:
         rows.append({"kind": kind, "step_ms": statistics.median(whole), "quartiles_ms": spread, "forward_ms": parts[0],
                      "backward_ms": parts[1], "step_call_ms": parts[2]})
     if options.json:
-        return print(json.dumps({"parameters": parameters, "steps": options.rounds * options.steps, "rows": rows}))
-    print(f"{parameters} parameters, 2 workers, {options.servers} servers, {os.cpu_count()} cores; medians of "
-          f"{options.rounds} x {options.steps} steps\n")
+        return print(json.dumps({"parameters": parameters, "steps": options.rounds * options.steps, "fabrics": list(fabrics), "rows": rows}))
+    print(f"{parameters} parameters, 2 workers, {os.cpu_count()} cores; {'; '.join(fabrics)}; medians of {options.rounds} x "
+          f"{options.steps} steps\n")
     print("| | step, ms | quartiles | forward | backward | step() |\n|---|---:|---:|---:|---:|---:|")
     for row in rows:
         low, high = row["quartiles_ms"]

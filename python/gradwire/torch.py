@@ -46,6 +46,8 @@ class _Parameter:
     # What was pushed in this clock, and how often it had been written then.
     pushed: Tensor | None = None
     version: int = 0
+    # Where autograd adds to the gradient; it lasts, with its hook, for as long as somebody holds it.
+    node: torch.autograd.graph.Node | None = None
 
     @property
     def gradient_is_view(self) -> bool:
@@ -153,14 +155,16 @@ class Optimizer(torch.optim.Optimizer):
                 tensor.data = values
             else:
                 tensor.data.copy_(values)
-            tensor.register_hook(self._before(parameter))
+            # Of the node and not the tensor, whose hooks run for torch.autograd.grad too, which adds to no gradient.
+            parameter.node = torch.autograd.graph.get_gradient_edge(tensor).node
+            parameter.node.register_prehook(self._before(parameter))
             tensor.register_post_accumulate_grad_hook(self._after(parameter))
         self._started = True
 
-    def _before(self, parameter: _Parameter) -> Callable[[Tensor], None]:
+    def _before(self, parameter: _Parameter) -> Callable[[tuple[Tensor, ...]], None]:
         """Before autograd adds to the gradient: it must not be on its way already."""
 
-        def refuse(_: Tensor) -> None:
+        def refuse(_: tuple[Tensor, ...]) -> None:
             if parameter.pushed is not None:
                 raise RuntimeError(
                     f"backward reached `{parameter.name}` a second time before step(): its gradient has left already. Put every "

@@ -1,9 +1,28 @@
 """A small GPT-2 (Radford et al. 2019) in torch.nn: pre-norm blocks, learned positions, the output tied to the embedding; and its
-batches, which are the same for whoever asks."""
+batches, which are the same for whoever asks. How programs of jobs with torch begin, and what their tests share."""
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+NO_DECAY = ("--set", 'optimizer.groups=[{name = "no_decay", weight_decay = 0.0}]')
+INITIAL = ("--set", "init_from=first.safetensors")
+
+BEGIN = """
+import gpt2, torch
+from gradwire.torch import Optimizer
+torch.set_num_threads(1)
+
+def refused(kind, text, call, *arguments):
+    try:
+        call(*arguments)
+    except kind as error:
+        assert text in str(error), error
+        return
+    raise AssertionError(f"{call} went well")
+"""
 
 VOCABULARY, CONTEXT, WIDTH, HEADS, BATCH = 61, 16, 32, 4, 4
 
@@ -61,3 +80,9 @@ def groups(model: nn.Module) -> list[dict[str, object]]:
         {"params": [(name, parameter) for name, parameter in named if parameter.dim() > 1]},
         {"params": [(name, parameter) for name, parameter in named if parameter.dim() == 1]},
     ]
+
+
+def far(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
+    """By tensor: how far ours is from theirs, in terms of its norm."""
+    assert list(ours) == list(theirs)
+    return {name: float((ours[name] - theirs[name]).norm() / theirs[name].norm()) for name in theirs}

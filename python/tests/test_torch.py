@@ -12,24 +12,9 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import gpt2  # noqa: E402
+from gpt2 import BEGIN, INITIAL, NO_DECAY, far  # noqa: E402
 
-NO_DECAY = ("--set", 'optimizer.groups=[{name = "no_decay", weight_decay = 0.0}]')
-INITIAL = ("--set", "init_from=first.safetensors")
-STEPS = 12
-
-BEGIN = """
-import gpt2, torch
-from gradwire.torch import Optimizer
-torch.set_num_threads(1)
-
-def refused(kind, text, call, *arguments):
-    try:
-        call(*arguments)
-    except kind as error:
-        assert text in str(error), error
-        return
-    raise AssertionError(f"{call} went well")
-"""
+STEPS = 50
 
 GPT2 = (
     BEGIN
@@ -70,21 +55,27 @@ def alone(optimizer: Any, **options: Any) -> tuple[list[float], dict[str, Any]]:
     return losses, model.state_dict()
 
 
-def far(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
-    """By tensor: how far ours is from theirs, in terms of its norm."""
-    assert list(ours) == list(theirs)
-    return {name: float((ours[name] - theirs[name]).norm() / theirs[name].norm()) for name in theirs}
+SGD = ("sgd", torch.optim.SGD, 0.5, {"weight_decay": 0.01}, ("optimizer.weight_decay=0.01",))
+MOMENTUM = ("sgd", torch.optim.SGD, 0.1, {"momentum": 0.9}, ("optimizer.momentum=0.9",))
+ADAM = ("adam", torch.optim.Adam, 3e-3, {"weight_decay": 0.0}, ())
+ADAMW = (
+    "adamw",
+    torch.optim.AdamW,
+    3e-3,
+    {"weight_decay": 0.1, "betas": (0.9, 0.95)},
+    ("optimizer.weight_decay=0.1", "optimizer.beta2=0.95"),
+)
 
 
-KINDS = [
-    ("sgd", torch.optim.SGD, 0.5, {"weight_decay": 0.01}, ("optimizer.weight_decay=0.01",)),
-    ("sgd", torch.optim.SGD, 0.1, {"momentum": 0.9}, ("optimizer.momentum=0.9",)),
-    ("adamw", torch.optim.AdamW, 3e-3, {"weight_decay": 0.1, "betas": (0.9, 0.95)}, ("optimizer.weight_decay=0.1", "optimizer.beta2=0.95")),
-    ("adam", torch.optim.Adam, 3e-3, {"weight_decay": 0.0}, ()),
-]
+def case(name: str, values: Any, long: bool = False) -> Any:
+    """A parameter set of a test; a long one is left to scripts/test --all."""
+    return pytest.param(*values, id=name, marks=[pytest.mark.long] if long else [])
 
 
-@pytest.mark.parametrize(("kind", "optimizer", "rate", "options", "settings"), KINDS, ids=["sgd", "momentum", "adamw", "adam"])
+KINDS = [case("sgd", SGD, long=True), case("momentum", MOMENTUM), case("adamw", ADAMW), case("adam", ADAM, long=True)]
+
+
+@pytest.mark.parametrize(("kind", "optimizer", "rate", "options", "settings"), KINDS)
 def test_two_workers_train_what_one_process_trains(
     run: Any, tmp_path: Path, kind: str, optimizer: Any, rate: float, options: dict[str, Any], settings: tuple[str, ...]
 ) -> None:
@@ -155,7 +146,7 @@ def with_ddp(place: Path, optimizer: Any, **options: Any) -> None:
             rank.kill()
 
 
-@pytest.mark.parametrize(("kind", "optimizer", "rate", "options", "settings"), [KINDS[1], KINDS[2]], ids=["momentum", "adamw"])
+@pytest.mark.parametrize(("kind", "optimizer", "rate", "options", "settings"), [case("momentum", MOMENTUM, long=True), case("adamw", ADAMW)])
 def test_two_workers_train_what_ddp_trains(
     run: Any, tmp_path: Path, kind: str, optimizer: Any, rate: float, options: dict[str, Any], settings: tuple[str, ...]
 ) -> None:
@@ -227,7 +218,10 @@ torch.save(model.state_dict(), f"rank{rank}.pt")
     assert max(far(ours, model.state_dict()).values()) < 1e-5, far(ours, model.state_dict())
 
 
-def test_bf16_parameters_with_f32_master_state(run: Any) -> None:
+@pytest.mark.parametrize(
+    "formats", [("--gradient-dtype", "bf16", "--parameter-dtype", "bf16"), pytest.param((), marks=pytest.mark.long)], ids=["views", "copies"]
+)
+def test_bf16_parameters_with_f32_master_state(run: Any, formats: tuple[str, ...]) -> None:
     """Steps too small for bf16 add up on the servers; gradients and parameters are views of the same format, or are copied in a
     job of f32."""
     program = (
@@ -245,9 +239,7 @@ with Optimizer([("w", parameter)]) as optimizer:
 assert parameter[0] == 1 - 32 / 1024
 """
     )
-    sgd = ("--optimizer", "sgd", "--lr", str(2**-10), *INITIAL)
-    run(program, *sgd, "--gradient-dtype", "bf16", "--parameter-dtype", "bf16")
-    run(program, *sgd)
+    run(program, "--optimizer", "sgd", "--lr", str(2**-10), *INITIAL, *formats)
 
 
 def test_gradients_leave_and_parameters_land_without_copies(run: Any) -> None:
@@ -400,6 +392,7 @@ def test_what_cannot_be_started_is_refused_by_name(run: Any) -> None:
         _gradwire.Seat = real  # type: ignore[misc]
 
 
+@pytest.mark.long
 def test_first_values_of_the_job_and_a_resumed_job(run: Any, tmp_path: Path) -> None:
     """A file of the user's is never written over; a resumed job goes on from its checkpoint, in the clock and the values."""
     program = (

@@ -24,6 +24,8 @@ pub type WorkerHandle = u64;
 /// A worker and what its caller has said of its tensors.
 pub(super) struct Entry {
     pub worker: Worker,
+    /// The GPU that its memory lies on.
+    pub device: Option<u32>,
     /// By tensor: the caller's number format, and how many elements.
     pub tensors: Vec<(Dtype, usize)>,
     /// Where values of other formats become f32, as long as the longest tensor of such a format.

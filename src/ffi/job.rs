@@ -10,7 +10,7 @@ use super::{
     status::{Answer, Fault, Status, guard, place, slice, text},
     tensor::TensorDescription,
 };
-use crate::{types::Dtype, worker::Worker};
+use crate::{cuda::Context, session::Member, types::Dtype, worker::Worker};
 
 /// Takes this process' place in the job that its environment names (`gradwire run` sets it), declares the tensors, which
 /// are numbered from 0 in this order, and waits for the first parameters: until all workers are there, or the job's own
@@ -29,23 +29,67 @@ pub unsafe extern "C" fn gw_connect(
     count: usize,
     worker: *mut WorkerHandle,
 ) -> Status {
-    guard("gw_connect", || {
-        // SAFETY: the caller answers for it.
-        let worker = unsafe { place(worker, "worker") }?;
-        // SAFETY: likewise.
-        let tensors = unsafe { slice(tensors, count, "tensors") }?;
-        start_log();
-        // SAFETY: likewise.
-        let specs = tensors.iter().enumerate().map(|(index, tensor)| unsafe { tensor.to_spec(index) });
-        let specs: Vec<_> = specs.collect::<Answer<_>>()?;
-        let sizes = specs.iter().map(|(spec, dtype)| (*dtype, spec.elements().unwrap_or(0) as usize));
-        let sizes: Vec<(Dtype, usize)> = sizes.collect();
-        let joined = Worker::join(specs.into_iter().map(|(spec, _)| spec).collect())?;
-        let longest = sizes.iter().filter(|(dtype, _)| *dtype != Dtype::F32).map(|(_, len)| *len).max();
-        let scratch = vec![0.0; longest.unwrap_or(0)];
-        *worker = keep(Entry { worker: joined, tensors: sizes, scratch, registered: BTreeMap::new() })?;
-        Ok(())
-    })
+    // SAFETY: the caller answers for it.
+    guard("gw_connect", || unsafe { connect(tensors, count, None, worker) })
+}
+
+/// As gw_connect, with the worker's gradients and parameters in the memory of GPU number `device` (as CUDA counts those
+/// that this process sees), in its primary context, which CUDA's runtime uses too. Gradients leave from there, and
+/// parameters land there, without passing through the host. gw_gradient_view and gw_parameter_view give device pointers;
+/// whoever has written a gradient waits for its stream or event before gw_push_pull_in_place, which reads it at once.
+/// Calls that take addresses in host memory copy to the device and back, and wait for that.
+///
+/// All servers must be reached over a fabric whose device reaches the GPU's memory (verbs); GW_INVALID names the one that
+/// is not, or says that there is no such GPU.
+///
+/// # Safety
+///
+/// As gw_connect.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn gw_connect_on_gpu(
+    tensors: *const TensorDescription,
+    count: usize,
+    device: u32,
+    worker: *mut WorkerHandle,
+) -> Status {
+    // SAFETY: the caller answers for it.
+    guard("gw_connect_on_gpu", || unsafe { connect(tensors, count, Some(device), worker) })
+}
+
+/// Joins, on a device if one is named.
+///
+/// # Safety
+///
+/// As gw_connect.
+unsafe fn connect(
+    tensors: *const TensorDescription,
+    count: usize,
+    device: Option<u32>,
+    worker: *mut WorkerHandle,
+) -> Answer {
+    // SAFETY: the caller answers for it.
+    let worker = unsafe { place(worker, "worker") }?;
+    // SAFETY: likewise.
+    let tensors = unsafe { slice(tensors, count, "tensors") }?;
+    start_log();
+    // SAFETY: likewise.
+    let specs = tensors.iter().enumerate().map(|(index, tensor)| unsafe { tensor.to_spec(index) });
+    let specs: Vec<_> = specs.collect::<Answer<_>>()?;
+    let sizes = specs.iter().map(|(spec, dtype)| (*dtype, spec.elements().unwrap_or(0) as usize));
+    let sizes: Vec<(Dtype, usize)> = sizes.collect();
+    let specs = specs.into_iter().map(|(spec, _)| spec).collect();
+    let joined = match device {
+        // The device first: a seat that is taken and left has failed.
+        Some(ordinal) => {
+            let context = Context::open(ordinal)?;
+            Worker::on_gpu(Member::from_environment()?, specs, &context)?
+        }
+        None => Worker::join(specs)?,
+    };
+    let longest = sizes.iter().filter(|(dtype, _)| *dtype != Dtype::F32).map(|(_, len)| *len).max();
+    let scratch = vec![0.0; longest.unwrap_or(0)];
+    *worker = keep(Entry { worker: joined, device, tensors: sizes, scratch, registered: BTreeMap::new() })?;
+    Ok(())
 }
 
 /// This worker has done its part: ends the clock if something has been pushed in it, waits (at most the job's `wait_ms`)
@@ -136,6 +180,18 @@ pub unsafe extern "C" fn gw_tensor_index(worker: WorkerHandle, name: *const c_ch
     };
     // SAFETY: the caller answers for it.
     unsafe { tell("gw_tensor_index", worker, tensor, find) }
+}
+
+/// What the loss of this clock is to be multiplied by, since the servers divide gradients by it; 1 unless the job has
+/// `--loss-scale`. Another number may hold after each gw_wait.
+///
+/// # Safety
+///
+/// `scale` is null or room for a number that nobody else uses during the call.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn gw_loss_scale(worker: WorkerHandle, scale: *mut f32) -> Status {
+    // SAFETY: the caller answers for it.
+    unsafe { tell("gw_loss_scale", worker, scale, |worker| Ok(worker.loss_scale())) }
 }
 
 /// Changes the default group's learning rate on every server, from this clock on; the other groups keep their proportion

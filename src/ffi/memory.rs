@@ -5,8 +5,8 @@
 use std::ffi::c_void;
 
 use super::{
-    handle::{Registered, WorkerHandle, with},
-    status::{Answer, Fault, Status, guard, place},
+    handle::{Entry, Registered, WorkerHandle, with},
+    status::{Fault, Status, guard, place},
 };
 use crate::{types::Dtype, worker::FlatView};
 
@@ -14,24 +14,27 @@ use crate::{types::Dtype, worker::FlatView};
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct View {
-    /// The first element, in host memory, aligned to 32 bytes.
+    /// The first element, aligned to 32 bytes: in host memory, or of a worker of gw_connect_on_gpu its address on the device.
     pub data: *mut c_void,
     /// How many elements.
     pub elements: usize,
     /// Their gw_dtype: that of the job, in which they travel.
     pub dtype: u32,
+    /// The number of the GPU; -1 in host memory.
+    pub device: i32,
 }
 
-fn view_of(view: &FlatView) -> Answer<View> {
-    if view.device_address().is_some() {
-        return Err(Fault::invalid("the worker's memory lies on a device"));
-    }
+fn view_of(entry: &Entry, view: &FlatView) -> View {
     let dtype = match view.dtype() {
         Dtype::F32 => 0,
         Dtype::Bf16 => 1,
         Dtype::F16 => 2,
     };
-    Ok(View { data: view.pointer().as_ptr().cast(), elements: view.elements(), dtype })
+    let (data, device) = match (view.device_address(), entry.device) {
+        (Some(address), Some(ordinal)) => (std::ptr::without_provenance_mut(address as usize), ordinal as i32),
+        _ => (view.pointer().as_ptr().cast(), -1),
+    };
+    View { data, elements: view.elements(), dtype, device }
 }
 
 /// Where a tensor's gradient lies: write it there and push it with gw_push_pull_in_place, and nothing is copied. The memory is the
@@ -45,7 +48,7 @@ pub unsafe extern "C" fn gw_gradient_view(worker: WorkerHandle, tensor: usize, v
     guard("gw_gradient_view", || {
         // SAFETY: the caller answers for it.
         let view = unsafe { place(view, "view") }?;
-        *view = with(worker, |entry| view_of(&entry.worker.gradient_view(tensor)?))?;
+        *view = with(worker, |entry| Ok(view_of(entry, &entry.worker.gradient_view(tensor)?)))?;
         Ok(())
     })
 }
@@ -61,7 +64,7 @@ pub unsafe extern "C" fn gw_parameter_view(worker: WorkerHandle, tensor: usize, 
     guard("gw_parameter_view", || {
         // SAFETY: the caller answers for it.
         let view = unsafe { place(view, "view") }?;
-        *view = with(worker, |entry| view_of(&entry.worker.parameter_view(tensor)?))?;
+        *view = with(worker, |entry| Ok(view_of(entry, &entry.worker.parameter_view(tensor)?)))?;
         Ok(())
     })
 }

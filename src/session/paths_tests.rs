@@ -10,8 +10,11 @@ use crate::transport::sim::{SimNetwork, SimOptions};
 #[test]
 fn what_found_no_room_leaves_in_order() {
     let (mut now, step) = (Instant::now(), Duration::from_millis(1));
-    let network =
-        SimNetwork::new(1, SimOptions { delay_max: step, queue_max: 2, lingers: false, corrupt_one_in: 0 }, now);
+    let network = SimNetwork::new(
+        1,
+        SimOptions { delay_max: step, queue_max: 2, lingers: false, refuse_one_in: 0, corrupt_one_in: 0 },
+        now,
+    );
     let (server, worker) = (PeerId::server(0, 0), PeerId::worker(0));
     let second = Duration::from_secs(1);
     let options = PathOptions {

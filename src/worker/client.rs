@@ -87,13 +87,8 @@ pub enum Event {
         /// The bytes.
         lease: Lease,
     },
-    /// The factor on the loss from a clock on.
-    LossScale {
-        /// The first clock.
-        clock: Clock,
-        /// The factor.
-        scale: f32,
-    },
+    /// The factor on the loss from the next clock on.
+    LossScale(f32),
     /// Every lane has said goodbye.
     Finished,
 }
@@ -172,6 +167,8 @@ pub struct Client {
     finishing: bool,
     /// Since it was asked for: to which lane how much was sent again.
     resent: Option<(PeerId, u64)>,
+    /// The first clock of the loss scale that was told last.
+    scaled_from: Clock,
 }
 
 impl Client {
@@ -210,6 +207,7 @@ impl Client {
             events: VecDeque::new(),
             finishing: false,
             resent: None,
+            scaled_from: 0,
         }
     }
 
@@ -315,7 +313,11 @@ impl Client {
                 if note.version >> 32 != 0 || !(0.0..=f32::MAX).contains(&scale) {
                     return Err(protocol(format!("loss scale {scale}")));
                 }
-                self.events.push_back(Event::LossScale { clock: note.clock, scale });
+                // A lane that is behind may tell that of a clock that is over.
+                if note.clock >= self.scaled_from {
+                    self.scaled_from = note.clock;
+                    self.events.push_back(Event::LossScale(scale));
+                }
             }
             (NoteKind::Goodbye, None) => {
                 self.prove(lane, u64::MAX);

@@ -58,8 +58,8 @@ pub struct Worker {
     attached: bool,
     finished: bool,
     owner: Owner,
-    /// The factor on the loss, and the clock from which on it is that.
-    loss_scale: (Clock, f32),
+    /// The factor on the loss.
+    loss_scale: f32,
     reported: Instant,
     observed: Observed,
     /// A checkpoint that has been asked for.
@@ -89,7 +89,7 @@ impl Worker {
             Ok((layout, lanes, buffers, progress, observed)) => {
                 let mut worker = Worker {
                     clock: member.config().start_clock,
-                    loss_scale: (0, member.config().loss_scale.first()),
+                    loss_scale: member.config().loss_scale.first(),
                     member,
                     layout,
                     lanes,
@@ -202,7 +202,7 @@ impl Worker {
     /// What the loss of this clock, and so every gradient that is pushed in it, is to be multiplied by: servers divide by it. 1 unless
     /// the job's setting `loss_scale` says otherwise; after [`wait`](Worker::wait) it may have changed.
     pub fn loss_scale(&self) -> f32 {
-        self.loss_scale.1
+        self.loss_scale
     }
 
     /// The number of the tensor with this name.
@@ -422,8 +422,7 @@ impl Worker {
                     chunk.version = version;
                     chunk.parameters = Some(lease);
                 }
-                Event::LossScale { clock, scale } if clock >= self.loss_scale.0 => self.loss_scale = (clock, scale),
-                Event::LossScale { .. } => {} // of a clock that is over
+                Event::LossScale(scale) => self.loss_scale = scale,
                 Event::Finished => self.finished = true,
             }
         }

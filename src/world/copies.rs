@@ -86,7 +86,7 @@ impl World<'_> {
     /// When something about copies is due next.
     pub(super) fn copies_due(&self) -> Option<Instant> {
         let copies = &self.copies;
-        let heard = copies.news.iter().filter(|(node, _)| !self.halted.contains(node));
+        let heard = copies.news.iter().filter(|(node, _)| !self.rests(**node));
         let news = heard.filter_map(|(_, news)| news.front()).map(|(due, _)| *due);
         let claims = copies.claims.iter().map(|(due, ..)| *due);
         let gone = copies.gone.values().filter(|(_, noticed)| !noticed).map(|(due, _)| *due);
@@ -155,7 +155,7 @@ impl World<'_> {
         let now = self.now;
         let nodes: Vec<PeerId> = self.copies.news.keys().copied().collect();
         for node in nodes {
-            if self.halted.contains(&node) {
+            if self.rests(node) {
                 continue;
             }
             while let Some((due, news)) = self.copies.news.get_mut(&node).and_then(|queue| queue.front().copied()) {

@@ -12,6 +12,7 @@ mod chaos;
 mod checkpoints;
 mod copies;
 mod relay;
+mod time;
 mod trainer;
 
 use std::{
@@ -216,6 +217,8 @@ struct World<'a> {
     snapshots: Vec<Vec<Snapshot>>,
     /// Nodes that do not run any more.
     halted: Vec<PeerId>,
+    /// Nodes that do not run for a while.
+    asleep: Vec<(PeerId, Instant)>,
     victims: Option<(PeerId, PeerId)>,
     chaos_at: Option<u64>,
     /// Requests for checkpoints on their way: the round in which a server hears of one, the server, the clock.
@@ -256,12 +259,12 @@ impl<'a> World<'a> {
         let mut random = SimRandom::new(options.seed);
         let start = Instant::now();
         let queue_max = 1 + random.below(12) as usize;
-        let (lingers, corrupt_one_in) = match options.chaos {
-            Chaos::Rebuilding { corrupt } => (true, corrupt),
-            Chaos::Copies => (true, 0),
-            _ => (false, 0),
+        let (lingers, refuse_one_in, corrupt_one_in) = match options.chaos {
+            Chaos::Rebuilding { corrupt } => (true, 8, corrupt),
+            Chaos::Copies => (true, 8, 0),
+            _ => (false, 0, 0),
         };
-        let sim = SimOptions { delay_max: options.delay_max, queue_max, lingers, corrupt_one_in };
+        let sim = SimOptions { delay_max: options.delay_max, queue_max, lingers, refuse_one_in, corrupt_one_in };
         let network = SimNetwork::new(random.bits(), sim, start);
         let layout_options = LayoutOptions { chunk_elements: options.chunk_elements, shards: options.servers };
         let layout = Arc::new(Layout::build(&options.declarations, layout_options)?);
@@ -289,6 +292,7 @@ impl<'a> World<'a> {
             trainers,
             snapshots,
             halted: Vec::new(),
+            asleep: Vec::new(),
             victims: None,
             chaos_at,
             orders: Vec::new(),
@@ -342,6 +346,7 @@ impl<'a> World<'a> {
             self.change(round)?;
             self.pass_on();
             self.tend_copies()?;
+            self.doze();
             let mut busy = false;
             let nodes = self.servers.len() + self.trainers.len();
             let first = self.random.below(nodes as u64) as usize;
@@ -382,11 +387,11 @@ impl<'a> World<'a> {
     /// One node's turn: whether it has more to do, or how it failed.
     fn turn(&mut self, node: usize, program: &mut dyn Program) -> Result<Result<bool, (PeerId, Error)>, String> {
         let now = self.now;
+        if self.rests(self.nodes()[node]) {
+            return Ok(Ok(false));
+        }
         if let Some(Node { me, shard, replica }) = self.servers.get_mut(node) {
             let (me, Some(replica)) = (*me, replica) else { return Ok(Ok(false)) };
-            if self.halted.contains(&me) {
-                return Ok(Ok(false));
-            }
             let turned = replica.turn(now);
             while let Some(snapshot) = replica.serves().and_then(EventLoop::take_snapshot) {
                 self.snapshots[*shard].push(snapshot);
@@ -398,9 +403,6 @@ impl<'a> World<'a> {
         }
         let worker = node - self.servers.len();
         let me = PeerId::worker(worker as u16);
-        if self.halted.contains(&me) {
-            return Ok(Ok(false));
-        }
         let trainer = &mut self.trainers[worker];
         match trainer.turn(now, &mut self.random, program) {
             Ok(got_on) => {
@@ -411,25 +413,6 @@ impl<'a> World<'a> {
             }
             Err(error) => Ok(Err((me, error))),
         }
-    }
-
-    /// A little time passes while anybody is busy; otherwise, mostly, it jumps to the next thing that happens.
-    fn pass_time(&mut self, busy: bool) {
-        if busy || !self.network.is_quiet(&self.halted) || self.random.once_in(8) {
-            self.now += Duration::from_micros(self.random.below(50));
-            return;
-        }
-        // Whoever does not run any more has nothing to do at any time.
-        let runs = |peer: PeerId| !self.halted.contains(&peer);
-        let servers = self.servers.iter().filter(|node| runs(node.me));
-        let servers = servers.filter_map(|node| node.replica.as_ref()?.next_deadline());
-        let trainers = (0u16..).zip(&self.trainers).filter(|(worker, _)| runs(PeerId::worker(*worker)));
-        let trainers = trainers.filter_map(|(_, trainer)| trainer.next_deadline());
-        let relay = self.relay.iter().map(|(due, ..)| *due);
-        let next = self.network.next_due().into_iter().chain(servers).chain(trainers).chain(relay);
-        let next = next.chain(self.copies_due()).min();
-        let soon = self.now + Duration::from_micros(1);
-        self.now = next.map_or(soon, |next| next.max(soon));
     }
 
     /// The lanes to which a server has paths.

@@ -8,11 +8,9 @@ impl World<'_> {
     /// Delivers the offers that are due.
     pub(super) fn pass_on(&mut self) {
         let now = self.now;
-        let due: Vec<_> = self.relay.extract_if(.., |(due, ..)| *due <= now).collect();
+        let resting = self.resting();
+        let due: Vec<_> = self.relay.extract_if(.., |(due, to, _)| *due <= now && !resting.contains(to)).collect();
         for (_, to, proposal) in due {
-            if self.halted.contains(&to) && !self.options.copies {
-                continue;
-            }
             match self.servers.iter_mut().find(|node| node.me == to) {
                 Some(Node { replica: Some(replica), .. }) => replica.proposed(proposal, now),
                 Some(_) => {}
@@ -50,7 +48,7 @@ impl World<'_> {
         sum
     }
 
-    fn nodes(&self) -> Vec<PeerId> {
+    pub(super) fn nodes(&self) -> Vec<PeerId> {
         let servers = self.servers.iter().map(|node| node.me);
         servers.chain((0..self.trainers.len()).map(|worker| PeerId::worker(worker as u16))).collect()
     }

@@ -143,7 +143,7 @@ impl Trainer {
                 chunk.version = version;
                 chunk.parameters = Some(lease);
             }
-            Event::LossScale { scale, .. } => self.loss_scale = scale,
+            Event::LossScale(scale) => self.loss_scale = scale,
             Event::Finished => self.phase = Phase::Finished,
         }
         Ok(())

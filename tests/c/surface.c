@@ -36,6 +36,8 @@ static void refused(void) {
     gw_worker worker = 7;
     FAILS(gw_connect(&wrong, 1, NULL), GW_INVALID, "worker is a null pointer");
     FAILS(gw_connect(NULL, 1, &worker), GW_INVALID, "tensors is a null pointer");
+    FAILS(gw_connect_on_gpu(NULL, 1, 0, &worker), GW_INVALID, "gw_connect_on_gpu: tensors is a null pointer");
+    FAILS(gw_connect_on_gpu(NULL, 0, 4000000000, &worker), GW_INVALID, "gw_connect_on_gpu: ");
     wrong.name = NULL;
     FAILS(gw_connect(&wrong, 1, &worker), GW_INVALID, "the name of tensor 0 is a null pointer");
     wrong.name = "\xff";
@@ -73,6 +75,9 @@ static void arguments(gw_worker worker) {
     FAILS(gw_tensor_index(worker, NULL, &number), GW_INVALID, "the name is a null pointer");
     EXPECT(gw_tensor_index(worker, "halves", &number) == GW_OK && number == HALVES);
     EXPECT(gw_rank(worker, &number) == GW_OK && number == 0);
+    float scale = 0;
+    FAILS(gw_loss_scale(worker, NULL), GW_INVALID, "null pointer");
+    EXPECT(gw_loss_scale(worker, &scale) == GW_OK && scale == 1.0f);
     EXPECT(gw_workers(worker, &number) == GW_OK && number == 1);
     FAILS(gw_push_pull(worker, FLOATS, NULL, 4), GW_INVALID, "the gradient is a null pointer");
     FAILS(gw_push_pull(worker, TENSORS, QUARTERS, 4), GW_INVALID, "there is no tensor 3");
@@ -178,7 +183,7 @@ static void in_place(gw_worker worker) {
     FAILS(gw_gradient_view(worker, TENSORS, &slot), GW_INVALID, "");
     EXPECT(gw_gradient_view(worker, FLOATS, &slot) == GW_OK && slot.elements == 4 && slot.dtype == GW_F32);
     EXPECT(gw_parameter_view(worker, FLOATS, &parameters) == GW_OK && parameters.elements == 4);
-    EXPECT((uintptr_t)slot.data % 4 == 0);
+    EXPECT((uintptr_t)slot.data % 4 == 0 && slot.device == -1 && parameters.device == -1);
     EXPECT(gw_parameters(worker, FLOATS, before, 4) == GW_OK);
     memcpy(slot.data, gradient, sizeof gradient);
     EXPECT(gw_push_pull_in_place(worker, FLOATS) == GW_OK);

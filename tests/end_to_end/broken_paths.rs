@@ -175,7 +175,8 @@ fn disturbed(fabric: Fabric, count: u64, seed: u64, steps: u64, prepare: impl Fn
     assert!(rebuilt > 0, "nobody says that a path was rebuilt\n{}", job.output());
 }
 
-fn faults() -> (u64, u64) {
+/// How many faults, and where the dice begin.
+pub fn faults() -> (u64, u64) {
     let number = |name: &str| std::env::var(name).ok().map(|text| text.parse::<u64>().unwrap());
     (number("GRADWIRE_FAULTS").unwrap_or(10), number("GRADWIRE_FAULT_SEED").unwrap_or(1))
 }

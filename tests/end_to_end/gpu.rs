@@ -139,16 +139,19 @@ fn verbs_write_into_the_memory_of_gpus_and_give_the_processors_bits() {
     let (expected, _) = contents_of(STEPS, &|_| {}, None);
     let flushes = |log: &BTreeMap<String, usize>| log.get("flush").copied().unwrap_or(0);
     let all = expected.len() * STEPS as usize;
-    // Every worker over verbs; one of two; none, since the servers are told not to; and from the workers' own GPUs.
-    for (index, count) in [(0, all), (1, all), (2, 0), (3, all)] {
+    // Every worker over verbs; one of two; none, since the servers are told not to; and from the workers' own GPUs, by Rust and by C.
+    for (index, count) in [(0, all), (1, all), (2, 0), (3, all), (4, all)] {
         let change = |options: &mut JobOptions| {
             options.config.transports = vec![Fabric::Verbs, Fabric::Tcp];
             options.config.gpu_direct = index != 2;
             match index {
                 0 => options.config.transports = vec![Fabric::Verbs],
-                3 => {
+                3 | 4 => {
                     options.config.transports = vec![Fabric::Verbs];
                     workers_on_gpu(options);
+                    if index == 4 {
+                        with_variable(options, "WORKER_BY_C", 1);
+                    }
                 }
                 1 => restrict(options, "worker", 1, "tcp"),
                 _ => {}
@@ -168,15 +171,19 @@ fn workers_on_gpu(options: &mut JobOptions) {
 
 #[test]
 fn a_worker_on_a_gpu_is_refused_by_fabrics_that_do_not_reach_it() {
-    let home = home();
-    let mut options = options(home.path(), "train");
-    options.config.transports = vec![Fabric::Tcp];
-    workers_on_gpu(&mut options);
-    let mut job = Job::start(options).unwrap();
-    let outcome = end(&mut job);
-    assert_ne!(outcome.code, 0);
-    let told = format!("{:?} {}", outcome.reason, job.output());
-    assert!(told.contains("device memory, which the fabric tcp cannot reach"), "{told}");
+    for by in ["WORKER_BY_RUST", "WORKER_BY_C"] {
+        let home = home();
+        let mut options = options(home.path(), "train");
+        options.config.transports = vec![Fabric::Tcp];
+        workers_on_gpu(&mut options);
+        with_variable(&mut options, by, 1);
+        let mut job = Job::start(options).unwrap();
+        let outcome = end(&mut job);
+        assert_ne!(outcome.code, 0);
+        let told = format!("{:?} {}", outcome.reason, job.output());
+        assert!(told.contains("device memory, which the fabric tcp cannot reach"), "{told}");
+        assert_eq!(told.contains("GwInvalid gw_connect_on_gpu: "), by == "WORKER_BY_C", "{told}");
+    }
 }
 
 #[test]

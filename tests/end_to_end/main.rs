@@ -6,7 +6,9 @@
 //! Invariant: every test ends all that it started, also when it fails; no assertion is on how fast something is.
 
 mod bits;
+mod broken_links;
 mod broken_paths;
+mod damaged;
 mod decisions;
 mod fabrics;
 mod failures;
@@ -18,6 +20,7 @@ mod leaving;
 mod live;
 mod namespaces;
 mod program;
+mod program_c;
 mod random_faults;
 #[path = "../seccomp/filter.rs"]
 mod seccomp;
@@ -27,11 +30,18 @@ mod together;
 mod verbs_hosts;
 mod verbs_links;
 mod verdicts;
+mod wire;
 
 /// Not a test: a worker of the jobs of these tests. Started by the test runner it does nothing.
 #[test]
 fn worker_process() {
     let Ok(part) = std::env::var("WORKER_PART") else { return };
+    if std::env::var_os("WORKER_BY_C").is_some() {
+        let steps = std::env::var("WORKER_STEPS").map_or(program::STEPS, |steps| steps.parse().unwrap());
+        let outcome = program_c::play(steps);
+        println!("\nworker process: {outcome:?}");
+        std::process::exit(i32::from(outcome.is_err()));
+    }
     let code = match program::play(&part) {
         Ok(()) => 0,
         Err(gradwire::Error::Preempted { clock }) => {

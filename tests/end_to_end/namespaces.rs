@@ -12,9 +12,11 @@ use crate::jobs::{PATIENCE, home};
 
 const GRADWIRE: &str = env!("CARGO_BIN_EXE_gradwire");
 
-/// Two namespaces with one address each; they are gone when this is dropped.
-struct Hosts {
+/// Two namespaces with one address each, joined by a link; they are gone when this is dropped.
+pub struct Hosts {
     names: [String; 2],
+    /// Its end in the first.
+    pub interface: String,
 }
 
 fn ip(arguments: &[&str]) -> Output {
@@ -22,18 +24,19 @@ fn ip(arguments: &[&str]) -> Output {
 }
 
 impl Hosts {
-    fn new() -> Option<Hosts> {
+    /// `tag`, a letter, tells the hosts of one test from those of another.
+    pub fn new(tag: char) -> Option<Hosts> {
         let usable = nix::unistd::geteuid().is_root() && Command::new("ip").arg("-V").output().is_ok();
         let pid = std::process::id();
-        let names = [format!("gw-a-{pid}"), format!("gw-b-{pid}")];
+        let names = [format!("gw-a-{tag}{pid}"), format!("gw-b-{tag}{pid}")];
         if !usable || !ip(&["netns", "add", &names[0]]).status.success() {
             assert!(std::env::var_os("CI").is_none(), "CI must be able to make network namespaces");
             println!("NOT RUN: network namespaces need root and iproute2");
             return None;
         }
-        let hosts = Hosts { names };
+        let (va, vb) = (format!("gwa{tag}{pid}"), format!("gwb{tag}{pid}"));
+        let hosts = Hosts { names, interface: va.clone() };
         let [a, b] = &hosts.names;
-        let (va, vb) = (format!("gwa{pid}"), format!("gwb{pid}"));
         let steps: [&[&str]; 8] = [
             &["netns", "add", b],
             &["link", "add", &va, "netns", a, "type", "veth", "peer", "name", &vb, "netns", b],
@@ -51,8 +54,14 @@ impl Hosts {
         Some(hosts)
     }
 
+    /// Takes the link down or brings it up.
+    pub fn set_link(&self, state: &str) {
+        let done = ip(&["-n", &self.names[0], "link", "set", &self.interface, state]);
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    }
+
     /// A command in one of them.
-    fn command(&self, host: usize, program: &str) -> Command {
+    pub fn command(&self, host: usize, program: &str) -> Command {
         let mut command = Command::new("ip");
         command.args(["netns", "exec", &self.names[host], program]).stdin(Stdio::null());
         command
@@ -66,7 +75,7 @@ impl Drop for Hosts {
 }
 
 /// A process that ends with its test.
-struct Ended(Child);
+pub struct Ended(pub Child);
 
 impl Drop for Ended {
     fn drop(&mut self) {
@@ -75,7 +84,8 @@ impl Drop for Ended {
     }
 }
 
-fn worker(command: &mut Command) -> &mut Command {
+/// Lets a command that ends in `--` start workers that train.
+pub fn worker(command: &mut Command) -> &mut Command {
     let program = std::env::current_exe().unwrap();
     command
         .arg(program)
@@ -85,12 +95,11 @@ fn worker(command: &mut Command) -> &mut Command {
 
 #[test]
 fn a_worker_joins_by_hand_from_another_host() {
-    let Some(hosts) = Hosts::new() else { return };
+    let Some(hosts) = Hosts::new('h') else { return };
     let home = home();
-    let interface = format!("gwa{}", std::process::id());
     let mut launcher = hosts.command(0, GRADWIRE);
     launcher.args(["run", "-s", "2", "-n", "2", "--name", "hosts", "--listen", "10.77.0.1:7311", "--by-hand", "w1"]);
-    launcher.args(["--interface", &interface, "--set", "chunk_bytes=1024", "--set", "optimizer.kind=sgd"]);
+    launcher.args(["--interface", &hosts.interface, "--set", "chunk_bytes=1024", "--set", "optimizer.kind=sgd"]);
     launcher.args(["--set", r#"optimizer.groups=[{name="other"}]"#, "--"]);
     let launcher = worker(&mut launcher).env("GRADWIRE_HOME", home.path()).stdout(Stdio::piped()).spawn().unwrap();
     let mut launcher = Ended(launcher);

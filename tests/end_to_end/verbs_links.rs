@@ -1,24 +1,26 @@
-//! Jobs over verbs across a real link, which loses packets, is cut, or has one of its ends killed: in a virtual machine with a veth
-//! pair (`scripts/test-rdma`); elsewhere these tests say that they do nothing.
+//! Jobs over verbs across a real link, which loses packets, is cut for a while or for good, or has one of its ends killed; and over
+//! two rails, of which one dies: in virtual machines with a veth pair or with two devices (`scripts/test-rdma`); elsewhere these
+//! tests say that they do nothing.
 //!
 //! Invariant: what a fault has hit is counted, so that one which hit nothing does not pass.
 
 use std::{
     process::Command,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use gradwire::{
     launch::{Job, JobOptions},
     session::Fabric,
+    transport::sim::SimRandom,
     types::Rank,
 };
 use nix::sys::signal::Signal;
 
 use crate::{
     bits::{same, simulated},
-    jobs::{end, home, options, stored, wait_for_text, with_variable},
-    program::model,
+    jobs::{PATIENCE, digests, end, home, options, run, stored, wait_for_text, with_variable},
+    program::{STEPS, model},
 };
 
 /// Whether the soft-RDMA devices rxa and rxb are the two ends of a veth pair here.
@@ -32,10 +34,15 @@ fn is_there() -> bool {
 
 /// A job whose servers are at one end of the link and whose workers are at the other.
 fn across(home: &std::path::Path) -> JobOptions {
+    over(home, "rxa", "rxb")
+}
+
+/// A job whose servers and workers use these devices.
+fn over(home: &std::path::Path, of_servers: &str, of_workers: &str) -> JobOptions {
     let mut options = options(home, "train");
     options.config.transports = vec![Fabric::Verbs];
-    with_variable(&mut options, "GRADWIRE_HCA", "rxb");
-    let words = ["env".into(), "GRADWIRE_HCA=rxa".into()];
+    with_variable(&mut options, "GRADWIRE_HCA", of_workers);
+    let words = ["env".into(), format!("GRADWIRE_HCA={of_servers}").into()];
     options.server_command = words.into_iter().chain(options.server_command).collect();
     options
 }
@@ -98,11 +105,128 @@ fn verbs_whose_link_is_cut_end_the_job_by_name() {
     if !is_there() {
         return;
     }
-    let reason = disturbed(|_| drop(output("ip", &["link", "set", "va", "down"])));
+    let reason = disturbed(|_| cut());
+    mend();
+    assert!(reason.contains("the path to ") && reason.contains("worker"), "{reason}");
+}
+
+fn cut() {
+    output("ip", &["link", "set", "va", "down"]);
+}
+
+/// The link is there again, with what the kernel has forgotten of it (scripts/rdma-vm.d/network).
+fn mend() {
     output("ip", &["link", "set", "va", "up"]);
     output("ip", &["neighbour", "replace", "10.8.0.2", "lladdr", &address("vb"), "dev", "va", "nud", "permanent"]);
     output("ip", &["route", "replace", "10.8.0.2", "dev", "va", "src", "10.8.0.1", "table", "101"]);
-    assert!(reason.contains("the path to ") && reason.contains("worker"), "{reason}");
+}
+
+/// How often an end says that its path was rebuilt.
+fn rebuilt(job: &Job) -> usize {
+    job.output().matches("and was rebuilt after").count()
+}
+
+/// The last clock that a worker has said to begin.
+fn clock(job: &Job) -> u64 {
+    let output = job.output();
+    let last = output.rsplit("begins clock ").next().and_then(|rest| rest.split_whitespace().next());
+    last.and_then(|number| number.parse().ok()).unwrap_or(0)
+}
+
+/// Waits until `count` ends have said that their path was rebuilt, and the workers get on.
+fn until_rebuilt(job: &Job, count: usize) {
+    let (since, begun) = (Instant::now(), clock(job));
+    while rebuilt(job) < count || clock(job) < begun + 2 {
+        assert!(since.elapsed() < PATIENCE, "{} ends, clock {}\n{}", rebuilt(job), clock(job), job.output());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Packets that have crossed the link so far.
+fn crossed() -> u64 {
+    let count = |device: &str| {
+        let file = format!("/sys/class/net/{device}/statistics/tx_packets");
+        std::fs::read_to_string(file).unwrap().trim().parse::<u64>().unwrap()
+    };
+    count("va") + count("vb")
+}
+
+#[test]
+fn verbs_whose_link_comes_back_change_no_bit() {
+    if !is_there() {
+        return;
+    }
+    const STEPS: u64 = 200;
+    let (home, calm_home) = (home(), home());
+    let prepared = |home: &std::path::Path| {
+        let mut options = across(home);
+        with_variable(&mut options, "WORKER_TELLS", 1);
+        with_variable(&mut options, "WORKER_STEPS", STEPS);
+        // Emulated: what takes a moment elsewhere takes seconds here.
+        (options.config.rebuild_ms, options.config.deadline_ms) = (60_000, 30_000);
+        options
+    };
+    let undisturbed = run(prepared(calm_home.path()));
+    let mut job = Job::start(prepared(home.path())).unwrap();
+    wait_for_text(&job, "begins clock 3");
+    let (mut random, mut hits) = (SimRandom::new(crate::broken_paths::faults().1), 0);
+    while hits < 3 {
+        std::thread::sleep(Duration::from_millis(random.below(300)));
+        let (before, at_clock, down_ms) = (rebuilt(&job), clock(&job), 50 + random.below(500));
+        assert!(at_clock + 10 < STEPS, "the job is nearly over: nothing would be hit\n{}", job.output());
+        let packets = crossed();
+        std::thread::sleep(Duration::from_millis(5));
+        let packets = crossed() - packets;
+        cut();
+        let at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs_f64();
+        std::thread::sleep(Duration::from_millis(down_ms));
+        mend();
+        // Both servers' paths to both workers cross the link.
+        until_rebuilt(&job, before + 4);
+        hits += u64::from(packets > 0);
+        println!(
+            "{at:.3}: the link was down for {down_ms} ms while training, clock {at_clock}, {packets} packets on it in the 5 ms before"
+        );
+    }
+    let outcome = end(&mut job);
+    assert_eq!(outcome.code, 0, "{:?}\n{}", outcome.reason, job.output());
+    let (ours, theirs) = (digests(&job.output()), digests(&undisturbed));
+    println!("{hits} hits, {} ends of paths rebuilt; digests {ours:?}, undisturbed {theirs:?}", rebuilt(&job));
+    assert!(ours.len() == 2 && ours == theirs, "{ours:?} instead of {theirs:?}");
+    let all = vec![model(); 2];
+    assert!(stored(home.path(), &all) == stored(calm_home.path(), &all), "the checkpoints differ");
+}
+
+/// One of two rails dies for good: the job goes on over the other, and says so.
+#[test]
+fn verbs_one_of_whose_rails_dies_go_on_over_the_other() {
+    if std::env::var("RDMA_VM").as_deref() != Ok("dummy") {
+        println!("NOT RUN: no two soft-RDMA devices that belong to this test (scripts/test-rdma has them)");
+        return;
+    }
+    let home = home();
+    let mut options = over(home.path(), "rxe0,rxe1", "rxe0,rxe1");
+    with_variable(&mut options, "WORKER_TELLS", 1);
+    (options.config.rebuild_ms, options.config.deadline_ms) = (60_000, 30_000);
+    let mut job = Job::start(options).unwrap();
+    wait_for_text(&job, "begins clock 10");
+    let at_clock = clock(&job);
+    assert!(at_clock + 10 < STEPS, "the job is nearly over: nothing would be hit\n{}", job.output());
+    output("ip", &["link", "set", "dummy1", "down"]);
+    until_rebuilt(&job, 4);
+    println!("rail rxe1:1 died at clock {at_clock}, at clock {} all four paths were there again", clock(&job));
+    let outcome = end(&mut job);
+    output("ip", &["link", "set", "dummy1", "up"]);
+    let text = job.output();
+    assert_eq!(outcome.code, 0, "{:?}\n{text}", outcome.reason);
+    for part in
+        ["rail rxe1:1: its port went down", "rail rxe1:1: its port is down; paths that are built now go without it"]
+    {
+        assert!(text.contains(part), "{part}\n{text}");
+    }
+    let all = vec![model(); 2];
+    same(&simulated(all.clone(), false), &stored(home.path(), &all), "verbs after a rail has died");
+    text.lines().filter(|line| line.contains("rail rxe1:1")).for_each(|line| println!("{line}"));
 }
 
 fn address(device: &str) -> String {

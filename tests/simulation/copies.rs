@@ -10,11 +10,7 @@ use gradwire::{
     world::{Chaos, WorldOptions},
 };
 
-use super::{
-    check_undisturbed, options,
-    rebuilt::{parameters, trained},
-    seeds,
-};
+use super::{check_undisturbed, options, rebuilt::trained, seeds};
 
 fn with_copies(seed: u64, chaos: Chaos) -> WorldOptions {
     let base = options(seed);

@@ -23,8 +23,13 @@ struct Sim {
 impl Sim {
     fn new(seed: u64) -> Sim {
         let now = Instant::now();
-        let options =
-            SimOptions { delay_max: Duration::from_millis(5), queue_max: 512, lingers: true, corrupt_one_in: 0 };
+        let options = SimOptions {
+            delay_max: Duration::from_millis(5),
+            queue_max: 512,
+            lingers: true,
+            refuse_one_in: 0,
+            corrupt_one_in: 0,
+        };
         Sim { network: SimNetwork::new(seed, options, now), random: SimRandom::new(!seed), now }
     }
 }

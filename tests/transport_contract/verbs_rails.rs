@@ -235,6 +235,40 @@ fn a_port_that_goes_down_breaks_the_paths_that_have_a_rail_on_it_and_names_it() 
     }
 }
 
+/// While a port is down, a path that is built anew goes over the rails that are left, and over all of them when it is up again.
+#[test]
+fn a_path_is_built_again_on_the_rails_that_are_up() {
+    if !are_there() {
+        return;
+    }
+    let Some((_, interface)) = dummy_of_the_last_device() else { return };
+    let _alone = LAST_DEVICE.write().unwrap_or_else(PoisonError::into_inner);
+    let mut ends = with_the_last_port_down(&rails(), &interface);
+    let set = |state| assert!(Command::new("ip").args(["link", "set", &interface, state]).status().unwrap().success());
+    let peers = ends.each_ref().map(|end| end.me);
+    let last = rails().len() - 1;
+    for (state, is_used) in [("down", false), ("up", true)] {
+        set(state);
+        std::thread::sleep(Duration::from_millis(500));
+        for (end, peer) in ends.iter_mut().zip(peers.into_iter().rev()) {
+            end.transport.fence(peer);
+            end.heard.clear();
+        }
+        let [server, worker] = &mut ends;
+        let before: Vec<u64> = server.transport.carried().map(|rail| rail.notes).collect();
+        Loner::join(server, worker);
+        for id in 0..40 {
+            server.transport.post(note(id, peers[1], Note { clock: id, ..Note::new(NoteKind::Absent) })).unwrap();
+        }
+        Loner::until(&mut [server, worker], "all notes", |ends| {
+            ends[1].heard.iter().filter(|c| matches!(c, Completion::Arrived { .. })).count() == 40
+        });
+        let carried: Vec<u64> =
+            server.transport.carried().zip(&before).map(|(rail, before)| rail.notes - before).collect();
+        assert_eq!((carried.iter().sum::<u64>(), carried[last] > 0), (40, is_used), "{state}: {carried:?}");
+    }
+}
+
 #[test]
 fn a_rail_in_error_breaks_the_path_and_names_it() {
     if !are_there() {

@@ -66,6 +66,8 @@ pub struct SimOptions {
     pub queue_max: usize,
     /// Of what was under way when one end of a path ended, some still arrives at the other, for as long as that holds its own.
     pub lingers: bool,
+    /// One offer in so many cannot be made, as where a port is down just then; 0: none.
+    pub refuse_one_in: u64,
     /// One payload in so many arrives with a wrong bit; 0: none.
     pub corrupt_one_in: u64,
 }
@@ -148,7 +150,7 @@ impl Transport for SimTransport {
     }
 
     fn offer(&mut self, peer: PeerId) -> Result<Endpoint> {
-        let incarnation = self.network.borrow_mut().incarnation(self.me, peer);
+        let incarnation = self.network.borrow_mut().offer(self.me, peer)?;
         Ok(Endpoint::new(FABRIC, with_incarnation(self.me.to_string(), incarnation)))
     }
 

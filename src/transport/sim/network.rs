@@ -122,8 +122,16 @@ impl Network {
         self.node(me).table.arm(peer, slot)
     }
 
+    /// For which path to `peer` an offer is, if one can be made just now.
+    pub fn offer(&mut self, me: PeerId, peer: PeerId) -> Result<u32> {
+        if self.options.refuse_one_in > 0 && self.random.once_in(self.options.refuse_one_in) {
+            return Err(Error::Config("the simulator makes no offer just now".into()));
+        }
+        Ok(self.incarnation(me, peer))
+    }
+
     /// How many paths to `peer` have been fenced at `me`.
-    pub fn incarnation(&mut self, me: PeerId, peer: PeerId) -> u32 {
+    fn incarnation(&mut self, me: PeerId, peer: PeerId) -> u32 {
         self.node(me).incarnations.get(&peer).copied().unwrap_or(0)
     }
 

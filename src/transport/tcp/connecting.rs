@@ -40,6 +40,7 @@ pub(super) struct Call {
     pause: Duration,
     stage: Stage,
     last_defect: String,
+    has_warned: bool,
 }
 
 #[derive(Debug)]
@@ -69,7 +70,17 @@ impl Call {
         assert!(!addresses.is_empty(), "an endpoint without address is expected, not called");
         let stage = Stage::Resting { until: now };
         let last_defect = "no try was made".into();
-        Call { peer, incarnation, addresses, turn: 0, deadline, pause: PAUSE_MIN, stage, last_defect }
+        Call {
+            peer,
+            incarnation,
+            addresses,
+            turn: 0,
+            deadline,
+            pause: PAUSE_MIN,
+            stage,
+            last_defect,
+            has_warned: false,
+        }
     }
 
     /// When [`Call::tick`] has something to do.
@@ -89,8 +100,16 @@ impl Call {
         match &self.stage {
             Stage::Resting { until } if now >= *until => self.dial(now, poller, index)?,
             // Once our hello is out the listener may count us as connected: from then on only its answer or the deadline counts.
-            Stage::Trying { give_up, handshake, .. } if now >= *give_up && !handshake.has_answered() => {
-                self.fail(now, poller, "the listener does not speak");
+            Stage::Trying { stream, give_up, handshake, .. } if now >= *give_up && !handshake.has_answered() => {
+                let defect = match stream.peer_addr() {
+                    Ok(_) => "the listener does not speak",
+                    Err(_) => "nobody answers; is this port open from here (--ports)?",
+                };
+                if !std::mem::replace(&mut self.has_warned, true) {
+                    let seconds = TRY_MAX.as_secs();
+                    tracing::warn!(peer = %self.peer, address = %self.addresses[self.turn], "no connection in {seconds} s: {defect}");
+                }
+                self.fail(now, poller, defect);
             }
             _ => {}
         }

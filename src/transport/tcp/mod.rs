@@ -307,7 +307,11 @@ impl TcpTransport {
         for index in 0..self.paths.len() {
             match self.paths[index].as_mut().map(|path| &mut path.state) {
                 Some(State::Expecting { deadline }) if now >= *deadline => {
-                    self.break_path(index, "it did not call us before the deadline");
+                    let ours = format_addresses(&self.advertised);
+                    self.break_path(
+                        index,
+                        &format!("it did not call us before the deadline, at {ours}; is that port open to it?"),
+                    );
                 }
                 Some(State::Calling(call)) => {
                     let outcome = call.tick(now, &mut self.poller, index)?;

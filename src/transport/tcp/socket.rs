@@ -41,7 +41,7 @@ pub(super) fn listen_on(ip: IpAddr, ports: Option<&RangeInclusive<u16>>) -> Resu
             Err(e) => return Err(Error::os("bind", subject(), e)),
         }
     }
-    let subject = format!("every port of {ip} from {} to {} (GRADWIRE_PORTS)", ports.start(), ports.end());
+    let subject = format!("every port of {ip} from {} to {} (--ports, GRADWIRE_PORTS)", ports.start(), ports.end());
     Err(Error::os("bind", subject, taken.unwrap_or(Errno::EADDRNOTAVAIL)))
 }
 

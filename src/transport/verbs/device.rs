@@ -190,6 +190,15 @@ impl Device {
         }
     }
 
+    /// Why nothing can go over the port now; nothing if it is up.
+    pub(super) fn defect(&self) -> Option<String> {
+        match self.context.port(&self.place) {
+            Ok(port) if port.state == verbs::PORT_ACTIVE => None,
+            Ok(_) => Some("its port is down".into()),
+            Err(error) => Some(error.to_string()),
+        }
+    }
+
     /// The next thing that the device has to tell.
     pub(super) fn event(&self) -> Option<Event> {
         let mut event = IbvAsyncEvent::default();
@@ -242,22 +251,23 @@ impl Context {
         Ok(Context { table, raw })
     }
 
-    fn limits(&self, place: &Candidate) -> Result<Limits> {
+    fn port(&self, place: &Candidate) -> Result<IbvPortAttr> {
         let mut port = IbvPortAttr::default();
         // SAFETY: the context is open and the structure ours, as long as the header's or longer.
         let result = unsafe { (self.table.query_port)(self.raw.as_ptr(), place.port, (&raw mut port).cast()) };
-        let failed = |call, result| {
-            let subject = format!("port {} of RDMA device {}", place.port, place.device);
-            Err(Error::os(call, subject, io::Error::from_raw_os_error(result)))
-        };
-        if result != 0 {
-            return failed("ibv_query_port", result);
+        match result {
+            0 => Ok(port),
+            errno => Err(refused("ibv_query_port", place, errno)),
         }
+    }
+
+    fn limits(&self, place: &Candidate) -> Result<Limits> {
+        let port = self.port(place)?;
         let mut device = IbvDeviceAttr::default();
         // SAFETY: the context is open and the structure ours, of the header's size.
         let result = unsafe { (self.table.query_device)(self.raw.as_ptr(), &mut device) };
         if result != 0 {
-            return failed("ibv_query_device", result);
+            return Err(refused("ibv_query_device", place, result));
         }
         Ok(Limits {
             queue_requests: device.max_qp_wr.max(0) as u32,
@@ -267,6 +277,11 @@ impl Context {
             lid: port.lid,
         })
     }
+}
+
+fn refused(call: &'static str, place: &Candidate, errno: i32) -> Error {
+    let subject = format!("port {} of RDMA device {}", place.port, place.device);
+    Error::os(call, subject, io::Error::from_raw_os_error(errno))
 }
 
 const PROVIDER: &str = "is its provider installed (`apt-get install ibverbs-providers`)?";

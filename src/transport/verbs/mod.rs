@@ -113,6 +113,8 @@ struct Port {
     device: Arc<Device>,
     chain: Chain,
     carried: Carried,
+    /// When it was looked at last its port was down.
+    is_down: bool,
 }
 
 /// What a rail has sent since the transport began.
@@ -157,6 +159,7 @@ impl VerbsTransport {
             chain: Chain::new(options.send_depth as usize, device.limits.message_bytes),
             carried: Carried { port: device.place.name(), ..Carried::default() },
             device,
+            is_down: false,
         };
         Ok(VerbsTransport {
             paths: Vec::new(),
@@ -201,16 +204,25 @@ impl VerbsTransport {
         u32::from(self.options.ring_entries) + WORDS_MAX
     }
 
-    /// A path for `peer`, prepared on all rails and not connected.
+    /// A path for `peer`, prepared on all rails that are up, and not connected.
     fn prepare(&mut self, peer: PeerId) -> Result<usize> {
         // A pair that was destroyed may have left completions behind, in the room of the one that comes.
         self.collect(Instant::now(), usize::MAX)?;
         let index = self.paths.iter().position(Option::is_none).unwrap_or(self.paths.len());
         let (mut offered, mut rails) = (Vec::new(), Vec::new());
-        for number in 0..self.ports.len() {
-            let (address, rail) = self.prepare_rail(number, index)?;
+        let defects: Vec<Option<String>> = self.ports.iter_mut().map(Port::look).collect();
+        if defects.iter().all(Option::is_some) {
+            let port = |(port, why): (&Port, &Option<String>)| {
+                format!("rail {}: {}", port.carried.port, why.as_deref().unwrap_or_default())
+            };
+            let rails: Vec<String> = self.ports.iter().zip(&defects).map(port).collect();
+            return Err(Error::Config(format!("no rail to reach {peer} on: {}", rails.join("; "))));
+        }
+        for (number, defect) in defects.into_iter().enumerate() {
+            let prepared = defect.is_none().then(|| self.prepare_rail(number, index)).transpose()?;
+            let (address, rail) = prepared.unzip();
             offered.push(address);
-            rails.push(rail);
+            rails.extend(rail);
         }
         if index == self.paths.len() {
             self.paths.push(None);
@@ -403,6 +415,19 @@ fn channels_of(devices: &[Arc<Device>]) -> Result<Epoll> {
 }
 
 impl Port {
+    /// Why nothing can go over it now, if nothing can; whoever reads the log is told when that changes.
+    fn look(&mut self) -> Option<String> {
+        let defect = self.device.defect();
+        if std::mem::replace(&mut self.is_down, defect.is_some()) != defect.is_some() {
+            let name = &self.carried.port;
+            match &defect {
+                Some(why) => tracing::warn!("rail {name}: {why}; paths that are built now go without it"),
+                None => tracing::warn!("rail {name} is up again: paths that are built now go over it too"),
+            }
+        }
+        defect
+    }
+
     /// A completion queue with room for one more pair, which may have `work` completions outstanding.
     fn seat(&mut self, work: u32) -> Result<Arc<CompletionQueue>> {
         if let Some(queue) = self.queues.iter().find(|queue| queue.has_seat()) {

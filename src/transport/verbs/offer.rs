@@ -1,6 +1,7 @@
 //! What one end offers a peer: a queue pair on each of its rails, and each region's keys on them.
 //!
-//! Rail i here meets rail i there, or neither is used. Both ends see both offers, so both use the same rails without a message.
+//! Rail i here meets rail i there, or neither is used. Both ends see both offers, so both use the same rails without a message. A
+//! rail whose port is down keeps its place, and is offered as what it is.
 //!
 //! Invariant: `Offer::parse(offer.to_string()) == offer`; two ends that meet each other's offers come to one answer.
 #![forbid(unsafe_code)]
@@ -18,11 +19,14 @@ const REGIONS_MAX: usize = 256;
 /// A region's key on each rail. The first is its name: notes carry it, whatever rail the payload goes on. 0 means none.
 pub(super) type Keys = [u32; RAILS_MAX];
 
+/// In the place of a rail: its port is down.
+const DOWN: &str = "down";
+
 /// One end of a path that is to be.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Offer {
-    /// At least one.
-    pub(super) rails: Vec<Address>,
+    /// At least one that is up.
+    pub(super) rails: Vec<Option<Address>>,
     /// Of every region that is registered by now; empty where there is one rail.
     pub(super) keys: Vec<Keys>,
 }
@@ -40,7 +44,11 @@ impl fmt::Display for Offer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{FORM};")?;
         for (at, rail) in self.rails.iter().enumerate() {
-            write!(f, "{}{rail}", if at == 0 { "" } else { "/" })?;
+            f.write_str(if at == 0 { "" } else { "/" })?;
+            match rail {
+                Some(rail) => rail.fmt(f)?,
+                None => f.write_str(DOWN)?,
+            }
         }
         f.write_str(";")?;
         for (at, keys) in self.keys.iter().enumerate() {
@@ -69,7 +77,11 @@ impl Offer {
         if rails.len() > RAILS_MAX {
             return Err(defect("it has too many rails"));
         }
-        let rails = rails.into_iter().map(Address::parse).collect::<Result<Vec<_>, _>>().map_err(|why| defect(&why))?;
+        let rail = |text| if text == DOWN { Ok(None) } else { Address::parse(text).map(Some) };
+        let rails = rails.into_iter().map(rail).collect::<Result<Vec<_>, _>>().map_err(|why| defect(&why))?;
+        if rails.iter().all(Option::is_none) {
+            return Err(defect("no rail of it is up"));
+        }
         let regions: Vec<&str> = keys.split('/').filter(|_| !keys.is_empty()).take(REGIONS_MAX + 1).collect();
         if regions.len() > REGIONS_MAX {
             return Err(defect("it has too many regions"));
@@ -84,7 +96,11 @@ impl Offer {
     pub(super) fn meet(&self, remote: &Offer) -> Result<Meeting, String> {
         let (mut rails, mut reasons, mut refusals) = (Vec::new(), Vec::new(), Vec::new());
         for (number, (ours, theirs)) in self.rails.iter().zip(&remote.rails).enumerate() {
-            match ours.judge(theirs) {
+            let judged = match (ours, theirs) {
+                (Some(ours), Some(theirs)) => ours.judge(theirs),
+                _ => Err("its port is down at one end".into()),
+            };
+            match judged {
                 Ok(why) => {
                     rails.push(number);
                     reasons.push(why);
@@ -130,7 +146,7 @@ mod tests {
     }
 
     fn offer(rails: &[Address]) -> Offer {
-        Offer { rails: rails.to_vec(), keys: Vec::new() }
+        Offer { rails: rails.iter().copied().map(Some).collect(), keys: Vec::new() }
     }
 
     #[test]
@@ -140,6 +156,8 @@ mod tests {
             let offer = Offer { keys, ..offer(&both) };
             assert_eq!(Offer::parse(&offer.to_string()).unwrap(), offer);
         }
+        let half = Offer { rails: vec![None, Some(both[1])], keys: vec![[5, 6, 0, 0]] };
+        assert_eq!(Offer::parse(&half.to_string()).unwrap(), half);
         let one = offer(&both[..1]);
         assert_eq!(Offer::parse(&one.to_string()).unwrap(), one);
     }
@@ -156,6 +174,9 @@ mod tests {
             format!("1;{rail};"),
             format!("2;{rail};;"),
             format!("2;{rail}/;"),
+            "2;down;".into(),
+            "2;down/down;".into(),
+            format!("2;{rail}/up;"),
             format!("2;{many};"),
             format!("2;{rail};0"),
             format!("2;{rail};+1"),
@@ -191,6 +212,18 @@ mod tests {
             assert_eq!(ours.map(|meeting| meeting.rails).ok(), theirs.map(|meeting| meeting.rails).ok());
         }
         assert_eq!(offer(&[a]).meet(&offer(&[b])).unwrap().reason, "RoCE v2 from 10.9.0.1 to 10.9.0.2");
+        // A rail that is down at one end keeps its place.
+        let halves = [vec![None, Some(a)], vec![Some(b), Some(b)], vec![Some(b), None]];
+        let [first_down, both, second_down] = halves.map(|rails| Offer { rails, keys: Vec::new() });
+        for (here, there) in [(&first_down, &both), (&both, &first_down)] {
+            let meeting = here.meet(there).unwrap();
+            assert_eq!(meeting.rails, [1]);
+            assert!(
+                meeting.reason.contains("1 of 2 rails") && meeting.reason.contains("; not rail 0: "),
+                "{meeting:?}"
+            );
+        }
+        assert!(first_down.meet(&second_down).unwrap_err().contains("down"));
         let told = offer(&[a, c, b]).meet(&offer(&[b, b, a, a])).unwrap().reason;
         assert!(
             told.starts_with("2 of 4 rails: ") && told.contains("; not rail 1: ") && told.ends_with("has 3 only"),

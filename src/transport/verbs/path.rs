@@ -30,9 +30,9 @@ use crate::{
 pub(super) struct Path {
     pub(super) peer: PeerId,
     /// What the peer is told of our end.
-    pub(super) offered: Vec<Address>,
+    pub(super) offered: Vec<Option<Address>>,
     pub(super) stage: Stage,
-    /// Before the path is connected, all of ours; then those that are used; none when it is dead.
+    /// Before the path is connected, all of ours that are up; then those that are used; none when it is dead.
     rails: Vec<Rail>,
     /// The peer's regions by their names, where a path has more than the first rail.
     keys: HashMap<u32, Keys>,
@@ -68,7 +68,7 @@ struct Queued {
 
 impl Path {
     /// A path that was offered, on `rails`.
-    pub(super) fn new(peer: PeerId, offered: Vec<Address>, rails: Vec<Rail>) -> Path {
+    pub(super) fn new(peer: PeerId, offered: Vec<Option<Address>>, rails: Vec<Rail>) -> Path {
         Path {
             peer,
             offered,
@@ -136,7 +136,8 @@ impl Path {
         self.stage = Stage::Dead;
         self.rails.retain(|rail| meeting.rails.contains(&rail.number));
         for rail in &mut self.rails {
-            rail.connect(&remote.rails[rail.number], calls)?;
+            let remote = remote.rails[rail.number].as_ref().expect("the two met on it");
+            rail.connect(remote, calls)?;
         }
         if meeting.rails != [0] {
             self.keys = remote.keys.iter().map(|keys| (keys[0], *keys)).collect();
