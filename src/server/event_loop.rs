@@ -11,14 +11,13 @@ use std::{
 };
 
 use super::{
-    ChunkImage, Effect, Inheritance, LiveState, Memory, NotFinite, Shard, ShardConfig, Task, Work,
-    landing::{Landing, LandingShape, slots},
-    memory::elements_max,
+    ChunkImage, Effect, Inheritance, LiveState, Memory, NotFinite, Shard, ShardConfig, Task, Work, landing::Landing,
+    room::Room,
 };
 use crate::{
     Error, Result,
     layout::Layout,
-    mem::{Lease, RegionOptions},
+    mem::RegionOptions,
     observe::{Queue, TaskKind},
     optim::{LearningRates, LiveChange},
     session::{Claim, Paths, WAITS_MAX, Wait},
@@ -68,42 +67,6 @@ pub struct EventLoop<T> {
     me: PeerId,
     /// When something came or was computed last.
     moved_at: Option<Instant>,
-}
-
-/// The memory of a shard that a transport works on.
-pub(super) struct Room {
-    landing: Landing,
-    /// For wire copies.
-    pool: Vec<Lease>,
-    /// For what the backup is sent.
-    sums: Vec<Lease>,
-}
-
-impl Room {
-    /// Allocates and registers it.
-    pub(super) fn allocate<T: Transport>(
-        config: &ShardConfig,
-        layout: &Layout,
-        memory: &mut Memory,
-        paths: &mut Paths<T>,
-        region: &RegionOptions,
-    ) -> Result<Room> {
-        let order = &layout.shards[usize::from(config.shard.0)];
-        let elements = elements_max(layout, config.shard);
-        let shape = LandingShape {
-            workers: config.workers.into(),
-            slots: config.slots as usize,
-            slot_bytes: elements * config.gradient_dtype.size(),
-            // Two a chunk: one being read by slow workers while the next is being written.
-            copies: (2 * order.len()).max(1),
-            copy_bytes: elements * config.parameter_dtype.size(),
-            region: region.clone(),
-        };
-        let (landing, pool) = Landing::allocate(&shape, memory, paths)?;
-        let count = config.mirror.as_ref().map_or(0, |mirror| mirror.slots as usize);
-        let (_, sums) = slots("sums", (count, 4 * elements), region, paths)?;
-        Ok(Room { landing, pool, sums })
-    }
 }
 
 impl<T: Transport> EventLoop<T> {

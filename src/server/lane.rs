@@ -300,12 +300,11 @@ impl Lane {
     /// The end: whoever serves stores what is to be stored, and lets its backup go.
     fn finish(mut self) -> Result<Ended> {
         let writes = self.end.is_some_and(|(_, checkpoint)| checkpoint);
-        if let Some(serving) = self.replica.serves() {
-            if let (Some((clock, _)), Some(writer)) = (self.end.filter(|_| writes), &self.writer)
-                && serving.shard().versions().next().is_some()
-            {
-                writer.write(serving.snapshot(clock)?);
-            }
+        if let Some(serving) = self.replica.serves()
+            && let (Some((clock, _)), Some(writer)) = (self.end.filter(|_| writes), &self.writer)
+            && serving.shard().versions().next().is_some()
+        {
+            writer.write(serving.snapshot(clock)?);
         }
         let written = self.writer.take().map_or(Ok(()), Writer::join);
         if let Some(serving) = self.replica.serves() {

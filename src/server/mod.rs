@@ -12,6 +12,7 @@ mod lane;
 mod memory;
 mod node;
 mod replica;
+mod room;
 mod shard;
 
 pub use event_loop::{EventLoop, Progress, Snapshot};

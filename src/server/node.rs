@@ -6,7 +6,7 @@ use std::{
     path::PathBuf,
     sync::{
         Arc,
-        mpsc::{Sender, channel},
+        mpsc::{Receiver, Sender, channel},
     },
     time::{Duration, Instant, SystemTime},
 };
@@ -116,16 +116,58 @@ pub fn run(mut member: Member) -> Result<()> {
     let mut observation = Observation::start(&member)?;
     observe_memory(&plan, member.rank(), &observation)?;
     let (setup, setups) = channel();
-    let begin = |member: &Member, lane: u16, is_first: bool, recorder| -> Result<Sender<Vec<Offer>>> {
+    let lanes = Lanes { plan: &plan, cores, setup, setups };
+    let is_first = !member.comes_again();
+    let mut begun = Vec::new();
+    for lane in 0..plan.config.lanes_per_server() {
+        begun.push(lanes.begin(&member, lane, is_first, observation.recorder(lane).1)?);
+    }
+    let mut offers = Vec::new();
+    for _ in &begun {
+        match lanes.next()? {
+            Step::Offers(own) => offers.extend(own),
+            Step::Ended(_, outcome) => return outcome.map(drop),
+        }
+    }
+    let incoming = member.exchange(offers)?;
+    let set_up = Usage::now();
+    for (lane, lane_out) in begun.iter().enumerate() {
+        let own = incoming.iter().filter(|(_, to, _)| usize::from(to.lane) == lane).cloned().collect();
+        // A lane that has ended already says so below.
+        let _ = lane_out.send(own);
+    }
+    lanes.wait(&member, begun.len())?;
+    observation.send_timeline(&member)?;
+    let used = serde_json::to_value(Usage::now().since(set_up)).expect("numbers under text keys");
+    member.reporter().report(Report::Finished { summary: used })
+}
+
+/// The lanes of this process, each with a thread of its own.
+struct Lanes<'a> {
+    plan: &'a Arc<Plan>,
+    cores: Vec<usize>,
+    setup: Sender<Step>,
+    setups: Receiver<Step>,
+}
+
+impl Lanes<'_> {
+    /// Begins a lane; where it is sent what others offer it.
+    fn begin(
+        &self,
+        member: &Member,
+        lane: u16,
+        is_first: bool,
+        recorder: Option<Box<Recorder>>,
+    ) -> Result<Sender<Vec<Offer>>> {
         let (offers_out, offers_in) = channel();
         let thread = LaneThread {
-            plan: plan.clone(),
+            plan: self.plan.clone(),
             me: PeerId { rank: member.rank(), lane },
-            core: cores.get(usize::from(lane)).copied(),
+            core: self.cores.get(usize::from(lane)).copied(),
             transport: fabrics::open(member, lane, true)?,
             reporter: member.reporter(),
             commands: CommandWakeup(member.commands()?),
-            setup: setup.clone(),
+            setup: self.setup.clone(),
             recorder,
             is_first,
         };
@@ -133,45 +175,29 @@ pub fn run(mut member: Member) -> Result<()> {
         let handle = std::thread::Builder::new().name(name).spawn(move || thread.run(&offers_in));
         handle.map_err(|error| Error::os("pthread_create", "a shard's thread", error))?;
         Ok(offers_out)
-    };
-    let is_first = !member.comes_again();
-    let mut lanes = Vec::new();
-    for lane in 0..plan.config.lanes_per_server() {
-        lanes.push(begin(&member, lane, is_first, observation.recorder(lane).1)?);
     }
-    let mut offers = Vec::new();
-    for _ in &lanes {
-        match setups.recv().map_err(|_| Error::JobFailed("a shard's thread ended before it was ready".into()))? {
-            Step::Offers(own) => offers.extend(own),
-            Step::Ended(_, outcome) => return outcome.map(drop),
-        }
+
+    fn next(&self) -> Result<Step> {
+        // This end holds a sender too: a thread that ends always says so.
+        self.setups.recv().map_err(|_| Error::JobFailed("the threads of the shards are gone".into()))
     }
-    let incoming = member.exchange(offers)?;
-    let set_up = Usage::now();
-    for (lane, lane_out) in lanes.iter().enumerate() {
-        let own = incoming.iter().filter(|(_, to, _)| usize::from(to.lane) == lane).cloned().collect();
-        // A lane that has ended already says so below.
-        let _ = lane_out.send(own);
-    }
-    let mut serving = lanes.len();
-    while serving > 0 {
-        // This end holds a sender too: a thread that panics says so by the hook of its guard.
-        match setups.recv() {
-            Ok(Step::Ended(lane, Ok(Ended::BeginsAnew))) => {
-                let offers_out = begin(&member, lane, false, None)?;
-                let _ = offers_out.send(Vec::new());
+
+    /// Waits until so many lanes have ended; one whose state is of no use begins anew.
+    fn wait(&self, member: &Member, mut lanes: usize) -> Result<()> {
+        while lanes > 0 {
+            match self.next()? {
+                Step::Ended(lane, Ok(Ended::BeginsAnew)) => {
+                    let _ = self.begin(member, lane, false, None)?.send(Vec::new());
+                }
+                Step::Ended(_, outcome) => {
+                    outcome?;
+                    lanes -= 1;
+                }
+                Step::Offers(_) => {}
             }
-            Ok(Step::Ended(_, outcome)) => {
-                outcome?;
-                serving -= 1;
-            }
-            Ok(Step::Offers(_)) => {}
-            Err(_) => return Err(Error::JobFailed("a shard's thread panicked".into())),
         }
+        Ok(())
     }
-    observation.send_timeline(&member)?;
-    let used = serde_json::to_value(Usage::now().since(set_up)).expect("numbers under text keys");
-    member.reporter().report(Report::Finished { summary: used })
 }
 
 /// What a lane's thread tells the process.
@@ -239,7 +265,7 @@ impl LaneThread {
         }
     }
 
-    fn run(self, offers: &std::sync::mpsc::Receiver<Vec<Offer>>) {
+    fn run(self, offers: &Receiver<Vec<Offer>>) {
         let (me, setup, is_first) = (self.me, self.setup.clone(), self.is_first);
         let mut guard = Guard { setup: setup.clone(), lane: me.lane, outcome: None };
         let serve = || -> Result<Ended> {
@@ -299,19 +325,12 @@ impl LaneThread {
         let versions = if self.is_first { restore(&plan, shard, &mut memory)? } else { None };
         restore_rates(&plan, &mut memory)?;
         let options = PathOptions { life: self.life(), ..config.path_options() };
+        let mirror = self.mirror();
         let mut paths = Paths::new(self.transport, options);
         paths.record(self.recorder);
-        let lanes = pair(shard, config.servers, config.shards_per_server);
-        let other = config.has_replicas().then(|| if lanes[0] == self.me { lanes[1] } else { lanes[0] });
-        if let Some(other) = other {
-            paths.suspect_after(other, config.suspicion());
+        if let Some(mirror) = &mirror {
+            paths.suspect_after(mirror.peer, config.suspicion());
         }
-        let mirror = other.map(|peer| MirrorConfig {
-            peer,
-            is_paired: true,
-            parts: 1 + config.optimizer.kind.state_slots(),
-            slots: config.replica_slots(),
-        });
         let shard_config = ShardConfig {
             me: self.me,
             shard,
@@ -342,6 +361,15 @@ impl LaneThread {
             Replica::following(self.me, tenure, standby)
         };
         Ok(Lane::new(plan, (self.me, shard), replica, self.reporter, self.commands.0))
+    }
+
+    /// The other lane of the shard's pair, if it has two copies.
+    fn mirror(&self) -> Option<MirrorConfig> {
+        let config = &self.plan.config;
+        let lanes = pair(self.shard(), config.servers, config.shards_per_server);
+        let peer = if lanes[0] == self.me { lanes[1] } else { lanes[0] };
+        let (parts, slots) = (1 + config.optimizer.kind.state_slots(), config.replica_slots());
+        config.has_replicas().then_some(MirrorConfig { peer, is_paired: true, parts, slots })
     }
 
     /// Which life of this lane this is: of two that begin one after the other, at most one in a microsecond, the later has the

@@ -13,6 +13,7 @@
 mod inheriting;
 mod outgoing;
 mod resuming;
+mod waiting;
 
 use std::{
     collections::{BinaryHeap, VecDeque},
@@ -27,7 +28,6 @@ use crate::{
     consistency::{Consistency, Unproven},
     layout::{Layout, WorkerView},
     mem::{Lease, SharedLease},
-    session::Owed,
     transport::{RemoteSlot, WorkRequest},
     types::{ChunkId, Clock, Dtype, Epoch, PeerId, ShardId, Version},
     wire::{Attachment, Note, NoteFlags, NoteKind},
@@ -357,45 +357,6 @@ impl Client {
     /// Whether the lane of `peer` owes nothing any more.
     pub fn has_parted(&self, peer: PeerId) -> bool {
         self.lanes.iter().any(|lane| lane.peer == peer && lane.goodbye)
-    }
-
-    /// The first thing that is awaited, of `peer` or of anybody.
-    pub fn awaited(&self, peer: Option<PeerId>) -> Option<Awaited> {
-        self.chunks.iter().enumerate().find_map(|(index, state)| {
-            let state = state.as_ref()?;
-            let owner = self.lanes[state.lane].peer;
-            let clock = match state.awaits? {
-                Request::Push { clock, .. } => Some(clock),
-                Request::Pull { .. } => None,
-            };
-            let wanted = peer.is_none_or(|peer| peer == owner);
-            wanted.then_some(Awaited { peer: owner, chunk: ChunkId(index as u32), clock })
-        })
-    }
-
-    /// Of each lane: gradients that wait for their turn, and positions that are open before the first of them.
-    pub fn turns(&self) -> impl Iterator<Item = (PeerId, u64, u64)> {
-        self.lanes.iter().map(|lane| {
-            let next = lane.waiting.peek().map_or(lane.pushed, |next| next.position);
-            (lane.peer, lane.waiting.len() as u64, lane.credit.saturating_sub(next))
-        })
-    }
-
-    /// What is awaited of each lane: its path, the first chunk whose parameters it owes, room for a gradient, its goodbye.
-    pub fn waits(&self) -> Vec<(PeerId, Owed, Option<ChunkId>, Option<Clock>)> {
-        let waits = self.lanes.iter().filter_map(|lane| {
-            if lane.landing.is_none() {
-                return Some((lane.peer, Owed::Path, None, None));
-            }
-            if let Some(Awaited { chunk, clock, .. }) = self.awaited(Some(lane.peer)) {
-                return Some((lane.peer, Owed::Parameters, Some(chunk), clock));
-            }
-            if let Some(next) = lane.waiting.peek() {
-                return Some((lane.peer, Owed::Room, Some(next.chunk), Some(next.clock)));
-            }
-            (lane.finished && !lane.goodbye).then_some((lane.peer, Owed::Goodbye, None, None))
-        });
-        waits.collect()
     }
 
     fn contribute(&mut self, chunk: ChunkId, clock: Clock, gradient: Option<Lease>, reply: Option<Lease>) {

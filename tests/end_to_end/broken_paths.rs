@@ -31,13 +31,13 @@ use crate::{
 };
 
 /// A rank's process, and what it is.
-struct Process {
-    pid: i32,
-    name: String,
+pub struct Process {
+    pub pid: i32,
+    pub name: String,
 }
 
 /// The ranks of the job in `home`.
-fn ranks(home: &Path) -> Vec<Process> {
+pub fn ranks(home: &Path) -> Vec<Process> {
     let mark = format!("GRADWIRE_TOKEN_FILE={}/", home.display());
     let pids = fs::read_dir("/proc").unwrap().flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
     let rank = |pid: i32| {
@@ -111,7 +111,7 @@ fn job(home: &Path, fabric: Fabric, steps: u64) -> JobOptions {
 }
 
 /// The last clock that a worker has said to begin.
-fn clock(job: &Job) -> u64 {
+pub fn clock(job: &Job) -> u64 {
     let output = job.output();
     let last = output.rsplit("begins clock ").next().and_then(|rest| rest.split_whitespace().next());
     last.and_then(|number| number.parse().ok()).unwrap_or(0)

@@ -22,6 +22,7 @@ mod namespaces;
 mod program;
 mod program_c;
 mod random_faults;
+mod replicas;
 #[path = "../seccomp/filter.rs"]
 mod seccomp;
 mod seen;

@@ -18,10 +18,8 @@ use crate::{
     mem::{Lease, RegionOptions},
     optim::LiveChange,
     server::{
-        EventLoop, Memory, Progress, ShardConfig, Work,
-        event_loop::{Room, kind},
-        landing::slots,
-        memory::elements_max,
+        EventLoop, Memory, Progress, ShardConfig, Work, event_loop::kind, landing::slots, memory::elements_max,
+        room::Room,
     },
     session::{Claim, Paths, Proposal, Tenure},
     transport::{Completion, Endpoint, MemoryRegion, Transport, Wakeup},
@@ -238,7 +236,7 @@ impl<T: Transport> Standby<T> {
         if self.is_paired && self.lost.is_some() {
             self.claim = Some(Claim::TakeOver);
         }
-        (was_paired && !self.is_paired) || (self.lost.is_some() && !self.is_paired)
+        !self.is_paired && (was_paired || self.lost.is_some())
     }
 
     /// Whether it has everything, and has lost its primary.

@@ -210,4 +210,37 @@ impl Shard {
             len,
         })
     }
+
+    pub(super) fn on_attach(&mut self, worker: u16, note: &Note) -> Result<()> {
+        let peer = self.contributors[usize::from(worker)].peer;
+        let parameters = Attachment::from_note(note).map_err(|error| protocol(peer, error))?;
+        match self.contributors[usize::from(worker)].parameters.replace(parameters) {
+            None => Ok(()),
+            Some(_) => Err(protocol(peer, "it has said on this path where its parameters lie")),
+        }
+    }
+
+    pub(super) fn on_learning_rate(&mut self, from: PeerId, note: &Note) -> Result<()> {
+        let rate = f64::from_bits(note.version);
+        if !(0.0..=f64::from(f32::MAX)).contains(&rate) {
+            return Err(protocol(from, format!("learning rate {rate}")));
+        }
+        self.effects.push_back(Effect::SetLearningRate { rate, clock: note.clock });
+        Ok(())
+    }
+
+    pub(super) fn on_finished(&mut self, worker: u16) -> Result<()> {
+        let contributor = &mut self.contributors[usize::from(worker)];
+        contributor.finished = true;
+        self.dismiss_finished();
+        if self.contributors.iter().all(|contributor| contributor.finished) {
+            self.checkpointing.cancel();
+        }
+        for index in 0..self.chunks.len() {
+            self.retire_finished(index);
+            self.touch(index);
+        }
+        self.complete_open_positions();
+        Ok(())
+    }
 }

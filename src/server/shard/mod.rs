@@ -32,7 +32,7 @@ use std::{
 use crate::{
     Error, Result,
     consistency::{Consistency, StalenessGate, Window, position},
-    layout::Layout,
+    layout::{Chunk, Layout},
     mem::{Lease, SharedLease},
     optim::LossScaleConfig,
     transport::{RemoteSlot, WorkRequest},
@@ -141,6 +141,27 @@ struct ChunkState {
     is_unheld: bool,
 }
 
+impl ChunkState {
+    fn new(id: ChunkId, chunk: &Chunk, version: Version, gate: StalenessGate) -> ChunkState {
+        ChunkState {
+            id,
+            contributors: chunk.contributors.clone(),
+            len: chunk.len,
+            busy: false,
+            listed: false,
+            version,
+            gate,
+            published: None,
+            replies: Vec::with_capacity(chunk.contributors.len()),
+            pulls: Vec::new(),
+            complete: VecDeque::new(),
+            arrived: VecDeque::new(),
+            reduced: None,
+            is_unheld: false,
+        }
+    }
+}
+
 /// How far a chunk got when it was its turn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Turn {
@@ -223,26 +244,10 @@ impl Shard {
             .iter()
             .enumerate()
             .map(|(place, id)| {
-                let chunk = layout.chunk(*id);
                 let version = versions.map_or(start, |versions| versions[place]);
-                let mut gate = StalenessGate::new(chunk.contributors.len(), bound, start);
+                let mut gate = StalenessGate::new(layout.chunk(*id).contributors.len(), bound, start);
                 gate.rebound(&config.live.staleness);
-                ChunkState {
-                    id: *id,
-                    contributors: chunk.contributors.clone(),
-                    len: chunk.len,
-                    busy: false,
-                    listed: false,
-                    version,
-                    gate,
-                    published: None,
-                    replies: Vec::with_capacity(chunk.contributors.len()),
-                    pulls: Vec::new(),
-                    complete: VecDeque::new(),
-                    arrived: VecDeque::new(),
-                    reduced: None,
-                    is_unheld: false,
-                }
+                ChunkState::new(*id, layout.chunk(*id), version, gate)
             })
             .collect();
         let slots = config.slots;
@@ -415,39 +420,6 @@ impl Shard {
             Role::Worker => self.contributors[usize::from(peer.rank.index)].finished,
             Role::Server => self.lane_has_left(peer),
         }
-    }
-
-    fn on_attach(&mut self, worker: u16, note: &Note) -> Result<()> {
-        let peer = self.contributors[usize::from(worker)].peer;
-        let parameters = Attachment::from_note(note).map_err(|error| protocol(peer, error))?;
-        match self.contributors[usize::from(worker)].parameters.replace(parameters) {
-            None => Ok(()),
-            Some(_) => Err(protocol(peer, "it has said on this path where its parameters lie")),
-        }
-    }
-
-    fn on_learning_rate(&mut self, from: PeerId, note: &Note) -> Result<()> {
-        let rate = f64::from_bits(note.version);
-        if !(0.0..=f64::from(f32::MAX)).contains(&rate) {
-            return Err(protocol(from, format!("learning rate {rate}")));
-        }
-        self.effects.push_back(Effect::SetLearningRate { rate, clock: note.clock });
-        Ok(())
-    }
-
-    fn on_finished(&mut self, worker: u16) -> Result<()> {
-        let contributor = &mut self.contributors[usize::from(worker)];
-        contributor.finished = true;
-        self.dismiss_finished();
-        if self.contributors.iter().all(|contributor| contributor.finished) {
-            self.checkpointing.cancel();
-        }
-        for index in 0..self.chunks.len() {
-            self.retire_finished(index);
-            self.touch(index);
-        }
-        self.complete_open_positions();
-        Ok(())
     }
 
     /// Puts a chunk on the list of those that may have something to do.

@@ -17,7 +17,7 @@ use std::{
 use super::{
     Address,
     line::{LINE_BYTES_MAX, LineBuffer, decode, encode},
-    message::{Command, Control, FromLauncher, Offer, Purpose, Report, Status, ToLauncher, View},
+    message::{Command, FromLauncher, Offer, Purpose, Report, ToLauncher, View},
     notify::Notify,
     peer::{Caller, Connection, clock_name, token_from_environment},
 };
@@ -167,7 +167,7 @@ fn lost(closed: &Option<String>) -> Error {
     Error::JobFailed(format!("the connection to the launcher was lost: {why}"))
 }
 
-fn next_message(stream: &TcpStream, buffer: &mut LineBuffer) -> Result<FromLauncher, String> {
+pub(super) fn next_message(stream: &TcpStream, buffer: &mut LineBuffer) -> Result<FromLauncher, String> {
     let mut bytes = vec![0; 64 << 10];
     loop {
         if let Some(line) = buffer.next_line(LINE_BYTES_MAX)? {
@@ -399,7 +399,7 @@ impl Drop for Seat {
     }
 }
 
-fn unexpected(what: &str) -> Error {
+pub(super) fn unexpected(what: &str) -> Error {
     Error::JobFailed(format!("the launcher broke the rendezvous protocol: it answered {what}"))
 }
 
@@ -475,35 +475,5 @@ impl Reporter {
     /// [`Error::JobFailed`] when the launcher is gone.
     pub fn report(&self, report: Report) -> Result<()> {
         self.seat.link.send(&ToLauncher::Report(report))
-    }
-}
-
-/// What the launcher answered to a control call.
-#[derive(Debug)]
-pub(crate) enum ControlAnswer {
-    /// The job's state.
-    Status(Box<Status>),
-    /// A checkpoint of this clock is complete.
-    CheckpointWritten(crate::types::Clock),
-    /// A change holds from this clock on.
-    Changed(crate::types::Clock),
-}
-
-/// Asks or orders something of a running job and waits at most `time` for the answer.
-pub(crate) fn control(address: &Address, token: &JobToken, order: Control, time: Duration) -> Result<ControlAnswer> {
-    let caller = Caller { purpose: Purpose::Control, role: None, rank: None };
-    let Connection { mut stream, mut buffer } = Connection::open(address, token, &caller)?;
-    let failed = |e| Error::os("write", address.to_string(), e);
-    stream.set_read_timeout(Some(time)).map_err(failed)?;
-    stream.write_all(&encode(&ToLauncher::Control(order))).map_err(failed)?;
-    match next_message(&stream, &mut buffer) {
-        Ok(FromLauncher::Status(status)) => Ok(ControlAnswer::Status(status)),
-        Ok(FromLauncher::CheckpointWritten { clock }) => Ok(ControlAnswer::CheckpointWritten(clock)),
-        Ok(FromLauncher::Changed { clock }) => Ok(ControlAnswer::Changed(clock)),
-        Ok(FromLauncher::Refused(why)) => Err(Error::Refused { who: "the launcher".into(), why }),
-        Ok(other) => Err(unexpected(&format!("{other:?}"))),
-        Err(why) => {
-            Err(Error::JobFailed(format!("no answer came from the launcher within {} s: {why}", time.as_secs())))
-        }
     }
 }

@@ -8,6 +8,7 @@
 mod auth;
 mod checkpoints;
 mod connection;
+mod control;
 mod handle;
 mod hub;
 mod line;
@@ -33,11 +34,11 @@ use std::{
     time::{Duration, Instant},
 };
 
+pub(crate) use control::{ControlAnswer, control};
 pub use handle::{CheckpointSink, NoticeSink, Order, Rendezvous, RendezvousOptions};
 pub(crate) use line::LineBuffer;
 pub use line::decode_lines;
 pub use member::{Commands, Member, Reporter};
-pub(crate) use member::{ControlAnswer, control};
 pub use message::{Command, Control, Offer, RankStatus, Report, ShardStatus, Status, VERSION, View};
 pub use notice::{Departure, Notice};
 pub use peer::token_from_environment;

@@ -85,7 +85,7 @@ impl Roster {
         let lost = self.held().find(|(_, lanes, tenure)| {
             let serving = tenure.primary.rank;
             let serves = self.is_there(serving) || self.seats[&serving].finished;
-            !serves && !(tenure.is_paired && self.is_there(tenure.other(*lanes).rank))
+            !(serves || tenure.is_paired && self.is_there(tenure.other(*lanes).rank))
         });
         let Some((shard, lanes, _)) = lost else { return false };
         (self.over, self.ended) = (true, true);
