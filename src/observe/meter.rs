@@ -122,16 +122,13 @@ pub enum TaskKind {
     Reduce,
     /// The optimizer's step by itself.
     Apply,
-    /// A wire copy by itself.
+    /// A wire copy by itself; with two copies of a shard also a part of its state that is copied to or from the other.
     Encode,
-    /// State that is copied to or from a replica.
-    Copy,
 }
 
 impl TaskKind {
     /// All of them, in the order of their numbers.
-    pub const ALL: [TaskKind; 5] =
-        [TaskKind::Step, TaskKind::Reduce, TaskKind::Apply, TaskKind::Encode, TaskKind::Copy];
+    pub const ALL: [TaskKind; 4] = [TaskKind::Step, TaskKind::Reduce, TaskKind::Apply, TaskKind::Encode];
 
     /// Its name among the labels of a metric and in a timeline.
     pub const fn name(self) -> &'static str {
@@ -140,7 +137,6 @@ impl TaskKind {
             TaskKind::Reduce => "reduce",
             TaskKind::Apply => "apply",
             TaskKind::Encode => "encode",
-            TaskKind::Copy => "copy",
         }
     }
 }

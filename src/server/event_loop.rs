@@ -486,7 +486,6 @@ pub(super) fn kind(task: Task) -> TaskKind {
         Task::Step => TaskKind::Step,
         Task::Reduce => TaskKind::Reduce,
         Task::Apply => TaskKind::Apply,
-        Task::Encode => TaskKind::Encode,
-        Task::CopyOut(_) | Task::CopyIn(_) => TaskKind::Copy,
+        Task::Encode | Task::CopyOut(_) | Task::CopyIn(_) => TaskKind::Encode,
     }
 }

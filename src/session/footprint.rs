@@ -120,7 +120,8 @@ impl JobConfig {
             accumulator: if accumulates { array } else { 0 },
             replies: (2 * shape.chunks).max(1) * parameter,
             landing: u64::from(self.workers) * u64::from(slots) * gradient,
-            replica: u64::from(self.replica_slots()) * 4 * shape.chunk_elements_max,
+            // For what is sent, and for what comes: a lane does one of the two and is ready for the other.
+            replica: 2 * u64::from(self.replica_slots()) * 4 * shape.chunk_elements_max,
             slots,
         })
     }
@@ -267,8 +268,8 @@ mod tests {
         two.validate().unwrap();
         let layout = layout(&one);
         let rank = |config: &JobConfig, server| config.rank_memory(&layout, Rank::server(server)).unwrap();
-        // Slots of 1024 elements in f32, for each of four lanes.
-        assert_eq!(rank(&two, 0), rank(&one, 0) + rank(&one, 1) + 4 * 8 * 4096);
+        // Slots of 1024 elements in f32 for what is sent and for what comes, for each of four lanes.
+        assert_eq!(rank(&two, 0), rank(&one, 0) + rank(&one, 1) + 4 * 2 * 8 * 4096);
         assert_eq!(rank(&two, 0), rank(&two, 1));
     }
 

@@ -25,7 +25,7 @@ use crate::{
 };
 
 /// Steps for each fault: its end comes long after the backup is back.
-const STEPS: u64 = 500;
+const STEPS: u64 = 300;
 
 fn job(home: &Path, fabric: Fabric, replicas: u16, faults: u64) -> JobOptions {
     let mut options = options(home, "train");
@@ -124,7 +124,7 @@ fn a_job_that_loses_both_copies_ends_by_name_and_resumes() {
     let (home_of, calm_home) = (home(), home());
     let undisturbed = run(job(calm_home.path(), Fabric::Tcp, 1, 1));
     let mut first = Job::start(job(home_of.path(), Fabric::Tcp, 2, 1)).unwrap();
-    wait_for_text(&first, "begins clock 300");
+    wait_for_text(&first, "begins clock 250");
     let servers =
         ranks(home_of.path()).into_iter().filter(|rank| rank.name != "server 2" && rank.name.starts_with("server"));
     servers.for_each(|server| nix::sys::signal::kill(Pid::from_raw(server.pid), Signal::SIGKILL).unwrap());

@@ -38,7 +38,8 @@ struct Stage {
 
 impl Stage {
     fn running() -> Stage {
-        let config = JobConfig { servers: SERVERS, replicas: 2, ..JobConfig::default() };
+        let mut config = JobConfig { servers: SERVERS, replicas: 2, ..JobConfig::default() };
+        config.checkpoint.dir = Some("/c".into());
         config.validate().unwrap();
         let directory = tempfile::tempdir().unwrap();
         let mut stage = Stage {
@@ -181,6 +182,27 @@ fn tenure(shard: u16, epoch: Epoch, place: usize, is_paired: bool) -> Tenure {
 }
 
 const S1: Rank = Rank::server(1);
+
+#[test]
+fn a_checkpoint_that_was_asked_for_is_asked_for_again_when_another_serves() {
+    let mut stage = Stage::running();
+    stage.say(200, ToLauncher::Control(Control::Checkpoint));
+    let asked = |stage: &Stage| {
+        let commands = stage.sent.iter().filter_map(|(to, message)| match message {
+            FromLauncher::Command(Command::Checkpoint { clock }) => Some((*to, *clock)),
+            _ => None,
+        });
+        commands.collect::<Vec<_>>()
+    };
+    let first = asked(&stage);
+    assert!(first.contains(&(2, 2)), "{first:?}");
+    stage.forget();
+    stage.lose(1);
+    stage.claim(0, 0, 0, 0, Claim::GoAlone);
+    assert_eq!(asked(&stage), [], "who served goes on serving");
+    stage.claim(2, 1, 1, 0, Claim::TakeOver);
+    assert!(asked(&stage).contains(&(2, 2)), "{:?}", stage.sent);
+}
 
 #[test]
 fn a_server_that_is_gone_ends_nothing_and_everybody_is_told() {

@@ -153,6 +153,12 @@ impl Roster {
     fn adopt(&mut self, shard: ShardId, tenure: Tenure) {
         let before = std::mem::replace(&mut self.tenures[usize::from(shard.0)], tenure);
         self.send(self.everybody(), FromLauncher::Command(Command::Tenure { shard, tenure }));
+        if before.primary != tenure.primary
+            && let Some(command) = self.checkpoints.requested()
+        {
+            // Who serves now has not heard of it; those who have passed the clock say so, and a later one is asked for.
+            self.send(self.everybody(), FromLauncher::Command(command));
+        }
         let alone = self.held().filter(|(_, _, tenure)| !tenure.is_paired).map(|(shard, ..)| shard).collect();
         self.notice(Notice::Tenure { shard, tenure, alone });
         if self.over || self.ends_for_lack_of_copies() {
