@@ -46,8 +46,8 @@ fn memory_is_the_sum_that_the_design_names() {
     let mut twice = Question { servers_per_host: 2, ..question() };
     twice.config.replicas = 2;
     let twice = super::plan(&twice).unwrap();
-    // Sums of their own and eight slots in f32 for each copy; the budget of landing memory is the server's.
-    let copy = 20 * elements + (1 << 29) + (8 << 20);
+    // Sums of their own, and eight slots in f32 each way for each copy; the budget of landing memory is the server's.
+    let copy = 20 * elements + (1 << 29) + (16 << 20);
     assert_eq!((twice.server_bytes, twice.server_host_bytes), (2 * copy, 4 * copy));
     assert_eq!((twice.queue_pairs_server_host, twice.queue_pairs), (2 * 2 * 65, 8 * 2 * 129));
 }
