@@ -164,7 +164,7 @@ impl Lane {
             if self.replica.is_useless() {
                 return Ok(Ended::BeginsAnew);
             }
-            if let Some((epoch, claim)) = self.replica.take_claim() {
+            if let Some((epoch, claim)) = self.replica.take_claim(now) {
                 let (lane, shard) = (self.lane, self.shard);
                 self.reporter.report(Report::Claim { lane, shard, epoch, claim })?;
             }

@@ -112,8 +112,9 @@ impl World<'_> {
 
     fn collect_claims(&mut self) {
         for index in 0..self.servers.len() {
-            let node = &mut self.servers[index];
-            let Some((epoch, claim)) = node.replica.as_mut().and_then(Replica::take_claim) else { continue };
+            let (node, now) = (&mut self.servers[index], self.now);
+            let claim = node.replica.as_mut().and_then(|replica| replica.take_claim(now));
+            let Some((epoch, claim)) = claim else { continue };
             let due = self.now + Duration::from_micros(self.random.below(20_000));
             self.copies.claims.push((due, node.me, epoch, claim));
         }

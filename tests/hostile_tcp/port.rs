@@ -122,7 +122,7 @@ fn wrong_frame(turn: usize, random: &mut Random, rkey: u32, offset: u64) -> Vec<
         4 => frame(rkey, offset, 1025 + random.below(2000) as u32).to_vec(),
         5 => {
             let mut bytes = raw::note_bytes(1);
-            bytes[16] = 12 + random.below(200) as u8;
+            bytes[16] = 50 + random.below(200) as u8;
             seal(&mut bytes);
             bytes.to_vec()
         }

@@ -13,6 +13,9 @@ use crate::{
     types::{Epoch, PeerId, Rank},
 };
 
+/// The pause after a claim that was refused.
+const PATIENCE: Duration = Duration::from_millis(100);
+
 /// A lane in the part that it has now.
 pub enum Part<T> {
     /// It answers workers.
@@ -36,6 +39,8 @@ pub enum Standing {
 pub struct Replica<T> {
     me: PeerId,
     tenure: Tenure,
+    /// A claim was refused, or the store could not be asked: none is made before.
+    patient_until: Option<Instant>,
     /// Always there but while it changes.
     part: Option<Part<T>>,
 }
@@ -43,12 +48,12 @@ pub struct Replica<T> {
 impl<T: Transport> Replica<T> {
     /// A lane that serves.
     pub fn serving(me: PeerId, tenure: Tenure, event_loop: EventLoop<T>) -> Replica<T> {
-        Replica { me, tenure, part: Some(Part::Serving(Box::new(event_loop))) }
+        Replica { me, tenure, patient_until: None, part: Some(Part::Serving(Box::new(event_loop))) }
     }
 
     /// A lane that follows.
     pub fn following(me: PeerId, tenure: Tenure, standby: Standby<T>) -> Replica<T> {
-        Replica { me, tenure, part: Some(Part::Following(Box::new(standby))) }
+        Replica { me, tenure, patient_until: None, part: Some(Part::Following(Box::new(standby))) }
     }
 
     /// Its part.
@@ -118,11 +123,12 @@ impl<T: Transport> Replica<T> {
 
     /// When `turn` wants to be called even if nothing happens.
     pub fn next_deadline(&self) -> Option<Instant> {
-        match &self.part {
+        let next = match &self.part {
             Some(Part::Serving(event_loop)) => event_loop.next_deadline(),
             Some(Part::Following(standby)) => standby.next_deadline(),
             None => None,
-        }
+        };
+        next.into_iter().chain(self.patient_until).min()
     }
 
     /// How long nothing has come and nothing has been computed; nobody waits for a lane that follows.
@@ -144,7 +150,11 @@ impl<T: Transport> Replica<T> {
     }
 
     /// What is to be asked of the store, and under which tenure.
-    pub fn take_claim(&mut self) -> Option<(Epoch, Claim)> {
+    pub fn take_claim(&mut self, now: Instant) -> Option<(Epoch, Claim)> {
+        if self.patient_until.is_some_and(|until| now < until) {
+            return None;
+        }
+        self.patient_until = None;
         let epoch = self.tenure.epoch;
         let claim = match self.part() {
             Part::Serving(event_loop) => event_loop.take_claim(),
@@ -177,6 +187,9 @@ impl<T: Transport> Replica<T> {
     pub fn set_tenure(&mut self, tenure: Tenure, now: Instant) -> Result<Standing> {
         if tenure.epoch < self.tenure.epoch {
             return Ok(Standing::Stays);
+        }
+        if tenure.epoch == self.tenure.epoch {
+            self.patient_until = Some(now + PATIENCE);
         }
         self.tenure = tenure;
         let is_mine = tenure.primary == self.me;
