@@ -11,14 +11,14 @@ use std::{
 };
 
 use super::{
-    ChunkImage, Effect, Inheritance, LiveState, Memory, NotFinite, Shard, ShardConfig, Task, Work, landing::Landing,
-    room::Room,
+    ChunkImage, Effect, Inheritance, LiveState, Memory, NotFinite, Shard, ShardConfig, computing::Computing,
+    landing::Landing, room::Room,
 };
 use crate::{
     Error, Result,
     layout::Layout,
     mem::RegionOptions,
-    observe::{Queue, TaskKind},
+    observe::Queue,
     optim::{LearningRates, LiveChange},
     session::{Claim, Paths, WAITS_MAX, Wait},
     transport::{Completion, Endpoint, Transport, Wakeup, WorkRequest},
@@ -54,12 +54,11 @@ pub struct Snapshot {
 pub struct EventLoop<T> {
     paths: Paths<T>,
     shard: Shard,
-    memory: Memory,
+    computing: Computing,
     landing: Landing,
     /// By worker: the fabric of its path, and what it was told of its slots.
     landings: BTreeMap<u16, (&'static str, Attachment)>,
     slots: u32,
-    queue: VecDeque<Work>,
     completions: Vec<Completion>,
     /// The clock whose state is being copied, and the rates that it goes with.
     copying: Option<(Clock, LearningRates, LiveState)>,
@@ -101,10 +100,9 @@ impl<T: Transport> EventLoop<T> {
             slots: config.slots,
             shard: Shard::new(config, layout, pool, sums, versions),
             paths,
-            memory,
+            computing: Computing::new(memory),
             landing,
             landings: BTreeMap::new(),
-            queue: VecDeque::new(),
             completions: Vec::new(),
             copying: None,
             snapshots: VecDeque::new(),
@@ -122,7 +120,7 @@ impl<T: Transport> EventLoop<T> {
     where
         T: Wakeup,
     {
-        (self.paths.transport(), self.memory.wakeup())
+        (self.paths.transport(), self.computing.memory.wakeup())
     }
 
     /// The protocol's state, to be looked at.
@@ -158,12 +156,7 @@ impl<T: Transport> EventLoop<T> {
         if moved || self.moved_at.is_none() {
             self.moved_at = Some(now);
         }
-        let can_start = !self.queue.is_empty() && self.memory.has_room();
-        let progress = match can_start || self.memory.is_busy() {
-            true => Progress::Busy,
-            false if moved => Progress::Moved,
-            false => Progress::Idle,
-        };
+        let progress = self.computing.progress(moved);
         if let Some(recorder) = self.paths.recorder() {
             recorder.idles(progress == Progress::Idle, now);
             self.sample(now);
@@ -191,7 +184,7 @@ impl<T: Transport> EventLoop<T> {
 
     /// Whether every worker has finished and everything has been applied.
     pub fn is_done(&self) -> bool {
-        self.shard.is_done() && self.queue.is_empty() && self.memory.is_idle()
+        self.shard.is_done() && self.computing.is_settled()
     }
 
     /// See [`Shard::request_checkpoint`].
@@ -225,10 +218,10 @@ impl<T: Transport> EventLoop<T> {
     pub fn change_from(&mut self, clock: Clock, change: LiveChange) -> Result<()> {
         let done = self.shard.clock_done();
         if let Some(rate) = change.learning_rate {
-            self.memory.set_learning_rate(rate, clock, done)?;
+            self.computing.memory.set_learning_rate(rate, clock, done)?;
         }
         if let Some(decay) = change.weight_decay {
-            self.memory.set_weight_decay(decay, clock, done)?;
+            self.computing.memory.set_weight_decay(decay, clock, done)?;
         }
         if let Some(limit) = change.clip_norm {
             self.shard.limit_norm(limit, clock);
@@ -284,7 +277,7 @@ impl<T: Transport> EventLoop<T> {
 
     /// See [`Memory::take_not_finite`].
     pub fn take_not_finite(&mut self) -> Option<NotFinite> {
-        self.memory.take_not_finite()
+        self.computing.memory.take_not_finite()
     }
 
     /// The state as it is now, copied while the caller waits; for a loop that is done.
@@ -293,8 +286,8 @@ impl<T: Transport> EventLoop<T> {
     ///
     /// [`Error::Gpu`] when the shard's device fails.
     pub fn snapshot(&mut self, clock: Clock) -> Result<Snapshot> {
-        let chunks = self.memory.images(self.shard.versions())?;
-        Ok(Snapshot { clock, chunks, rates: self.memory.rates().clone(), live: self.shard.live_state() })
+        let chunks = self.computing.memory.images(self.shard.versions())?;
+        Ok(Snapshot { clock, chunks, rates: self.computing.memory.rates().clone(), live: self.shard.live_state() })
     }
 
     fn handle(&mut self, now: Instant, completion: Completion) -> Result<()> {
@@ -395,18 +388,18 @@ impl<T: Transport> EventLoop<T> {
                     self.paths.arm(peer, slot)?;
                 }
                 Effect::Post(request) => self.paths.post(request),
-                Effect::Compute(work) => self.queue.push_back(work),
+                Effect::Compute(work) => self.computing.push(work),
                 Effect::Snapshot { clock } => {
-                    self.memory.begin_images(self.shard.versions())?;
-                    self.copying = Some((clock, self.memory.rates().clone(), self.shard.live_state()));
+                    self.computing.memory.begin_images(self.shard.versions())?;
+                    self.copying = Some((clock, self.computing.memory.rates().clone(), self.shard.live_state()));
                     self.finish_snapshot();
                 }
                 Effect::SetLearningRate { rate, clock } => {
-                    self.memory.set_learning_rate(rate, clock, self.shard.clock_done())?;
+                    self.computing.memory.set_learning_rate(rate, clock, self.shard.clock_done())?;
                     self.shard.mirror_change(clock, LiveChange { learning_rate: Some(rate), ..LiveChange::default() });
                 }
                 Effect::TellChanges => {
-                    for (clock, change) in self.memory.rates().changes() {
+                    for (clock, change) in self.computing.memory.rates().changes() {
                         self.shard.mirror_change(clock, change);
                     }
                     self.shard.begin_copying();
@@ -418,38 +411,18 @@ impl<T: Transport> EventLoop<T> {
 
     /// Starts what there is room for and takes back what has ended; on the processor one tile. Whether anything has ended.
     fn compute(&mut self) -> Result<bool> {
-        while self.memory.has_room() {
-            let Some(work) = self.queue.pop_front() else { break };
-            if let Some(recorder) = self.paths.recorder() {
-                recorder.started(kind(work.task), work.chunk, work.clock);
-            }
-            self.memory.start(work)?;
-        }
+        self.computing.start(self.paths.recorder())?;
         let mut ended = false;
-        while let Some(work) = self.advance()? {
+        while let Some(work) = self.computing.advance(self.paths.recorder())? {
             self.shard.handle_computed(work);
             ended = true;
         }
         Ok(self.finish_snapshot() || ended)
     }
 
-    /// [`Memory::advance`], which is recorded.
-    fn advance(&mut self) -> Result<Option<Work>> {
-        let on_processor = self.memory.is_busy();
-        let began = self.paths.recorder().filter(|_| on_processor).and_then(|recorder| recorder.tile());
-        let work = self.memory.advance()?;
-        if let Some(recorder) = self.paths.recorder() {
-            recorder.tiled(began);
-            if let Some(work) = &work {
-                recorder.ended(kind(work.task), work.chunk, work.clock, on_processor);
-            }
-        }
-        Ok(work)
-    }
-
     /// Looks at the gauges, if it is time to.
     fn sample(&mut self, now: Instant) {
-        let (backlog, queued) = (self.paths.backlog(), self.queue.len());
+        let (backlog, queued) = (self.paths.backlog(), self.computing.queued());
         let Some(recorder) = self.paths.recorder() else { return };
         let Some(meter) = recorder.sample(now) else { return };
         let figures = self.shard.figures();
@@ -473,19 +446,10 @@ impl<T: Transport> EventLoop<T> {
         if self.copying.is_none() {
             return false;
         }
-        let Some(chunks) = self.memory.take_images() else { return false };
+        let Some(chunks) = self.computing.memory.take_images() else { return false };
         let (clock, rates, live) = self.copying.take().expect("looked at above");
         self.snapshots.push_back(Snapshot { clock, chunks, rates, live });
         self.shard.handle_snapshotted(clock);
         true
-    }
-}
-
-pub(super) fn kind(task: Task) -> TaskKind {
-    match task {
-        Task::Step => TaskKind::Step,
-        Task::Reduce => TaskKind::Reduce,
-        Task::Apply => TaskKind::Apply,
-        Task::Encode | Task::CopyOut(_) | Task::CopyIn(_) => TaskKind::Encode,
     }
 }

@@ -6,6 +6,7 @@
 //! Invariant: the simulator and the binary run the same `Shard`, `Memory` and `EventLoop`.
 #![forbid(unsafe_code)]
 
+mod computing;
 mod event_loop;
 mod landing;
 mod lane;

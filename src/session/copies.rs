@@ -22,6 +22,12 @@ impl JobConfig {
             2 if self.decides() => refuse(
                 "with two copies `optimizer.clip.global_norm`, `skip_nonfinite` and a dynamic `loss_scale.mode` are not built yet",
             ),
+            2 if self.rebuild_ms == 0 => {
+                refuse("workers reach another copy by rebuilding paths: `rebuild_ms` must not be 0")
+            }
+            2 if self.suspect_ms >= self.rebuild_ms.min(self.deadline_ms) => refuse(
+                "workers would give a lost server up before another takes over: `suspect_ms` must be below `rebuild_ms` and `deadline_ms`",
+            ),
             2 if self.device != DeviceChoice::Cpu => refuse("that needs `device` cpu: on GPUs it is not built yet"),
             2 => Ok(()),
             _ => refuse("it must be 1 or 2"),

@@ -5,11 +5,7 @@
 //! Invariant: it takes over only after its end of the path from the primary has been fenced and everything that had come is part of
 //! its state; nothing lands after that.
 
-use std::{
-    collections::{BTreeMap, VecDeque},
-    sync::Arc,
-    time::Instant,
-};
+use std::{collections::BTreeMap, sync::Arc, time::Instant};
 
 use super::{Backup, BackupEffect, Inheritance};
 use crate::{
@@ -18,7 +14,7 @@ use crate::{
     mem::{Lease, RegionOptions},
     optim::LiveChange,
     server::{
-        EventLoop, Memory, Progress, ShardConfig, Work, event_loop::kind, landing::slots, memory::elements_max,
+        EventLoop, Memory, Progress, ShardConfig, computing::Computing, landing::slots, memory::elements_max,
         room::Room,
     },
     session::{Claim, Paths, Proposal, Tenure},
@@ -44,7 +40,7 @@ pub struct StandbyOptions {
 pub struct Standby<T> {
     paths: Paths<T>,
     backup: Backup,
-    memory: Memory,
+    computing: Computing,
     room: Room,
     layout: Arc<Layout>,
     options: StandbyOptions,
@@ -52,7 +48,6 @@ pub struct Standby<T> {
     /// Landing slots, until the path is there for the first time.
     slots: Vec<Lease>,
     attachment: Attachment,
-    queue: VecDeque<Work>,
     completions: Vec<Completion>,
     epoch: Epoch,
     /// It has everything that workers have been told of, as far as the store knows.
@@ -98,14 +93,13 @@ impl<T: Transport> Standby<T> {
             is_paired: options.is_first,
             paths,
             backup,
-            memory,
+            computing: Computing::new(memory),
             room,
             layout,
             options,
             landing,
             slots,
             attachment,
-            queue: VecDeque::new(),
             completions: Vec::new(),
             lost: None,
             claim: None,
@@ -124,7 +118,7 @@ impl<T: Transport> Standby<T> {
     where
         T: Wakeup,
     {
-        (self.paths.transport(), self.memory.wakeup())
+        (self.paths.transport(), self.computing.memory.wakeup())
     }
 
     /// Begins the path to the primary, as everybody begins theirs.
@@ -167,12 +161,7 @@ impl<T: Transport> Standby<T> {
         moved |= self.compute()?;
         self.carry_out()?;
         self.paths.flush()?;
-        let can_start = !self.queue.is_empty() && self.memory.has_room();
-        Ok(match can_start || self.memory.is_busy() {
-            true => Progress::Busy,
-            false if moved => Progress::Moved,
-            false => Progress::Idle,
-        })
+        Ok(self.computing.progress(moved))
     }
 
     /// When `turn` wants to be called even if nothing happens.
@@ -187,7 +176,7 @@ impl<T: Transport> Standby<T> {
 
     /// Whether nothing is being computed, and nothing waits for it.
     pub fn is_settled(&self) -> bool {
-        self.backup.is_settled() && self.queue.is_empty() && self.memory.is_idle()
+        self.backup.is_settled() && self.computing.is_settled()
     }
 
     /// The primary has said goodbye.
@@ -248,13 +237,14 @@ impl<T: Transport> Standby<T> {
     pub fn take_over(mut self, now: Instant) -> Result<EventLoop<T>> {
         debug_assert!(self.is_settled() && self.lost.is_some(), "the store was asked after that");
         let mut config = self.options.shard;
-        self.memory.expect_gradients(config.gradient_dtype);
+        self.computing.memory.expect_gradients(config.gradient_dtype);
         if let Some(mirror) = &mut config.mirror {
             mirror.is_paired = false;
         }
         let holds = self.backup.holds().clone();
         let versions = Some(holds.versions.as_slice());
-        let mut serving = EventLoop::in_room(self.room, config, self.layout, self.memory, self.paths, versions)?;
+        let mut serving =
+            EventLoop::in_room(self.room, config, self.layout, self.computing.memory, self.paths, versions)?;
         serving.inherit(&holds);
         for (_, proposal) in self.early {
             serving.paths().proposed(proposal, now);
@@ -308,7 +298,7 @@ impl<T: Transport> Standby<T> {
             match effect {
                 BackupEffect::Arm(slot) => self.paths.arm(self.backup.primary(), slot)?,
                 BackupEffect::Post(request) => self.paths.post(request),
-                BackupEffect::Compute(work) => self.queue.push_back(work),
+                BackupEffect::Compute(work) => self.computing.push(work),
                 BackupEffect::Change(clock, change) => self.change_from(clock, change)?,
             }
         }
@@ -323,27 +313,18 @@ impl<T: Transport> Standby<T> {
     pub fn change_from(&mut self, clock: Clock, change: LiveChange) -> Result<()> {
         let done = self.backup.holds().clocks.iter().copied().min().unwrap_or(0);
         if let Some(rate) = change.learning_rate {
-            self.memory.set_learning_rate(rate, clock, done)?;
+            self.computing.memory.set_learning_rate(rate, clock, done)?;
         }
         match change.weight_decay {
-            Some(decay) => self.memory.set_weight_decay(decay, clock, done),
+            Some(decay) => self.computing.memory.set_weight_decay(decay, clock, done),
             None => Ok(()),
         }
     }
 
     fn compute(&mut self) -> Result<bool> {
-        while self.memory.has_room() {
-            let Some(work) = self.queue.pop_front() else { break };
-            if let Some(recorder) = self.paths.recorder() {
-                recorder.started(kind(work.task), work.chunk, work.clock);
-            }
-            self.memory.start(work)?;
-        }
+        self.computing.start(self.paths.recorder())?;
         let mut ended = false;
-        while let Some(work) = self.memory.advance()? {
-            if let Some(recorder) = self.paths.recorder() {
-                recorder.ended(kind(work.task), work.chunk, work.clock, true);
-            }
+        while let Some(work) = self.computing.advance(self.paths.recorder())? {
             self.backup.handle_computed(work)?;
             ended = true;
         }
