@@ -4,6 +4,8 @@
 
 #[path = "tidy/locks.rs"]
 mod locks;
+#[path = "tidy/planted.rs"]
+mod planted;
 #[path = "tidy/source.rs"]
 mod source;
 #[path = "tidy/waits.rs"]
