@@ -45,7 +45,7 @@ class Model(nn.Module):
 def work(kind: str, options: argparse.Namespace) -> None:
     """One worker's steps; rank 0 prints what each took, in milliseconds: forward, backward, step()."""
     torch.set_num_threads(1)
-    model: nn.Module = Model(options.width, options.layers)
+    model: nn.Module = Model(options.width, options.layers).to(options.device)
     if kind == "gradwire":
         import gradwire.torch
 
@@ -58,17 +58,25 @@ def work(kind: str, options: argparse.Namespace) -> None:
             model = nn.parallel.DistributedDataParallel(model)
             finish = torch.distributed.destroy_process_group
         optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=DECAY)
-    times, loss = [], None
+    times, marks, loss = [], [], None
+
+    def mark() -> None:
+        if options.device != "cpu":
+            torch.cuda.synchronize()
+        marks.append(time.perf_counter())
+
     for step in range(options.warm + options.steps):
-        tokens = torch.randint(VOCABULARY, (options.batch, LENGTH), generator=torch.Generator().manual_seed(2 * step + rank))
-        marks = [time.perf_counter()]
+        generator = torch.Generator().manual_seed(2 * step + rank)
+        tokens = torch.randint(VOCABULARY, (options.batch, LENGTH), generator=generator).to(options.device)
+        marks.clear()
+        mark()
         optimizer.zero_grad()
         loss = model(tokens)
-        marks.append(time.perf_counter())
+        mark()
         loss.backward()
-        marks.append(time.perf_counter())
+        mark()
         optimizer.step()
-        marks.append(time.perf_counter())
+        mark()
         if step >= options.warm:
             times.append([1e3 * (after - before) for before, after in zip(marks, marks[1:])])
     if rank == 0:
@@ -80,11 +88,11 @@ def measure(kind: str, options: argparse.Namespace, home: Path) -> dict:
     """What rank 0 of one run has measured."""
     kind, _, servers = kind.partition(" ")
     worker = [sys.executable, __file__, "--work", kind, "--width", str(options.width), "--layers", str(options.layers)]
-    worker += ["--batch", str(options.batch), "--steps", str(options.steps), "--warm", str(options.warm)]
+    worker += ["--device", options.device, "--batch", str(options.batch), "--steps", str(options.steps), "--warm", str(options.warm)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     if kind == "gradwire":
         flags = ["-s", servers, "-n", "2", "--optimizer", "adamw", "--lr", str(RATE), "--set", f"optimizer.weight_decay={DECAY}"]
-        flags += ["--set", f"init_from={home / 'first.safetensors'}"]
+        flags += ["--set", f"device={options.server_device}", "--set", f"init_from={home / 'first.safetensors'}"]
         command = shutil.which("gradwire") or sys.exit("no gradwire on PATH")
         processes = [subprocess.Popen([command, "run", *flags, "--", *worker], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)]
     elif kind == "ddp":
@@ -113,6 +121,8 @@ def main() -> None:
     parser.add_argument("--warm", type=int, default=5, help="before them")
     parser.add_argument("--rounds", type=int, default=5, help="of each, in turn")
     parser.add_argument("--servers", type=int, nargs="+", default=[1, 2], help="of gradwire; each number has a row")
+    parser.add_argument("--device", default="cpu", help="of the model; with `cuda` all ranks share one GPU")
+    parser.add_argument("--server-device", default="cpu", help="of gradwire's servers: cpu, or gpu:0")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     options = parser.parse_args()
