@@ -25,7 +25,7 @@ pub use manifest::{
     seal_manifest,
 };
 pub use reader::{Checkpoint, ChunkData, Latest, PassedOver, find, latest, latest_where, list};
-pub use writer::{ChunkPlan, ChunkState, ShardWriter, begin, commit, prune, write_shard};
+pub use writer::{ChunkPlan, ChunkState, ShardWriter, abandon, begin, commit, prune, write_shard};
 
 /// The newest clock that a directory's twelve digits can name.
 pub const CLOCK_MAX: u64 = 999_999_999_999;

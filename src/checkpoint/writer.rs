@@ -199,18 +199,17 @@ pub(super) fn write_shard_on<'a>(
     writer.finish()
 }
 
-/// Opens a checkpoint for writing: removes what crashed writes left in `dir` and makes the directory for the shards. Called
-/// once, in the launcher, before any shard is written; a directory of checkpoints has one writing job at a time.
+/// Opens a directory of checkpoints for writing: makes it, and removes what crashed writes left in it. Called once, in the launcher,
+/// before any shard is written; a directory of checkpoints has one writing job at a time.
 ///
 /// # Errors
 ///
 /// [`Error::File`] naming the operation and the file.
-pub fn begin(dir: &Path, clock: Clock) -> Result<()> {
-    begin_on(&SYSTEM, dir, clock)
+pub fn begin(dir: &Path) -> Result<()> {
+    begin_on(&SYSTEM, dir)
 }
 
-pub(super) fn begin_on(disk: &dyn Disk, dir: &Path, clock: Clock) -> Result<()> {
-    paths::check_clock(clock)?;
+pub(super) fn begin_on(disk: &dyn Disk, dir: &Path) -> Result<()> {
     paths::create_dirs(disk, dir)?;
     let found = paths::list(dir)?;
     for (left, stage) in &found {
@@ -225,7 +224,7 @@ pub(super) fn begin_on(disk: &dyn Disk, dir: &Path, clock: Clock) -> Result<()> 
             Stage::Replaced | Stage::Writing | Stage::Removing => paths::remove_tree(disk, &path)?,
         }
     }
-    paths::create_dirs(disk, &directory(dir, clock, Stage::Writing))
+    Ok(())
 }
 
 /// Completes a checkpoint whose shards are all written: the manifest, then the name. Returns its directory.
@@ -299,7 +298,22 @@ fn check_shards(writing: &Path, manifest: &Manifest) -> Result<()> {
     Ok(())
 }
 
-/// Removes all checkpoints that are older than the newest `keep` readable ones. Returns what it removed.
+/// Gives up a checkpoint that cannot be completed: on a disk that is full, what there is of it takes the room of the next.
+///
+/// # Errors
+///
+/// [`Error::File`]; the next [`begin`] tries again.
+pub fn abandon(dir: &Path, clock: Clock) -> Result<()> {
+    abandon_on(&SYSTEM, dir, clock)
+}
+
+pub(super) fn abandon_on(disk: &dyn Disk, dir: &Path, clock: Clock) -> Result<()> {
+    let writing = directory(dir, clock, Stage::Writing);
+    if writing.is_dir() { paths::remove_tree(disk, &writing) } else { Ok(()) }
+}
+
+/// Removes all checkpoints that are older than the newest `keep` readable ones, and what an earlier try has left of such. Returns
+/// what it removed.
 ///
 /// Damaged ones do not count as kept, so that those before them stay.
 ///
@@ -328,7 +342,8 @@ pub(super) fn prune_on(disk: &dyn Disk, dir: &Path, keep: usize) -> Result<Vec<P
                 paths::remove_tree(disk, &removing)?;
                 removed.push(path);
             }
-            Stage::Replaced | Stage::Writing | Stage::Removing => {}
+            Stage::Removing => paths::remove_tree(disk, &path)?,
+            Stage::Replaced | Stage::Writing => {}
         }
     }
     Ok(removed)

@@ -27,7 +27,7 @@ pub(super) fn prepare(config: &mut JobConfig) -> Result<()> {
         absolute(&mut config.resume)?;
     }
     if let Some(dir) = &config.checkpoint.dir {
-        checkpoint::begin(dir, config.start_clock)?;
+        checkpoint::begin(dir)?;
     }
     Ok(())
 }
@@ -55,14 +55,25 @@ fn find(path: &Path) -> Result<Checkpoint> {
 /// Writes manifests for a job and prunes old checkpoints.
 pub(super) fn recorder(config: &JobConfig) -> CheckpointSink {
     let config = config.clone();
-    Box::new(move |clock, parts, layout| record(&config, clock, parts, layout))
+    Box::new(move |clock, parts, layout| {
+        let Some(dir) = &config.checkpoint.dir else {
+            return Err(Error::Config("shards report a checkpoint, but the job has no checkpoint directory".into()));
+        };
+        let recorded = record(&config, dir, clock, parts, layout);
+        // What could not be removed is tried again: with the next prune, or when a job begins.
+        let cleared = match recorded {
+            Ok(()) => checkpoint::prune(dir, config.checkpoint.keep as usize).map(drop),
+            Err(_) => checkpoint::abandon(dir, clock),
+        };
+        if let Err(error) = cleared {
+            tracing::warn!("checkpoints that are not needed are still there: {error}");
+        }
+        recorded
+    })
 }
 
-fn record(config: &JobConfig, clock: Clock, parts: Vec<Value>, layout: &Layout) -> Result<()> {
-    let Some(dir) = &config.checkpoint.dir else {
-        return Err(Error::Config("shards report a checkpoint, but the job has no checkpoint directory".into()));
-    };
-    let refused = |defect: String| Error::Checkpoint { path: dir.clone(), defect };
+fn record(config: &JobConfig, dir: &Path, clock: Clock, parts: Vec<Value>, layout: &Layout) -> Result<()> {
+    let refused = |defect: String| Error::Checkpoint { path: dir.to_path_buf(), defect };
     let mut files = Vec::with_capacity(parts.len());
     let (mut learning_rate, mut live) = (Value::Null, Value::Null);
     for mut part in parts {
@@ -92,6 +103,5 @@ fn record(config: &JobConfig, clock: Clock, parts: Vec<Value>, layout: &Layout) 
     };
     let path = checkpoint::commit(dir, &Manifest::new(state, layout, files))?;
     tracing::info!("checkpoint {} is complete", path.display());
-    checkpoint::prune(dir, config.checkpoint.keep as usize)?;
     Ok(())
 }

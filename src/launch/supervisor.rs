@@ -450,7 +450,12 @@ impl Supervisor {
         if left > 0 {
             warn!("{left} processes of the job could not be killed");
         }
-        drop(self.rendezvous);
+        drop(self.rendezvous); // which completes the last checkpoint first
+        let last = self.events.try_iter().filter_map(|event| match event {
+            Event::Notice(Notice::Checkpoint { clock, .. }) => Some(clock),
+            _ => None,
+        });
+        self.checkpoint = last.last().or(self.checkpoint);
         if let Some(path) = &self.options.timeline
             && let Err(error) = self.timeline.write(path, &self.options.config.name)
         {

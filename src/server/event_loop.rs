@@ -60,8 +60,12 @@ pub struct EventLoop<T> {
     landings: BTreeMap<u16, (&'static str, Attachment)>,
     slots: u32,
     completions: Vec<Completion>,
+    /// The clock whose state is to be copied as soon as there is memory for it; computing waits until then.
+    wanted: Option<Clock>,
     /// The clock whose state is being copied, and the rates that it goes with.
     copying: Option<(Clock, LearningRates, LiveState)>,
+    /// The memory of a copy, unless it is in use: there is one, however slow the disk is.
+    spare: Option<Vec<ChunkImage>>,
     snapshots: VecDeque<Snapshot>,
     me: PeerId,
     /// When something came or was computed last.
@@ -104,7 +108,9 @@ impl<T: Transport> EventLoop<T> {
             landing,
             landings: BTreeMap::new(),
             completions: Vec::new(),
+            wanted: None,
             copying: None,
+            spare: Some(Vec::new()),
             snapshots: VecDeque::new(),
             moved_at: None,
         })
@@ -184,7 +190,7 @@ impl<T: Transport> EventLoop<T> {
 
     /// Whether every worker has finished and everything has been applied.
     pub fn is_done(&self) -> bool {
-        self.shard.is_done() && self.computing.is_settled()
+        self.shard.is_done() && self.computing.is_settled() && self.wanted.is_none()
     }
 
     /// See [`Shard::request_checkpoint`].
@@ -275,12 +281,22 @@ impl<T: Transport> EventLoop<T> {
         self.snapshots.pop_front()
     }
 
+    /// A snapshot has been stored: its memory is there for the next.
+    pub fn handle_stored(&mut self, chunks: Vec<ChunkImage>) {
+        self.spare = Some(chunks);
+    }
+
+    /// Whether a snapshot waits for the one before it to be stored.
+    pub fn waits_for_disk(&self) -> bool {
+        self.wanted.is_some() && self.spare.is_none() && self.copying.is_none()
+    }
+
     /// See [`Memory::take_not_finite`].
     pub fn take_not_finite(&mut self) -> Option<NotFinite> {
         self.computing.memory.take_not_finite()
     }
 
-    /// The state as it is now, copied while the caller waits; for a loop that is done.
+    /// The state as it is now, copied while the caller waits; for a loop that is done and copies nothing.
     ///
     /// # Errors
     ///
@@ -382,6 +398,7 @@ impl<T: Transport> EventLoop<T> {
     }
 
     fn carry_out(&mut self) -> Result<()> {
+        self.begin_snapshot()?;
         while let Some(effect) = self.shard.poll_effect() {
             match effect {
                 Effect::Arm { peer, slot } => {
@@ -390,9 +407,8 @@ impl<T: Transport> EventLoop<T> {
                 Effect::Post(request) => self.paths.post(request),
                 Effect::Compute(work) => self.computing.push(work),
                 Effect::Snapshot { clock } => {
-                    self.computing.memory.begin_images(self.shard.versions())?;
-                    self.copying = Some((clock, self.computing.memory.rates().clone(), self.shard.live_state()));
-                    self.finish_snapshot();
+                    self.wanted = Some(clock);
+                    self.begin_snapshot()?;
                 }
                 Effect::SetLearningRate { rate, clock } => {
                     self.computing.memory.set_learning_rate(rate, clock, self.shard.clock_done())?;
@@ -441,6 +457,17 @@ impl<T: Transport> EventLoop<T> {
         }
     }
 
+    /// Begins the copy that is wanted, if there is memory for it. From then on computing goes on.
+    fn begin_snapshot(&mut self) -> Result<()> {
+        let Some(clock) = self.wanted.filter(|_| self.copying.is_none()) else { return Ok(()) };
+        let Some(spare) = self.spare.take() else { return Ok(()) };
+        self.wanted = None;
+        self.computing.memory.begin_images(self.shard.versions(), spare)?;
+        self.copying = Some((clock, self.computing.memory.rates().clone(), self.shard.live_state()));
+        self.shard.handle_snapshotted(clock);
+        Ok(())
+    }
+
     /// Hands out the snapshot that was begun, if all of it is there.
     fn finish_snapshot(&mut self) -> bool {
         if self.copying.is_none() {
@@ -449,7 +476,6 @@ impl<T: Transport> EventLoop<T> {
         let Some(chunks) = self.computing.memory.take_images() else { return false };
         let (clock, rates, live) = self.copying.take().expect("looked at above");
         self.snapshots.push_back(Snapshot { clock, chunks, rates, live });
-        self.shard.handle_snapshotted(clock);
         true
     }
 }

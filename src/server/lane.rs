@@ -6,23 +6,15 @@
 use std::{
     os::fd::BorrowedFd,
     path::PathBuf,
-    sync::{
-        Arc,
-        mpsc::{Receiver, Sender, channel},
-    },
-    thread::JoinHandle,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
-use serde_json::json;
-
-use super::{EventLoop, LanePart, NotFinite, Progress, Replica, Snapshot, Standing, node::Plan};
+use super::{EventLoop, LanePart, NotFinite, Progress, Replica, Standing, node::Plan, writer::Writer};
 use crate::{
     Error, Result,
-    checkpoint::{self, ChunkState},
-    layout::Layout,
     session::{Command, Commands, Offer, PathCounts, Report, Reporter},
-    transport::{Armed, Fabrics, Idle, Waiter, Wakeup},
+    transport::{Armed, Fabrics, Idle, Waiter, WakeHandle, Wakeup},
     types::{Clock, PeerId, ShardId},
 };
 
@@ -64,6 +56,8 @@ pub(super) struct Lane {
     reported: (Instant, Clock),
     /// What the launcher has been told of the paths.
     counted: PathCounts,
+    /// Whether it has been said that training waits for the disk.
+    told_disk: bool,
     /// When the launcher was last told what is waited for; `None` if it has asked since.
     told: Option<Instant>,
 }
@@ -94,8 +88,6 @@ impl Lane {
         reporter: Reporter,
         commands: Commands,
     ) -> Lane {
-        let writer =
-            plan.checkpoint_dir.clone().map(|dir| Writer::new(dir, shard, plan.layout.clone(), reporter.clone()));
         let reported = (Instant::now(), plan.start_clock);
         Lane {
             lane: me.lane,
@@ -104,9 +96,10 @@ impl Lane {
             replica,
             reporter,
             commands: CommandWakeup(commands),
-            writer,
+            writer: None,
             end: None,
             leaving: None,
+            told_disk: false,
             told: Some(reported.0),
             counted: PathCounts::default(),
             reported,
@@ -141,6 +134,7 @@ impl Lane {
     /// Serves, or follows, until the job ends or what this lane has is of no use.
     pub fn run(mut self) -> Result<Ended> {
         let waiter = Waiter::new()?;
+        self.writer = self.plan.checkpoint_dir.clone().map(|dir| self.writer(dir, waiter.handle()));
         let mut idle = Idle::default();
         loop {
             while let Some(command) = self.commands.0.poll()? {
@@ -150,6 +144,7 @@ impl Lane {
                     Obeyed::BeginsAnew => return Ok(Ended::BeginsAnew),
                 }
             }
+            self.take_stored();
             let now = Instant::now();
             let progress = match (self.replica.turn(now), self.leaving) {
                 (Ok(_), Some((clock, until))) if now >= until => return Err(Error::Preempted { clock }),
@@ -249,6 +244,24 @@ impl Lane {
         }
     }
 
+    fn writer(&self, dir: PathBuf, wake: WakeHandle) -> Writer {
+        Writer::new(dir, self.shard, self.plan.layout.clone(), self.reporter.clone(), wake)
+    }
+
+    /// Takes back the memory of snapshots that are on the disk, or could not be written.
+    fn take_stored(&mut self) {
+        while let Some(chunks) = self.writer.as_ref().and_then(Writer::take_stored) {
+            if let Some(serving) = self.replica.serves() {
+                serving.handle_stored(chunks);
+            }
+        }
+        let waits = self.replica.served().is_some_and(EventLoop::waits_for_disk);
+        if waits && !std::mem::replace(&mut self.told_disk, true) {
+            let shard = self.shard.0;
+            tracing::warn!("shard {shard} waits for its last checkpoint to be written before it can take the next");
+        }
+    }
+
     fn store_snapshots(&mut self) {
         while let Some(snapshot) = self.replica.serves().and_then(EventLoop::take_snapshot) {
             match &self.writer {
@@ -304,6 +317,7 @@ impl Lane {
             && let (Some((clock, _)), Some(writer)) = (self.end.filter(|_| writes), &self.writer)
             && serving.shard().versions().next().is_some()
         {
+            writer.settle(); // lest there be two copies of the state
             writer.write(serving.snapshot(clock)?);
         }
         let written = self.writer.take().map_or(Ok(()), Writer::join);
@@ -312,64 +326,4 @@ impl Lane {
         }
         written.map(|()| Ended::Done)
     }
-}
-
-/// Writes a shard's part of checkpoints, one after the other, and reports each to the launcher.
-struct Writer {
-    snapshots: Sender<Snapshot>,
-    thread: JoinHandle<Result<()>>,
-}
-
-impl Writer {
-    fn new(dir: PathBuf, shard: ShardId, layout: Arc<Layout>, reporter: Reporter) -> Writer {
-        let (snapshots, incoming) = channel();
-        let write = move || write_all(&dir, shard, &layout, &reporter, &incoming);
-        let name = format!("checkpoint-{}", shard.0);
-        let thread = std::thread::Builder::new().name(name).spawn(write).expect("a thread for checkpoints");
-        Writer { snapshots, thread }
-    }
-
-    fn write(&self, snapshot: Snapshot) {
-        // The thread ends early only when the launcher is gone, which the lane learns from its commands.
-        let _ = self.snapshots.send(snapshot);
-    }
-
-    /// Waits until everything is on the disk.
-    fn join(self) -> Result<()> {
-        drop(self.snapshots);
-        self.thread.join().unwrap_or_else(|_| Err(Error::JobFailed("the checkpoint thread panicked".into())))
-    }
-}
-
-fn write_all(
-    dir: &std::path::Path,
-    shard: ShardId,
-    layout: &Layout,
-    reporter: &Reporter,
-    incoming: &Receiver<Snapshot>,
-) -> Result<()> {
-    let mut stored: Option<Clock> = None;
-    while let Ok(snapshot) = incoming.recv() {
-        let Snapshot { clock, chunks, rates, live } = snapshot;
-        if stored == Some(clock) {
-            continue; // the end came at a clock that had been stored already
-        }
-        debug_assert!(chunks.iter().all(|image| layout.chunk(image.chunk).shard == shard));
-        let states = chunks.iter().map(|image| ChunkState {
-            chunk: image.chunk,
-            version: image.version,
-            steps: image.steps,
-            master: &image.master,
-            first: &image.first,
-            second: &image.second,
-        });
-        let info = match checkpoint::write_shard(dir, clock, shard, states) {
-            Ok(file) => json!({ "file": file, "learning_rate": rates, "live": live }),
-            // Training goes on; whoever asked for the checkpoint learns why there is none.
-            Err(error) => json!({ "error": error.to_string() }),
-        };
-        stored = Some(clock);
-        reporter.report(Report::CheckpointWritten { shard, clock, info })?;
-    }
-    Ok(())
 }

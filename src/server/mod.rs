@@ -15,6 +15,7 @@ mod node;
 mod replica;
 mod room;
 mod shard;
+mod writer;
 
 pub use event_loop::{EventLoop, Progress, Snapshot};
 pub use memory::{ChunkImage, InitialValues, Memory, MemoryOptions, NotFinite, OnDevice, Seeded};

@@ -4,7 +4,7 @@
 
 use super::*;
 use crate::{
-    server::{MirrorConfig, Standby, StandbyOptions},
+    server::{ChunkImage, MirrorConfig, Standby, StandbyOptions},
     session::{Tenure, pair},
 };
 
@@ -14,6 +14,8 @@ pub(super) struct Node {
     pub shard: usize,
     /// `None` while its process is gone.
     pub replica: Option<Replica<SimTransport>>,
+    /// What its disk is busy with: so many turns to go, and the memory that it holds.
+    pub storing: Option<(u64, Vec<ChunkImage>)>,
 }
 
 /// A lane that is to follow.
@@ -33,14 +35,24 @@ pub(super) fn build_nodes(options: &WorldOptions, layout: &Arc<Layout>, network:
         let (me, id) = (PeerId::server(shard, 0), ShardId(shard));
         let tenure = Tenure::first(pair(id, options.servers, 1));
         let server = build_server(options, layout, network, shard)?;
-        nodes.push(Node { me, shard: shard.into(), replica: Some(Replica::serving(me, tenure, server)) });
+        nodes.push(Node {
+            me,
+            shard: shard.into(),
+            replica: Some(Replica::serving(me, tenure, server)),
+            storing: None,
+        });
     }
     for shard in (0..options.servers).filter(|_| options.copies) {
         let lanes = pair(ShardId(shard), options.servers, 1);
         let (me, tenure) = (lanes[1], Tenure::first(lanes));
         let copy = Copy { me, shard: ShardId(shard), tenure, is_first: true, life: 0 };
         let standby = build_standby(options, layout, network, &copy)?;
-        nodes.push(Node { me, shard: shard.into(), replica: Some(Replica::following(me, tenure, standby)) });
+        nodes.push(Node {
+            me,
+            shard: shard.into(),
+            replica: Some(Replica::following(me, tenure, standby)),
+            storing: None,
+        });
     }
     Ok(nodes)
 }

@@ -180,7 +180,7 @@ pub struct Outcome {
     pub failure: Option<(PeerId, Error)>,
     /// The two ends of what was broken, if anything was; one end twice for a death.
     pub victims: Option<(PeerId, PeerId)>,
-    /// By shard: the state at the end.
+    /// By shard: the state at the end, unless somebody failed.
     pub finals: Vec<Snapshot>,
     /// By shard: what was stored on the way.
     pub snapshots: Vec<Vec<Snapshot>>,
@@ -237,7 +237,7 @@ struct World<'a> {
 pub fn run(options: &WorldOptions, program: &mut dyn Program) -> Result<Outcome, String> {
     let mut world = World::new(options).map_err(|error| error.to_string())?;
     let failure = world.run(program)?;
-    let shards = 0..usize::from(options.servers);
+    let shards = 0..if failure.is_none() { usize::from(options.servers) } else { 0 };
     let finals: Result<_> = shards.filter_map(|shard| Some(world.server(shard)?.snapshot(options.clocks))).collect();
     let finals = finals.map_err(|error| error.to_string())?;
     let paths = world.path_counts();
@@ -385,23 +385,21 @@ impl<'a> World<'a> {
     }
 
     /// One node's turn: whether it has more to do, or how it failed.
-    fn turn(&mut self, node: usize, program: &mut dyn Program) -> Result<Result<bool, (PeerId, Error)>, String> {
+    fn turn(&mut self, index: usize, program: &mut dyn Program) -> Result<Result<bool, (PeerId, Error)>, String> {
         let now = self.now;
-        if self.rests(self.nodes()[node]) {
+        if self.rests(self.nodes()[index]) {
             return Ok(Ok(false));
         }
-        if let Some(Node { me, shard, replica }) = self.servers.get_mut(node) {
-            let (me, Some(replica)) = (*me, replica) else { return Ok(Ok(false)) };
+        if let Some(node) = self.servers.get_mut(index) {
+            let (me, Some(replica)) = (node.me, &mut node.replica) else { return Ok(Ok(false)) };
             let turned = replica.turn(now);
-            while let Some(snapshot) = replica.serves().and_then(EventLoop::take_snapshot) {
-                self.snapshots[*shard].push(snapshot);
-            }
-            if replica.is_useless() {
-                self.begin_anew(node)?;
+            checkpoints::store(node, self.options.seed, &mut self.snapshots);
+            if node.replica.as_ref().is_some_and(Replica::is_useless) {
+                self.begin_anew(index)?;
             }
             return Ok(turned.map(|progress| progress == Progress::Busy).map_err(|error| (me, error)));
         }
-        let worker = node - self.servers.len();
+        let worker = index - self.servers.len();
         let me = PeerId::worker(worker as u16);
         let trainer = &mut self.trainers[worker];
         match trainer.turn(now, &mut self.random, program) {

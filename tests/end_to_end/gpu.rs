@@ -10,7 +10,7 @@ use std::{
 
 use gradwire::{
     Consistency, Dtype,
-    checkpoint::{Checkpoint, latest},
+    checkpoint::{Checkpoint, latest, list},
     launch::{Job, JobOptions},
     optim::{Clip, OptimizerConfig, OptimizerKind},
     session::{DeviceChoice, Fabric},
@@ -304,6 +304,28 @@ fn a_checkpoint_goes_from_gpu_to_processor_and_back_without_a_bit_lost() {
 }
 
 /// Several devices, several shards of a process: each shard on its own.
+/// Steps follow while a checkpoint's state is still being copied from the device: what is about to change is copied first.
+#[test]
+fn a_gpu_stores_every_step_as_it_was_while_it_takes_the_next_ones() {
+    const STEPS: u64 = 20;
+    let undisturbed = crate::every_step::Undisturbed::new(STEPS);
+    for two_step in [false, true] {
+        let home = home();
+        let mut options = options(home.path(), "train");
+        (options.config.two_step, options.config.checkpoint.keep) = (two_step, 100);
+        options.config.checkpoint.every = Some(1);
+        with_variable(&mut options, "WORKER_STEPS", STEPS);
+        on_gpu(&mut options, home.path(), &[("SOFTCUDA_LATE", "1")]);
+        run(options);
+        let mut stored = 0;
+        for (_, opened) in list(&home.path().join("checkpoints")).unwrap() {
+            undisturbed.assert_same(&opened.unwrap());
+            stored += 1;
+        }
+        assert_eq!(stored, STEPS);
+    }
+}
+
 #[test]
 fn a_process_drives_several_gpus() {
     let expected = simulated(vec![model(); 2], false);

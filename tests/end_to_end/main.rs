@@ -10,7 +10,9 @@ mod broken_links;
 mod broken_paths;
 mod damaged;
 mod decisions;
+mod every_step;
 mod fabrics;
+mod failing_disk;
 mod failures;
 mod gpu;
 mod idle;
@@ -19,6 +21,8 @@ mod jobs;
 mod leaving;
 mod live;
 mod namespaces;
+#[path = "../support/processes.rs"]
+mod processes;
 mod program;
 mod program_c;
 mod random_faults;

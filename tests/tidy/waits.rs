@@ -70,14 +70,15 @@ const ALLOWED: &[(&str, &str, &str)] = &[
     ("src/mem/pages.rs", "join", "a thread that touches pages and does nothing else"),
     ("src/mem/pages.rs", "thread::scope", "threads that touch pages and do nothing else"),
     (
-        "src/server/lane.rs",
+        "src/server/writer.rs",
         "join",
         "the lane's end closes the writer's channel; the launcher ends a job whose disk hangs by `setup_ms`",
     ),
     (
-        "src/server/lane.rs",
+        "src/server/writer.rs",
         "recv",
-        "the writer waits for snapshots of its own process; the lane's end closes the channel",
+        "the writer waits for snapshots of its own process, whose end closes the channel; a lane that has ended waits for the \
+         writer, and the launcher ends a job whose disk hangs by `setup_ms`",
     ),
     ("src/server/memory/mod.rs", "wait without a time", "the device's own deadline (`gpu_ms`) ends it"),
     ("src/server/node.rs", "recv", "the process' own threads; each sends how it ended, and its end closes the channel"),
@@ -97,6 +98,12 @@ const ALLOWED: &[(&str, &str, &str)] = &[
         "the launcher's word; keep-alive probes end it, or leaving the seat",
     ),
     ("src/session/rendezvous/mod.rs", "thread::sleep", "between two tries to reach the rendezvous, under a deadline"),
+    (
+        "src/session/rendezvous/recorder.rs",
+        "join",
+        "its channel is closed, and each checkpoint ends as the disk answers; ranks that waited in vain have been ended before",
+    ),
+    ("src/session/rendezvous/recorder.rs", "recv", "the thread waits for work; the rendezvous' end closes the channel"),
     ("src/session/rendezvous/swaps.rs", "join", "its channel is closed, and each call of the store has an end"),
     (
         "src/session/rendezvous/swaps.rs",

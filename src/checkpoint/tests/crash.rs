@@ -3,6 +3,8 @@
 //!
 //! Invariant: the operations are counted by a run without a fault, so that a new one is covered the day it is added.
 
+use std::collections::BTreeMap;
+
 use super::{
     model_disk::{Fault, Hasty, ModelDisk, Survival},
     *,
@@ -11,7 +13,7 @@ use crate::checkpoint::{
     export::export_on,
     paths::{Stage, directory, list, rename},
     reader::Latest,
-    writer::prune_on,
+    writer::{abandon_on, prune_on},
 };
 
 /// A job's directory with complete checkpoints of some clocks, and a script that a fault interrupts.
@@ -134,17 +136,51 @@ fn a_crash_at_every_operation_loses_no_older_checkpoint() {
 #[test]
 fn an_error_at_every_operation_loses_no_older_checkpoint() {
     let layout = small_layout(2);
+    let mut kinds = BTreeMap::new();
     for (name, scene) in SCENES {
         let (disk, _root, said) = scene.play(&layout, Fault::None);
         said.unwrap();
         for at in 0..disk.operations() {
-            let (_disk, root, said) = scene.play(&layout, Fault::Error(at));
+            let (disk, root, said) = scene.play(&layout, Fault::Error(at));
+            let hit = disk.hit();
+            assert_eq!(hit.len(), 1, "{name}, error at {at}: it hit nothing");
+            *kinds.entry(hit[0]).or_insert(0) += 1;
+            // Only what was replaced already may stay behind without a word.
+            assert!(
+                said.is_err() || ["remove_file", "remove_dir"].contains(&hit[0]),
+                "{name}, error at {at}: {hit:?} is unheard"
+            );
             if let Err(error) = &said {
                 assert!(error.to_string().contains("injected error"), "{name}, error at {at}: {error}");
             }
             scene.judge(root.path(), &layout, said.is_ok(), &format!("{name}, error at {at}"));
         }
     }
+    println!("errors injected: {kinds:?}");
+    let all = ["create", "create_dir", "remove_dir", "remove_file", "rename", "sync", "sync_dir", "write"];
+    assert!(kinds.keys().eq(all.iter()), "{kinds:?}");
+}
+
+/// What a failed write had left kept the room of the next one, on a disk that was full for that very reason.
+#[test]
+fn an_error_at_every_operation_leaves_nothing_after_it_was_given_up() {
+    let layout = small_layout(2);
+    let (_, scene) = &SCENES[1];
+    let (disk, _root, said) = scene.play(&layout, Fault::None);
+    said.unwrap();
+    let mut failed = 0;
+    for at in 0..disk.operations() {
+        let (disk, root, said) = scene.play(&layout, Fault::Error(at));
+        let dir = root.path().join("checkpoints");
+        if said.is_err() {
+            failed += 1;
+            abandon_on(&disk, &dir, 3).unwrap();
+        }
+        let found = list(&dir).unwrap();
+        assert!(found.iter().all(|(_, stage)| *stage == Stage::Complete), "error at {at}: {found:?}");
+        assert!(found.starts_with(&[(3, Stage::Complete)]) || found.len() == 2, "error at {at}: {found:?}");
+    }
+    assert_eq!(failed, disk.operations());
 }
 
 /// A test of the tests above: on a disk that only pretends to sync, they find that a checkpoint was lost.

@@ -133,7 +133,7 @@ fn the_two_halves_of_two_checkpoints_are_no_checkpoint() {
     // Same job, same clock, same lengths, other contents: as after a restore from two backups.
     let (root, layout, newest) = two();
     let other = tempfile::tempdir().unwrap();
-    begin(other.path(), 2).unwrap();
+    begin(other.path()).unwrap();
     let mut contents: Vec<_> = layout.shards[0].iter().map(|chunk| Contents::at(&layout, 2, *chunk, 2)).collect();
     contents[0].arrays[0][0] += 1.0;
     write_shard(other.path(), 2, ShardId(0), contents.iter().map(Contents::state)).unwrap();

@@ -89,7 +89,7 @@ impl Contents {
 
 /// Writes a whole checkpoint as a job would: the launcher begins, each server writes its shard, the launcher commits.
 fn write_all(disk: &dyn Disk, dir: &Path, layout: &Layout, clock: Clock, moments: u32) -> Result<PathBuf> {
-    begin_on(disk, dir, clock)?;
+    begin_on(disk, dir)?;
     let mut written = Vec::new();
     // The second server reports first: the order in which reports come must not matter.
     for (shard, chunks) in layout.shards.iter().enumerate().rev() {

@@ -56,6 +56,8 @@ enum Node {
 struct Model {
     fault: Fault,
     operations: usize,
+    /// What the fault hit: kind of operation.
+    hit: Vec<&'static str>,
     nodes: Vec<Node>,
     /// The names as the running system sees them.
     names: BTreeMap<PathBuf, Inode>,
@@ -92,6 +94,7 @@ impl ModelDisk {
         ModelDisk(Arc::new(Mutex::new(Model {
             fault,
             operations: 0,
+            hit: Vec::new(),
             nodes,
             names: BTreeMap::from([(root.into(), 0)]),
         })))
@@ -101,6 +104,7 @@ impl ModelDisk {
     pub fn arm(&self, fault: Fault) {
         let mut model = self.0.lock().unwrap();
         model.operations = 0;
+        model.hit.clear();
         model.fault = fault;
     }
 
@@ -108,11 +112,20 @@ impl ModelDisk {
         self.0.lock().unwrap().operations
     }
 
+    /// The operations that were refused, by their kinds.
+    pub fn hit(&self) -> Vec<&'static str> {
+        self.0.lock().unwrap().hit.clone()
+    }
+
     /// Counts an operation and says whether it may happen.
-    fn step(&self) -> io::Result<()> {
+    fn step(&self, kind: &'static str) -> io::Result<()> {
         let mut model = self.0.lock().unwrap();
         let now = model.operations;
         model.operations += 1;
+        if matches!(model.fault, Fault::Error(at) if at == now) || matches!(model.fault, Fault::Crash(at) if at <= now)
+        {
+            model.hit.push(kind);
+        }
         match model.fault {
             Fault::Error(at) if at == now => Err(io::Error::other("injected error")),
             Fault::Crash(at) if at <= now => Err(io::Error::other("injected crash")),
@@ -193,21 +206,21 @@ impl Model {
 
 impl Disk for ModelDisk {
     fn create_dir(&self, path: &Path) -> io::Result<()> {
-        self.step()?;
+        self.step("create_dir")?;
         SYSTEM.create_dir(path)?;
         self.add(path, Node::Directory { durable: BTreeMap::new(), pending: Vec::new() });
         Ok(())
     }
 
     fn create(&self, path: &Path) -> io::Result<Box<dyn DiskFile>> {
-        self.step()?;
+        self.step("create")?;
         let real = SYSTEM.create(path)?;
         let inode = self.add(path, Node::File { durable: Vec::new(), bytes: Vec::new() });
         Ok(Box::new(ModelFile { disk: self.clone(), inode, real }))
     }
 
     fn rename(&self, source: &Path, target: &Path) -> io::Result<()> {
-        self.step()?;
+        self.step("rename")?;
         SYSTEM.rename(source, target)?;
         let (directory, name) = split(source);
         {
@@ -225,7 +238,7 @@ impl Disk for ModelDisk {
     }
 
     fn sync_dir(&self, path: &Path) -> io::Result<()> {
-        self.step()?;
+        self.step("sync_dir")?;
         let mut model = self.0.lock().unwrap();
         if model.fault == Fault::DirectorySyncLies {
             return Ok(());
@@ -237,14 +250,14 @@ impl Disk for ModelDisk {
     }
 
     fn remove_file(&self, path: &Path) -> io::Result<()> {
-        self.step()?;
+        self.step("remove_file")?;
         SYSTEM.remove_file(path)?;
         self.remove(path);
         Ok(())
     }
 
     fn remove_dir(&self, path: &Path) -> io::Result<()> {
-        self.step()?;
+        self.step("remove_dir")?;
         SYSTEM.remove_dir(path)?;
         self.remove(path);
         Ok(())
@@ -253,7 +266,7 @@ impl Disk for ModelDisk {
 
 impl DiskFile for ModelFile {
     fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        let step = self.disk.step();
+        let step = self.disk.step("write");
         let written = match (&step, self.disk.0.lock().unwrap().fault) {
             (Ok(()), _) => bytes,
             // As a full disk does it.
@@ -268,7 +281,7 @@ impl DiskFile for ModelFile {
     }
 
     fn sync(&mut self) -> io::Result<()> {
-        self.disk.step()?;
+        self.disk.step("sync")?;
         let mut model = self.disk.0.lock().unwrap();
         if model.fault == Fault::FileSyncLies {
             return Ok(());

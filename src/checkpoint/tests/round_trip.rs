@@ -45,7 +45,7 @@ proptest! {
     #[test]
     fn any_job_comes_back_bit_for_bit((layout, moments, seed) in job(), clock in 0..=CLOCK_MAX, other_shards in 1u16..6) {
         let root = tempfile::tempdir().unwrap();
-        begin(root.path(), clock).unwrap();
+        begin(root.path()).unwrap();
         let mut written = Vec::new();
         for (shard, chunks) in layout.shards.iter().enumerate() {
             let contents: Vec<_> = chunks.iter().map(|chunk| contents(&layout, seed, moments, *chunk)).collect();
@@ -150,7 +150,7 @@ fn a_job_that_differs_is_told_how() {
 fn a_commit_names_the_shard_that_is_missing() {
     let layout = small_layout(2);
     let root = tempfile::tempdir().unwrap();
-    begin(root.path(), 1).unwrap();
+    begin(root.path()).unwrap();
     let mut written = Vec::new();
     for (shard, chunks) in layout.shards.iter().enumerate() {
         let contents: Vec<_> = chunks.iter().map(|chunk| Contents::at(&layout, 1, *chunk, 0)).collect();
@@ -183,7 +183,7 @@ fn a_shard_without_chunks_has_no_file() {
     let tensors = vec![TensorSpec::new("w", [4, 4])];
     let layout = Layout::build(&[tensors], LayoutOptions { chunk_elements: 32, shards: 2 }).unwrap();
     let root = tempfile::tempdir().unwrap();
-    begin(root.path(), 1).unwrap();
+    begin(root.path()).unwrap();
     let full = layout.shards.iter().position(|chunks| !chunks.is_empty()).unwrap();
     let contents = Contents::at(&layout, 1, layout.shards[full][0], 0);
     let written = write_shard(root.path(), 1, ShardId(full as u16), std::iter::once(contents.state())).unwrap();

@@ -159,7 +159,12 @@ impl Pipeline {
 
     /// Whether another job may begin.
     pub fn has_room(&self) -> bool {
-        self.flying < DEPTH
+        self.room() > 0
+    }
+
+    /// How many jobs may begin.
+    pub fn room(&self) -> usize {
+        DEPTH - self.flying
     }
 
     /// Whether no job is under way.

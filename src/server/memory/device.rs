@@ -36,7 +36,11 @@ struct Flying {
 /// A copy of the state under way.
 struct Images {
     chunks: Vec<ChunkImage>,
-    begun: usize,
+    /// By chunk: whether its copy has been begun. On the device nothing changes a chunk that is being copied.
+    begun: Vec<bool>,
+    /// All chunks before this one have been begun.
+    next: usize,
+    flying: usize,
     done: usize,
 }
 
@@ -86,8 +90,9 @@ impl DeviceMemory {
     /// Has these images, which are all chunks', filled.
     pub(super) fn begin_images(&mut self, chunks: Vec<ChunkImage>) -> Result<()> {
         assert!(self.images.is_none(), "one copy of the state at a time");
-        self.images = Some(Images { chunks, begun: 0, done: 0 });
-        self.fetch()
+        let begun = vec![false; chunks.len()];
+        self.images = Some(Images { chunks, begun, next: 0, flying: 0, done: 0 });
+        self.fetch_next()
     }
 
     pub(super) fn take_images(&mut self) -> Option<Vec<ChunkImage>> {
@@ -96,7 +101,8 @@ impl DeviceMemory {
     }
 
     pub(super) fn has_room(&self) -> bool {
-        self.pipeline.has_room() && self.images.is_none()
+        // A computation may have to be preceded by a copy of what it changes.
+        self.pipeline.room() > usize::from(self.images.is_some())
     }
 
     pub(super) fn is_idle(&self) -> bool {
@@ -105,6 +111,9 @@ impl DeviceMemory {
 
     pub(super) fn start(&mut self, plan: &Plan, mut work: Work) -> Result<()> {
         let index = plan.index(work.chunk);
+        if work.task.changes_state() {
+            self.fetch(index)?;
+        }
         let mut contributors = Vec::new();
         let mut landed = Vec::new();
         for Contribution { worker, weight, lease } in work.contributions.drain(..) {
@@ -174,6 +183,7 @@ impl DeviceMemory {
             self.update(plan, done.chunk, arguments, scale, Gradient::Accumulator, wire)?;
             self.flight.push_back(flying);
         }
+        self.fetch_next()?;
         Ok(None)
     }
 
@@ -182,17 +192,29 @@ impl DeviceMemory {
         let image = &mut images.chunks[done.chunk];
         [image.master, image.first, image.second] = done.arrays.expect("looked at before");
         images.done += 1;
-        self.fetch()
+        images.flying -= 1;
+        Ok(())
     }
 
-    /// Begins as many fetches as there is room for.
-    fn fetch(&mut self) -> Result<()> {
+    /// Begins to copy a chunk, if it is to be copied and has not been.
+    fn fetch(&mut self, index: usize) -> Result<()> {
         let Some(images) = &mut self.images else { return Ok(()) };
-        while self.pipeline.has_room() && images.begun < images.chunks.len() {
-            self.pipeline.fetch(images.begun)?;
-            images.begun += 1;
+        if !std::mem::replace(&mut images.begun[index], true) {
+            images.flying += 1;
+            self.pipeline.fetch(index)?;
         }
         Ok(())
+    }
+
+    /// Begins to copy the next chunk, one at a time: computations come first.
+    fn fetch_next(&mut self) -> Result<()> {
+        let Some(images) = &mut self.images else { return Ok(()) };
+        while images.begun.get(images.next) == Some(&true) {
+            images.next += 1;
+        }
+        let next = images.next;
+        let may = images.flying == 0 && next < images.begun.len() && self.pipeline.has_room();
+        if may { self.fetch(next) } else { Ok(()) }
     }
 }
 

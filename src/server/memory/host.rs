@@ -1,6 +1,7 @@
 //! A shard's memory on the processor.
 //!
-//! Invariant: a computation is cut into tiles, and its result does not depend on them.
+//! Invariant: a computation is cut into tiles, and its result does not depend on them; what is being copied is not changed before
+//! its copy is whole.
 
 use super::{ChunkImage, Contribution, InitialValues, Part, Plan, Task, Work};
 use crate::{
@@ -29,7 +30,32 @@ pub(super) struct HostMemory {
     kernels: Kernels,
     chunks: Vec<ChunkMemory>,
     running: Option<Running>,
-    images: Option<Vec<ChunkImage>>,
+    copying: Option<Copying>,
+}
+
+/// A copy of the state under way. It goes on in tiles while there is nothing else to do, and a chunk that is about to change is
+/// copied first.
+struct Copying {
+    images: Vec<ChunkImage>,
+    /// All chunks before this one are copied.
+    next: usize,
+}
+
+impl ChunkMemory {
+    fn floats(&self, part: Part) -> &[f32] {
+        let lease = match part {
+            Part::Master => &self.master,
+            Part::First => &self.first,
+            Part::Second => &self.second,
+        };
+        bytemuck::cast_slice(lease.bytes())
+    }
+
+    /// What of this chunk an image does not have yet.
+    fn lacks(&self, image: &ChunkImage) -> Option<Part> {
+        let parts = [(Part::Master, &image.master), (Part::First, &image.first), (Part::Second, &image.second)];
+        parts.into_iter().find(|(part, copy)| copy.len() < self.floats(*part).len()).map(|(part, _)| part)
+    }
 }
 
 impl AsRef<[u8]> for Contribution {
@@ -66,7 +92,7 @@ impl HostMemory {
             floats_mut(&mut memory.first).fill(options.optimizer.kind.state_start());
             chunks.push(memory);
         }
-        Ok(HostMemory { kernels: Kernels::best(), chunks, running: None, images: None })
+        Ok(HostMemory { kernels: Kernels::best(), chunks, running: None, copying: None })
     }
 
     pub(super) fn restore(&mut self, index: usize, image: &ChunkImage) {
@@ -76,25 +102,28 @@ impl HostMemory {
         floats_mut(&mut chunk.second).copy_from_slice(&image.second);
     }
 
-    /// Fills these images, which are all chunks'.
-    pub(super) fn copy(&mut self, mut images: Vec<ChunkImage>) {
-        let copy = |lease: &Lease| bytemuck::cast_slice(lease.bytes()).to_vec();
-        for (image, chunk) in images.iter_mut().zip(&self.chunks) {
-            (image.master, image.first, image.second) = (copy(&chunk.master), copy(&chunk.first), copy(&chunk.second));
-        }
-        self.images = Some(images);
+    /// Begins to fill these images, which are all chunks' and empty.
+    pub(super) fn begin_images(&mut self, images: Vec<ChunkImage>) {
+        assert!(self.running.is_none() && self.copying.is_none(), "the state stands still, and is copied once");
+        self.copying = Some(Copying { images, next: 0 });
     }
 
     pub(super) fn take_images(&mut self) -> Option<Vec<ChunkImage>> {
-        self.images.take()
+        let chunks = self.chunks.len();
+        self.next_copy();
+        self.copying.take_if(|copying| copying.next == chunks).map(|copying| copying.images)
     }
 
-    pub(super) fn is_idle(&self) -> bool {
+    pub(super) fn has_room(&self) -> bool {
         self.running.is_none()
     }
 
+    pub(super) fn is_idle(&self) -> bool {
+        self.running.is_none() && self.copying.is_none()
+    }
+
     pub(super) fn start(&mut self, plan: &Plan, work: Work) {
-        assert!(self.is_idle(), "one computation at a time");
+        assert!(self.has_room(), "one computation at a time");
         let new = |arguments| ChunkStep::new(self.kernels, &plan.options.optimizer, arguments);
         let step = plan.arguments(&work).map(new);
         self.running = Some(Running { work, step });
@@ -102,6 +131,14 @@ impl HostMemory {
 
     /// Does a tile; the work, if that was the last one.
     pub(super) fn advance(&mut self, plan: &Plan) -> Option<Work> {
+        let copy = match &self.running {
+            Some(Running { work, .. }) if work.task.changes_state() => Some(plan.index(work.chunk)),
+            Some(_) => None,
+            None => self.next_copy(),
+        };
+        if copy.is_some_and(|index| self.copy_tile(index)) {
+            return None;
+        }
         let mut running = self.running.take()?;
         if self.tile(plan, &mut running) {
             running.work.squared_norm = running.step.and_then(|step| step.squared_norm());
@@ -109,6 +146,32 @@ impl HostMemory {
         }
         self.running = Some(running);
         None
+    }
+
+    /// The first chunk that is not copied yet.
+    fn next_copy(&mut self) -> Option<usize> {
+        let Copying { images, next } = self.copying.as_mut()?;
+        while images.get(*next).is_some_and(|image| self.chunks[*next].lacks(image).is_none()) {
+            *next += 1;
+        }
+        (*next < images.len()).then_some(*next)
+    }
+
+    /// Copies a tile of a chunk, if it is to be copied and not all of it has been.
+    fn copy_tile(&mut self, index: usize) -> bool {
+        let Some(copying) = &mut self.copying else { return false };
+        let chunk = &self.chunks[index];
+        let image = &mut copying.images[index];
+        let Some(part) = chunk.lacks(image) else { return false };
+        let (copy, state) = match part {
+            Part::Master => (&mut image.master, chunk.floats(part)),
+            Part::First => (&mut image.first, chunk.floats(part)),
+            Part::Second => (&mut image.second, chunk.floats(part)),
+        };
+        copy.reserve_exact(state.len() - copy.len());
+        let end = (copy.len() + TILE_ELEMENTS).min(state.len());
+        copy.extend_from_slice(&state[copy.len()..end]);
+        true
     }
 
     fn tile(&mut self, plan: &Plan, running: &mut Running) -> bool {

@@ -191,17 +191,31 @@ impl Memory {
         Ok(())
     }
 
-    /// Begins to copy all chunks, in shard order; `versions` come from the shard. Nothing may be started before they have been taken.
-    pub fn begin_images(&mut self, versions: impl Iterator<Item = (ChunkId, Version)>) -> Result<()> {
+    /// Begins to copy all chunks as they are now, in shard order, into `spare`, whatever is in there; `versions` come from the shard.
+    /// Computations may be started meanwhile: of what they change the copy is made first.
+    ///
+    /// # Panics
+    ///
+    /// If something is being computed, or copied already.
+    pub fn begin_images(
+        &mut self,
+        versions: impl Iterator<Item = (ChunkId, Version)>,
+        spare: Vec<ChunkImage>,
+    ) -> Result<()> {
         let chunks = self.plan.chunks.iter().zip(versions);
+        let mut spare = spare.into_iter();
         let empty = chunks.map(|(chunk, (id, version))| {
             assert_eq!(id, chunk.id, "shard and memory keep one order");
-            let (master, first, second) = Default::default();
+            let used = spare.next().map(|image| [image.master, image.first, image.second]).unwrap_or_default();
+            let [master, first, second] = used.map(|mut array| {
+                array.clear();
+                array
+            });
             ChunkImage { chunk: id, version, steps: chunk.steps, master, first, second }
         });
         let empty = empty.collect();
         match &mut self.place {
-            Place::Host(host) => host.copy(empty),
+            Place::Host(host) => host.begin_images(empty),
             Place::Device(device) => return device.begin_images(empty),
         }
         Ok(())
@@ -217,7 +231,7 @@ impl Memory {
 
     /// Copies all chunks and waits for them; for the end of a job.
     pub fn images(&mut self, versions: impl Iterator<Item = (ChunkId, Version)>) -> Result<Vec<ChunkImage>> {
-        self.begin_images(versions)?;
+        self.begin_images(versions, Vec::new())?;
         let waiter = Waiter::new()?;
         loop {
             let finished = self.advance()?;
@@ -268,7 +282,7 @@ impl Memory {
     /// Whether a computation may be started.
     pub fn has_room(&self) -> bool {
         match &self.place {
-            Place::Host(host) => host.is_idle(),
+            Place::Host(host) => host.has_room(),
             Place::Device(device) => device.has_room(),
         }
     }
@@ -281,7 +295,7 @@ impl Memory {
         }
     }
 
-    /// Whether [`Memory::advance`] has something to compute by itself now.
+    /// Whether [`Memory::advance`] has something to compute or to copy by itself now.
     pub fn is_busy(&self) -> bool {
         matches!(&self.place, Place::Host(host) if !host.is_idle())
     }

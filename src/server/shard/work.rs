@@ -35,6 +35,13 @@ pub enum Task {
     CopyIn(Part),
 }
 
+impl Task {
+    /// Whether it changes what a checkpoint holds of the chunk.
+    pub fn changes_state(self) -> bool {
+        matches!(self, Task::Step | Task::Apply | Task::CopyIn(_))
+    }
+}
+
 /// A part of a chunk's state: parameters, or a slot of the optimizer's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Part {

@@ -25,8 +25,8 @@ use crate::{
 /// Is told what happens, on the rendezvous' thread.
 pub type NoticeSink = Box<dyn FnMut(Notice) + Send>;
 
-/// Writes the manifest of a checkpoint of this layout whose parts are all on the disk, given in the order of their shards; on the
-/// rendezvous' thread.
+/// Writes the manifest of a checkpoint of this layout whose parts are all on the disk, given in the order of their shards; on a
+/// thread of its own.
 pub type CheckpointSink = Box<dyn FnMut(Clock, Vec<serde_json::Value>, &Layout) -> Result<()> + Send>;
 
 /// What a rendezvous is started with.

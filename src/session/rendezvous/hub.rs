@@ -18,12 +18,13 @@ use tracing::{info, warn};
 use super::{
     VERSION, auth,
     connection::{Connection, Stage},
-    handle::{CheckpointSink, NoticeSink, Order, RendezvousOptions},
+    handle::{NoticeSink, Order, RendezvousOptions},
     line::{LINE_BYTES_MAX, LineBuffer, STRANGER_BYTES_MAX, decode, encode},
     message::{Admission, Answer, Challenge, FromLauncher, Purpose},
     notice::Notice,
     notify::Notify,
     peer::{clock_name, host_name, keep_alive},
+    recorder::Recorder,
     roster::{ConnectionId, Effect, Roster},
     swaps::Swaps,
 };
@@ -63,7 +64,7 @@ pub(super) struct Hub {
     orders: Receiver<Order>,
     swaps: Swaps,
     on_notice: NoticeSink,
-    on_checkpoint: CheckpointSink,
+    recorder: Recorder,
     closing: Option<Instant>,
 }
 
@@ -87,10 +88,10 @@ impl Hub {
             next_id: 0,
             refusals: 0,
             swaps: Swaps::start(options.tenures, Arc::clone(&notify))?,
+            recorder: Recorder::start(options.on_checkpoint, Arc::clone(&notify))?,
             notify,
             orders,
             on_notice: options.on_notice,
-            on_checkpoint: options.on_checkpoint,
             closing: None,
         })
     }
@@ -100,7 +101,7 @@ impl Hub {
         loop {
             let now = Instant::now();
             let flushed = self.connections.values().all(|connection| connection.outgoing.is_empty());
-            if self.closing.is_some_and(|until| flushed || until <= now) {
+            if self.recorder.is_idle() && self.closing.is_some_and(|until| flushed || until <= now) {
                 return;
             }
             let ready = self.wait(now);
@@ -133,7 +134,8 @@ impl Hub {
             Stage::Stranger { until, .. } | Stage::Leaving { until } => Some(until),
             _ => None,
         });
-        let deadline = stages.chain(self.roster.next_deadline()).chain(self.closing).min();
+        let closing = self.closing.filter(|_| self.recorder.is_idle());
+        let deadline = stages.chain(self.roster.next_deadline()).chain(closing).min();
         let timeout = deadline.map_or(PollTimeout::NONE, |deadline| {
             // Rounded up, so that the deadline has passed when we wake.
             let wait = deadline.saturating_duration_since(now) + Duration::from_millis(1);
@@ -170,6 +172,9 @@ impl Hub {
         }
         while let Some((swap, outcome)) = self.swaps.poll() {
             self.roster.swapped(swap, outcome);
+        }
+        while let Some((clock, outcome)) = self.recorder.poll() {
+            self.roster.checkpoint_recorded(clock, outcome);
         }
         self.carry_out();
     }
@@ -373,11 +378,9 @@ impl Hub {
                     self.connections.entry(to).and_modify(|connection| connection.outgoing.extend(&time));
                 }
                 Effect::Record { clock, parts } => {
-                    let outcome = match self.roster.layout() {
-                        Some(layout) => (self.on_checkpoint)(clock, parts, layout).map_err(|e| e.to_string()),
-                        None => Err("no layout could be made of what the workers declared".into()),
-                    };
-                    self.roster.checkpoint_recorded(clock, outcome);
+                    if let Some(layout) = self.roster.layout() {
+                        self.recorder.begin(clock, parts, layout);
+                    }
                 }
             }
         }

@@ -17,6 +17,7 @@ mod message;
 mod notice;
 mod notify;
 mod peer;
+mod recorder;
 mod roster;
 #[cfg(test)]
 mod roster_tests;

@@ -13,6 +13,7 @@ mod tenures;
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
     net::SocketAddr,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -119,7 +120,7 @@ pub(super) struct Roster {
     first_worker: Option<Instant>,
     /// When a wait of the job's beginning was looked at last.
     warned: Option<Instant>,
-    layout: Option<Layout>,
+    layout: Option<Arc<Layout>>,
     /// A host and the bytes of memory that it has to give.
     room: Option<(String, u64)>,
     /// When any rank of the running job was heard last, and when all were asked since.
@@ -299,7 +300,7 @@ impl Roster {
                 self.ended = true;
                 return self.notice(Notice::Refused(why));
             }
-            self.layout = Some(layout);
+            self.layout = Some(Arc::new(layout));
         }
         self.declaring = None;
         self.view = Some(view.clone());
@@ -450,8 +451,8 @@ impl Roster {
     }
 
     /// The model's layout, once all workers have declared their tensors.
-    pub fn layout(&self) -> Option<&Layout> {
-        self.layout.as_ref()
+    pub fn layout(&self) -> Option<Arc<Layout>> {
+        self.layout.clone()
     }
 
     /// Ends the job by name: every rank is told, nobody may join any more.

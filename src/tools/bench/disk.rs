@@ -109,7 +109,7 @@ impl State {
     /// [`Error::File`], [`Error::Checkpoint`].
     pub fn write(&self, dir: &Path, clock: Clock) -> Result<Measured> {
         let (start, used) = (Instant::now(), Usage::now());
-        checkpoint::begin(dir, clock)?;
+        checkpoint::begin(dir)?;
         let shard = |number: usize| {
             let states = self.layout.shards[number].iter().map(|id| {
                 let chunk = self.layout.chunk(*id);
