@@ -10,6 +10,8 @@
 mod bits;
 #[path = "simulation/copies.rs"]
 mod copies;
+#[path = "simulation/elastic.rs"]
+mod elastic;
 #[path = "simulation/live.rs"]
 mod live;
 #[path = "simulation/rebuilt.rs"]
@@ -163,6 +165,7 @@ fn options(seed: u64) -> WorldOptions {
         copies: false,
         change_from: None,
         change_live: None,
+        elastic: Default::default(),
         separate_pull: random.once_in(4),
         checkpoint_every: random.once_in(3).then(|| 1 + random.below(3)),
         chaos: Chaos::Calm,

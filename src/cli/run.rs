@@ -32,7 +32,7 @@ or GRADWIRE_SEED; checkpoint.every is --checkpoint-every, `every = 5` under [che
 Signals: INT ends the job. TERM and USR1 write a checkpoint at the next clock and end the job with exit code 75 (\"preempted,
 requeue me\"); where no checkpoint can be written they are passed on. A second signal ends the job at once.
 
-Exit codes: 0 all went well; 75 preempted; 128 + n ended by signal n; else the code of the rank that failed first.")]
+Exit codes: 0 all went well; 3 all went well with fewer workers than it began with (--on-worker-loss); 75 preempted; 128 + n ended by signal n; else the code of the rank that failed first.")]
 pub(super) struct RunArguments {
     #[command(flatten)]
     settings: SettingArguments,
@@ -87,6 +87,9 @@ pub(super) fn run(arguments: RunArguments) -> Result<ExitCode> {
 pub(super) fn tell(name: &str, skips: bool, outcome: &Outcome) {
     if let Some(reason) = &outcome.reason {
         eprintln!("gradwire: job {name}: {reason}");
+    }
+    for (rank, clock) in &outcome.missing {
+        eprintln!("gradwire: job {name}: {rank} was lost; from clock {clock} on the job went on without it");
     }
     if let (count @ 1.., _) = outcome.not_finite {
         let what =

@@ -35,6 +35,10 @@ pub(super) struct SettingArguments {
     /// Copies of each shard, on different servers: 1, or 2, of which one serves and the other takes over when that is gone.
     #[arg(long, value_name = "N")]
     replicas: Option<String>,
+    /// When a worker is lost: fail (the job ends), continue (it goes on with the others), or restart (the lost one is also started
+    /// again).
+    #[arg(long, value_name = "fail|continue|restart")]
+    on_worker_loss: Option<String>,
     /// How far ahead of the slowest a worker may run: bsp, ssp:N or asp.
     #[arg(long)]
     consistency: Option<String>,
@@ -159,6 +163,7 @@ impl SettingArguments {
             ("name", &self.name),
             ("shards_per_server", &self.shards_per_server),
             ("replicas", &self.replicas),
+            ("on_worker_loss", &self.on_worker_loss),
             ("consistency", &self.consistency),
             ("optimizer.kind", &self.optimizer),
             ("optimizer.learning_rate", &self.learning_rate),

@@ -10,7 +10,7 @@ use clap::Args;
 use crate::{
     Error, Result,
     launch::JobDirectory,
-    session::{Control, ControlAnswer, PathCounts, ShardStatus, Status, control},
+    session::{Control, ControlAnswer, PathCounts, ShardStatus, Status, WorkerTurn, control},
 };
 
 /// How long a launcher may take to say how things stand.
@@ -88,6 +88,13 @@ fn table(status: &Status) -> String {
         text += &format!("{:<12} {:<11} {clock:>9} {pid:>9}  {}\n", rank.rank.to_string(), rank.state, rank.host);
     }
     text += &redundancy(status);
+    for WorkerTurn { worker, clock, is_in } in &status.turns {
+        let how = if *is_in { "in again" } else { "out" };
+        text += &format!("worker {worker}: {how} from clock {clock} on\n");
+    }
+    if status.lacked > 0 {
+        text += &format!("steps of a chunk without what a lost worker had not given in whole: {}\n", status.lacked);
+    }
     if status.not_finite > 0 {
         text += &format!("gradients that were not finite at {} clocks\n", status.not_finite);
     }
@@ -131,6 +138,8 @@ mod tests {
             instance: 0,
             ranks: Vec::new(),
             shards: states.iter().zip(0..).map(|(state, index)| shard(index, state)).collect(),
+            turns: Vec::new(),
+            lacked: 0,
             checkpoint: None,
             not_finite: 0,
             verdict: None,

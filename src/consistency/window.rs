@@ -95,6 +95,13 @@ impl Window {
         self.bits[self.slot(position) * self.words + contributor / 64] & (1 << (contributor % 64)) != 0
     }
 
+    /// Takes back what was recorded of `contributor` at an open `position`: it may be recorded again.
+    pub fn forget(&mut self, position: u64, contributor: usize) {
+        debug_assert!((self.base..self.end()).contains(&position));
+        let word = self.slot(position) * self.words + contributor / 64;
+        self.bits[word] &= !(1 << (contributor % 64));
+    }
+
     /// Whether an open `position` is finished already, and waits only for those before it.
     pub fn is_finished(&self, position: u64) -> bool {
         debug_assert!((self.base..self.end()).contains(&position));

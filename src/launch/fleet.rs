@@ -28,13 +28,7 @@ use super::{
     supervisor::Event,
     sweep,
 };
-use crate::{
-    Error, Result,
-    mem::Topology,
-    session::VERSION,
-    types::{Rank, Role},
-    wire::JobToken,
-};
+use crate::{Error, Result, mem::Topology, session::VERSION, types::Rank, wire::JobToken};
 
 /// How long hosts may take to say hello and to reach the rendezvous.
 const HELLO_TIME: Duration = Duration::from_secs(30);
@@ -148,7 +142,8 @@ impl Fleet {
                 member.lost = true;
                 let alive: Vec<Rank> = self.alive().filter(|rank| self.ranks[rank].0 == index).collect();
                 self.give_up(index);
-                if context.may_lose_servers && alive.iter().all(|rank| rank.role == Role::Server) {
+                let loses = [Rank::server(0), Rank::worker(0)].into_iter().any(context.may_lose);
+                if loses && alive.iter().all(|rank| (context.may_lose)(*rank)) {
                     self.say(&format!("gradwire: host {} {why}", self.members[index].host.name));
                     return Ok(alive.into_iter().map(|rank| (rank, Exit::Code(1))).collect());
                 }
@@ -354,6 +349,6 @@ pub(super) struct Context<'a> {
     pub token: &'a JobToken,
     /// Where the rendezvous listens.
     pub listening: SocketAddr,
-    /// Whether the job goes on without a server.
-    pub may_lose_servers: bool,
+    /// Whether the job goes on without this rank.
+    pub may_lose: fn(Rank) -> bool,
 }

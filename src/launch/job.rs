@@ -146,6 +146,8 @@ pub struct Outcome {
     pub paths: BTreeMap<String, usize>,
     /// Clocks at which a gradient was not finite, and what was said of the last; looked at where norms are measured.
     pub not_finite: (u64, Option<String>),
+    /// Workers that were lost and have not come again, each with the clock from which on it was out.
+    pub missing: BTreeMap<Rank, u64>,
     /// What ranks said when they had finished.
     pub summaries: BTreeMap<Rank, serde_json::Value>,
 }

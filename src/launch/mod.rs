@@ -41,3 +41,7 @@ pub use spawn::ignore;
 /// What `gradwire run` exits with when the job was told to end and its checkpoint is complete: "preempted, requeue me"
 /// (EX_TEMPFAIL of sysexits.h).
 pub const EXIT_PREEMPTED: u8 = 75;
+
+/// What `gradwire run` exits with when all went well, but for workers that were lost and have not come again: the job was told to go
+/// on without them (`on_worker_loss`).
+pub const EXIT_WITHOUT_WORKERS: u8 = 3;

@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 mod replicas;
+mod telling;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -15,7 +16,7 @@ use nix::sys::signal;
 use tracing::{debug, warn};
 
 use super::{
-    EXIT_PREEMPTED,
+    EXIT_PREEMPTED, EXIT_WITHOUT_WORKERS,
     cause::{self, Exit, Sight},
     directory::JobDirectory,
     fleet::{Context, Fleet},
@@ -161,7 +162,7 @@ impl Supervisor {
             directory: &self.directory,
             token: &self.token,
             listening: self.rendezvous.listening(),
-            may_lose_servers: false,
+            may_lose: |_| false,
         };
         if let Err(e) = self.processes.start(&self.options, &context) {
             self.see(Sight::General(e.to_string()));
@@ -175,7 +176,7 @@ impl Supervisor {
             directory: &self.directory,
             token: &self.token,
             listening: self.rendezvous.listening(),
-            may_lose_servers: self.may_lose_servers(),
+            may_lose: self.losable(),
         };
         match self.processes.heard(index, word, &self.options, &context) {
             Ok(exited) => exited.into_iter().for_each(|(rank, exit)| self.exited(rank, exit)),
@@ -212,19 +213,6 @@ impl Supervisor {
         }
     }
 
-    /// Says once a job that a path goes over another fabric than the job would rather have.
-    fn tell_fallback(&mut self, rank: Rank, paths: &[PathChoice]) {
-        let fallback = paths.iter().find_map(|path| Some((path, path.missed.as_ref()?)));
-        if let Some((path, missed)) = fallback
-            && !std::mem::replace(&mut self.told_fallback, true)
-        {
-            let (name, PathChoice { peer, fabric, .. }) = (&self.options.config.name, path);
-            self.processes.say(&format!(
-                "gradwire: job {name}: {rank} reaches {peer} over {fabric} only: {missed}; `gradwire doctor` says what would help"
-            ));
-        }
-    }
-
     fn notice(&mut self, notice: Notice) {
         match notice {
             Notice::Joined(rank) => {
@@ -241,9 +229,10 @@ impl Supervisor {
             }
             Notice::Timeline { rank, part } => self.timeline.add(rank, *part),
             Notice::Changed { clock, change } => {
-                self.processes
-                    .say(&format!("gradwire: job {}: {change} from clock {clock} on", self.options.config.name));
+                self.tell(&format!("{change} from clock {clock} on"));
+                self.member_turned(clock, change);
             }
+            Notice::Deserted => self.see(Sight::General("no worker is left".into())),
             Notice::NotFinite { clock, worker, tensor, count } => self.not_finite(clock, worker, &tensor, count),
             Notice::Failed { rank, text, elsewhere } => self.see(Sight::Reported { rank, text, elsewhere }),
             Notice::Gone(departure) => self.gone(*departure),
@@ -260,6 +249,7 @@ impl Supervisor {
             }
             Notice::Finished { rank, summary } => {
                 self.summaries.insert(rank, summary);
+                self.look_at_end_of(rank);
                 self.check_finished();
             }
             Notice::TimedOut(text) | Notice::Refused(text) => self.see(Sight::General(text)),
@@ -280,18 +270,6 @@ impl Supervisor {
         }
     }
 
-    fn not_finite(&mut self, clock: Clock, worker: Option<u16>, tensor: &str, count: u64) {
-        let whose = worker
-            .map_or("the sum of the gradients".into(), |worker| format!("the gradient of {}", Rank::worker(worker)));
-        let outcome = match self.options.config.skips_nonfinite() {
-            true => format!("the step was skipped on all servers ({count} so far)"),
-            false => "the step was taken all the same: set skip_nonfinite to skip such steps".into(),
-        };
-        let text = format!("clock {clock}: {whose} for tensor `{tensor}` was not finite; {outcome}");
-        warn!("{text}");
-        self.not_finite = (count, Some(text));
-    }
-
     fn exited(&mut self, rank: Rank, exit: Exit) {
         self.processes.reap(rank, exit);
         let well = match rank.role {
@@ -300,7 +278,7 @@ impl Supervisor {
             Role::Server => exit == Exit::Code(0) && (self.ending.is_some() || self.workers_reported()),
         };
         match (&self.ending, well) {
-            (_, true) => {
+            (_, true) if !self.awaits_end_of(rank) => {
                 self.check_deserted(rank);
                 self.check_unjoined();
                 self.check_finished();
@@ -318,12 +296,12 @@ impl Supervisor {
     }
 
     fn workers_reported(&self) -> bool {
-        self.workers().all(|rank| self.summaries.contains_key(&rank))
+        self.workers().all(|rank| self.summaries.contains_key(&rank) || self.has_departed(rank))
     }
 
     /// A worker's program that ends well, yet without having finished: its peers notice a broken path and can tell no more.
     fn check_deserted(&mut self, rank: Rank) {
-        let left = self.lost.contains(&rank) && rank.role == Role::Worker;
+        let left = self.lost.contains(&rank) && rank.role == Role::Worker && !self.has_departed(rank);
         if let (Some(exit @ Exit::Code(0)), true, None) = (self.processes.exit(rank), left, &self.ending) {
             self.see(Sight::Exited(rank, exit));
         }
@@ -335,18 +313,19 @@ impl Supervisor {
         if self.ending.is_some() || !self.workers().any(|rank| self.joined.contains(&rank)) {
             return;
         }
-        let left_out = |rank: &Rank| !self.joined.contains(rank) && self.processes.exit(*rank).is_some();
+        let ended = |rank: &Rank| !self.joined.contains(rank) && self.processes.exit(*rank).is_some();
+        let left_out = |rank: &Rank| ended(rank) && !self.has_departed(*rank);
         if let Some(rank) = self.workers().find(left_out) {
             self.see(Sight::General(format!("{rank} ended before it joined the job")));
         }
     }
 
-    fn check_finished(&mut self) {
+    pub(super) fn check_finished(&mut self) {
         let done = |rank: Rank| match self.options.by_hand.contains(&rank) {
             true => self.summaries.contains_key(&rank),
             false => {
-                let unjoined = !self.joined.contains(&rank);
-                self.processes.exit(rank).is_some() && (unjoined || self.summaries.contains_key(&rank))
+                let through = !self.joined.contains(&rank) || self.summaries.contains_key(&rank);
+                self.has_departed(rank) || self.processes.exit(rank).is_some() && through
             }
         };
         // Workers may be through before the clock at which a preemption was to stop them.
@@ -369,7 +348,7 @@ impl Supervisor {
     }
 
     /// Something went wrong, or looks so.
-    fn see(&mut self, sight: Sight) {
+    pub(super) fn see(&mut self, sight: Sight) {
         if matches!(&self.ending, Some(Ending { end: End::Failed(_) | End::Interrupted(_), .. })) {
             return;
         }
@@ -465,7 +444,9 @@ impl Supervisor {
         if let Some(keeper) = keeper {
             keeper.dismiss();
         }
+        let missing = self.replicas.missing;
         let (code, reason) = match self.ending.map(|ending| ending.end) {
+            Some(End::Finished) if !missing.is_empty() => (EXIT_WITHOUT_WORKERS, None),
             None | Some(End::Finished) => (0, None),
             Some(End::Failed(cause)) => (cause.code, Some(cause.text)),
             Some(End::Preempted(_)) if self.stopped_with_checkpoint => {
@@ -490,6 +471,7 @@ impl Supervisor {
             checkpoint: self.checkpoint,
             paths,
             not_finite: self.not_finite,
+            missing,
             summaries: self.summaries,
         }
     }

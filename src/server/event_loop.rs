@@ -4,6 +4,8 @@
 //! Invariant: every effect of the shard is carried out in order, and computing never keeps the transport waiting for longer than
 //! a tile, or than it takes to hand jobs to a GPU.
 
+mod members;
+
 use std::{
     collections::{BTreeMap, VecDeque},
     sync::Arc,
@@ -20,9 +22,9 @@ use crate::{
     mem::RegionOptions,
     observe::Queue,
     optim::{LearningRates, LiveChange},
-    session::{Claim, Paths, WAITS_MAX, Wait},
+    session::{Change, Claim, Paths, WAITS_MAX, Wait},
     transport::{Completion, Endpoint, Transport, Wakeup, WorkRequest},
-    types::{Clock, PeerId, Role, Version},
+    types::{ChunkId, Clock, PeerId, Role, Version},
     wire::{Attachment, Note, NoteKind},
 };
 
@@ -70,6 +72,8 @@ pub struct EventLoop<T> {
     me: PeerId,
     /// When something came or was computed last.
     moved_at: Option<Instant>,
+    /// Workers whose paths are lost, and why.
+    losses: Vec<(u16, String)>,
 }
 
 impl<T: Transport> EventLoop<T> {
@@ -113,6 +117,7 @@ impl<T: Transport> EventLoop<T> {
             spare: Some(Vec::new()),
             snapshots: VecDeque::new(),
             moved_at: None,
+            losses: Vec::new(),
         })
     }
 
@@ -208,9 +213,12 @@ impl<T: Transport> EventLoop<T> {
     /// # Errors
     ///
     /// [`Error::Config`] for values that the job cannot take; whoever asks for a change has checked them.
-    pub fn settle_change(&mut self, number: u64, change: Option<(Clock, LiveChange)>) -> Result<()> {
-        if let Some((clock, change)) = change {
-            self.change_from(clock, change)?;
+    pub fn settle_change(&mut self, number: u64, change: Option<(Clock, Change)>) -> Result<()> {
+        match change {
+            Some((clock, Change::Settings(change))) => self.change_from(clock, change)?,
+            Some((clock, Change::Lost(worker))) => self.shard.leaves(worker, clock),
+            Some((clock, Change::Joins(worker))) => self.shard.joins(worker, clock),
+            None => {}
         }
         self.shard.settle_change(number);
         Ok(())
@@ -373,28 +381,6 @@ impl<T: Transport> EventLoop<T> {
         let (offset, slot_bytes) = (first.offset() as u64, first.len() as u32);
         slots.into_iter().try_for_each(|slot| self.paths.arm(peer, slot))?;
         Ok(Attachment { rkey, offset, slot_bytes, slots: self.slots, credit: 0 })
-    }
-
-    /// A path is gone: harmless if the peer owes and is owed nothing more, the end of the job otherwise.
-    fn lost(&mut self, peer: PeerId, error: Error) -> Result<()> {
-        if self.shard.backup() == Some(peer) {
-            tracing::warn!("{} goes on without its backup {peer}: {error}", self.me);
-            self.lose_backup();
-            return Ok(());
-        }
-        if self.shard.has_left(peer) {
-            self.shard.handle_left(peer);
-            return Ok(());
-        }
-        let awaited = match self.shard.awaited_from(peer) {
-            Some(awaited) => format!(" ({} waits for {awaited})", self.me),
-            None => String::new(),
-        };
-        let reason = match error {
-            Error::Broken { reason, .. } => reason,
-            other => other.to_string(),
-        };
-        Err(Error::Broken { peer, reason: format!("{reason}{awaited}") })
     }
 
     fn carry_out(&mut self) -> Result<()> {

@@ -164,6 +164,7 @@ impl Lane {
                 self.reporter.report(Report::Claim { lane, shard, epoch, claim })?;
             }
             self.report_progress(now)?;
+            self.report_members()?;
             self.report_paths()?;
             self.report_waits(now)?;
             if self.end.is_some() && self.is_over() {
@@ -207,8 +208,9 @@ impl Lane {
             Command::Stop { .. } => return Ok(Obeyed::Leaves),
             Command::Leave { clock } => self.leaving = Some((clock, Instant::now() + LEAVE_TIME)),
             Command::TellWaits => self.told = None,
-            Command::Prepare { number, clock } => {
+            Command::Prepare { number, clock, expelled } => {
                 if let Some(serving) = self.replica.serves() {
+                    expelled.into_iter().for_each(|worker| serving.expel(worker));
                     let from = serving.prepare_change(number, clock);
                     self.reporter.report(Report::Prepared { number, lane: self.lane, from })?;
                 }
@@ -278,6 +280,20 @@ impl Lane {
             self.reported = (now, clock);
             self.reporter.report(Report::Progress { clock })?;
             self.reporter.report(Report::sent())?;
+        }
+        Ok(())
+    }
+
+    /// Says whose paths are lost, and what of them steps had to do without.
+    fn report_members(&mut self) -> Result<()> {
+        let Some(serving) = self.replica.serves() else { return Ok(()) };
+        let lacked = serving.take_lacked();
+        for (worker, text) in serving.take_losses() {
+            self.reporter.report(Report::WorkerLost { worker, text })?;
+        }
+        for same in lacked.chunk_by(|one, other| (one.0, one.2) == (other.0, other.2)) {
+            let ((worker, _, clock), chunks) = (same[0], same.len() as u64);
+            self.reporter.report(Report::Lacked { worker, clock, chunks })?;
         }
         Ok(())
     }

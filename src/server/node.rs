@@ -8,7 +8,7 @@ use std::{
         Arc,
         mpsc::{Receiver, Sender, channel},
     },
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
 use nix::{
@@ -31,7 +31,7 @@ use crate::{
     optim::LearningRates,
     session::{
         Command, JobConfig, Member, Observation, Offer, PathOptions, Paths, Recorder, Report, ShardShape, Tenure,
-        cores_from_environment, device_of, fabrics, memory_available, pair, shard_of,
+        cores_from_environment, device_of, fabrics, life_now, memory_available, pair, shard_of,
     },
     transport::{Fabrics, Waiter},
     types::{Clock, PeerId, Rank, ShardId},
@@ -324,7 +324,7 @@ impl LaneThread {
         // Whoever comes later gets the state from the primary.
         let versions = if self.is_first { restore(&plan, shard, &mut memory)? } else { None };
         restore_rates(&plan, &mut memory)?;
-        let options = PathOptions { life: self.life(), ..config.path_options() };
+        let options = PathOptions { life: if self.is_first { 0 } else { life_now() }, ..config.path_options() };
         let mirror = self.mirror();
         let mut paths = Paths::new(self.transport, options);
         paths.record(self.recorder);
@@ -347,6 +347,7 @@ impl LaneThread {
             parameter_dtype: config.parameter_dtype,
             checkpoint_every: config.checkpoint.every,
             mirror,
+            may_lose_workers: config.may_lose_workers(),
         };
         let layout = plan.layout.clone();
         let replica = if tenure.primary == self.me {
@@ -370,13 +371,6 @@ impl LaneThread {
         let peer = if lanes[0] == self.me { lanes[1] } else { lanes[0] };
         let (parts, slots) = (1 + config.optimizer.kind.state_slots(), config.replica_slots());
         config.has_replicas().then_some(MirrorConfig { peer, is_paired: true, parts, slots })
-    }
-
-    /// Which life of this lane this is: of two that begin one after the other, at most one in a microsecond, the later has the
-    /// greater number.
-    fn life(&self) -> u64 {
-        let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        if self.is_first { 0 } else { since.as_micros() as u64 }
     }
 }
 

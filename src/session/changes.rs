@@ -1,4 +1,5 @@
-//! A change of a setting while the job runs, from the launcher's side: it takes effect at one clock on every shard.
+//! A change while the job runs, from the launcher's side, of a setting or of who is of the job: it takes effect at one clock on
+//! every shard.
 //!
 //! First every lane is asked to prepare: it begins nothing of a clock ahead, and says which. The latest of their clocks is one that
 //! nobody has begun; then every lane is told to change at it, and goes on.
@@ -6,19 +7,50 @@
 //! Invariant: pure; a change is settled once, when every lane has prepared, at a clock that none of them has begun.
 #![forbid(unsafe_code)]
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, fmt};
+
+use serde::{Deserialize, Serialize};
 
 use crate::{
     optim::LiveChange,
-    types::{Clock, PeerId},
+    types::{Clock, PeerId, Rank},
 };
+
+/// What changes from one clock on, on every shard.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Change {
+    /// Settings.
+    Settings(LiveChange),
+    /// This worker is not of the job any more: it was lost, and nothing more is taken from it.
+    Lost(u16),
+    /// This worker is of the job again.
+    Joins(u16),
+}
+
+impl Change {
+    /// The worker from whom nothing more is taken as soon as this is prepared.
+    pub fn expels(self) -> Option<u16> {
+        if let Change::Lost(worker) = self { Some(worker) } else { None }
+    }
+}
 
 /// How far ahead of the last reported clock the first question lies: reports lag by about one clock.
 const MARGIN: Clock = 2;
 
+impl fmt::Display for Change {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Change::Settings(change) => change.fmt(f),
+            Change::Lost(worker) => write!(f, "{} is out", Rank::worker(*worker)),
+            Change::Joins(worker) => write!(f, "{} is in again", Rank::worker(*worker)),
+        }
+    }
+}
+
 #[derive(Debug)]
 struct Open {
-    change: LiveChange,
+    change: Change,
     prepared: BTreeMap<PeerId, Clock>,
 }
 
@@ -42,17 +74,29 @@ impl Changes {
     /// # Errors
     ///
     /// In words, while another change is under way.
-    pub fn begin(&mut self, change: LiveChange, reached: Clock) -> Result<(u64, Clock), String> {
+    pub fn begin(&mut self, change: Change, reached: Clock) -> Result<(u64, Clock), String> {
         if self.open.is_some() {
             return Err("another change is being made; try again in a moment".into());
         }
         self.number += 1;
         self.open = Some(Open { change, prepared: BTreeMap::new() });
-        Ok((self.number, reached.saturating_add(MARGIN)))
+        // Who waits for a worker that is gone, or for one that is there again, holds as early as is possible.
+        let is_setting = matches!(change, Change::Settings(_));
+        Ok((self.number, if is_setting { reached.saturating_add(MARGIN) } else { 0 }))
+    }
+
+    /// Whether a change is under way.
+    pub fn is_open(&self) -> bool {
+        self.open.is_some()
+    }
+
+    /// The change that is under way.
+    pub fn open(&self) -> Option<Change> {
+        self.open.as_ref().map(|open| open.change)
     }
 
     /// A lane begins nothing of `from` and later clocks: the change and its clock, if it was the last lane.
-    pub fn prepared(&mut self, number: u64, lane: PeerId, from: Clock) -> Option<(Clock, LiveChange)> {
+    pub fn prepared(&mut self, number: u64, lane: PeerId, from: Clock) -> Option<(Clock, Change)> {
         let open = self.open.as_mut().filter(|_| number == self.number)?;
         open.prepared.insert(lane, from);
         if open.prepared.len() < self.lanes {
@@ -74,7 +118,7 @@ mod tests {
 
     #[test]
     fn a_change_is_settled_at_the_latest_clock_and_once() {
-        let change = LiveChange { learning_rate: Some(0.5), ..LiveChange::default() };
+        let change = Change::Settings(LiveChange { learning_rate: Some(0.5), ..LiveChange::default() });
         let mut changes = Changes::new(2);
         let (one, two) = (PeerId::server(0, 0), PeerId::server(1, 0));
         assert_eq!(changes.begin(change, 7), Ok((1, 9)));

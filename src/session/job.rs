@@ -7,7 +7,7 @@ use std::{path::PathBuf, str::FromStr, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
-use super::{DeviceChoice, MetricsAddress, PathOptions, PayloadChecksums, StepRange, StoreChoice};
+use super::{DeviceChoice, MetricsAddress, OnWorkerLoss, PathOptions, PayloadChecksums, StepRange, StoreChoice};
 use crate::{
     Error, Result,
     consistency::Consistency,
@@ -118,6 +118,8 @@ pub struct JobConfig {
     pub shards_per_server: u16,
     /// Copies of each shard, on different servers: 1, or 2 of which one serves and the other may take over.
     pub replicas: u16,
+    /// What becomes of the job when a worker is lost.
+    pub on_worker_loss: OnWorkerLoss,
     /// How long the other lane of a shard with two copies may be silent before it counts as gone, in milliseconds.
     pub suspect_ms: u64,
     /// Where it is written down who serves each shard with two copies.
@@ -205,6 +207,7 @@ impl Default for JobConfig {
             workers: 1,
             shards_per_server: 1,
             replicas: 1,
+            on_worker_loss: OnWorkerLoss::default(),
             suspect_ms: 500,
             store: StoreChoice::default(),
             consistency: Consistency::default(),
@@ -301,6 +304,7 @@ impl JobConfig {
             ));
         }
         self.validate_replicas()?;
+        self.validate_elastic()?;
         self.soft.validate()?;
         self.loss_scale.validate()?;
         self.optimizer.validate()
@@ -440,7 +444,7 @@ mod tests {
     #[test]
     fn what_cannot_work_is_refused_by_its_key() {
         type Spoil = fn(&mut JobConfig);
-        let cases: [(&str, Spoil); 16] = [
+        let cases: [(&str, Spoil); 18] = [
             ("workers", |j| j.workers = 0),
             ("servers", |j| j.servers = RANKS_MAX + 1),
             ("shards_per_server", |j| j.shards_per_server = 0),
@@ -451,6 +455,8 @@ mod tests {
             ("checkpoint.dir", |j| j.checkpoint.every = Some(5)),
             ("../x", |j| j.name = "../x".into()),
             ("replicas", |j| j.replicas = 3),
+            ("on_worker_loss", |j| (j.on_worker_loss, j.consistency) = (OnWorkerLoss::Continue, Consistency::Asp)),
+            ("replicas", |j| (j.on_worker_loss, j.replicas, j.servers) = (OnWorkerLoss::Continue, 2, 2)),
             ("servers", |j| j.replicas = 2),
             ("bsp", |j| (j.replicas, j.servers, j.consistency) = (2, 2, Consistency::Asp)),
             ("global_norm", |j| (j.replicas, j.servers, j.optimizer.clip.global_norm) = (2, 2, Some(1.0))),

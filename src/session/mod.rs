@@ -8,6 +8,7 @@ mod changes;
 mod checksums;
 mod copies;
 mod device;
+mod elastic;
 mod etcd;
 pub(crate) mod fabrics;
 mod footprint;
@@ -28,9 +29,10 @@ mod tenure_log;
 mod timeline;
 mod verdict;
 
-pub use changes::Changes;
+pub use changes::{Change, Changes};
 pub use checksums::PayloadChecksums;
 pub use device::{DeviceChoice, device_of};
+pub use elastic::OnWorkerLoss;
 pub use etcd::EtcdStore;
 pub use footprint::{ShardMemory, ShardShape, memory_available};
 pub use job::{CheckpointConfig, Fabric, JobConfig, PortRange, RANKS_MAX, check_name};
@@ -39,12 +41,12 @@ pub use metrics::{MetricsAddress, MetricsEndpoint, launcher_text};
 pub use observation::Observation;
 pub use paths::{PathCounts, PathOptions, Paths};
 pub use placement::cores_from_environment;
-pub use rebuild::Proposal;
+pub use rebuild::{Proposal, life_now};
 pub use recorder::{Recorder, Trace};
 pub use rendezvous::{
     Address, CheckpointSink, Command, Commands, Control, Departure, Member, Notice, NoticeSink, Offer, Order,
-    RankStatus, Rendezvous, RendezvousOptions, Report, Reporter, ShardStatus, Status, VERSION, View, decode_lines,
-    token_from_environment,
+    RankStatus, Rendezvous, RendezvousOptions, Report, Reporter, ShardStatus, Status, VERSION, View, WorkerTurn,
+    decode_lines, token_from_environment,
 };
 pub(crate) use rendezvous::{ControlAnswer, LineBuffer, control};
 pub use settings::{RANK_VARIABLES, gather};

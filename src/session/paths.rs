@@ -238,13 +238,21 @@ impl<T: Transport> Paths<T> {
         }
     }
 
-    /// Ends our side of a path for good.
+    /// Ends our side of a path for good: no later life of the other end builds it again either.
     pub fn fence(&mut self, peer: PeerId) {
+        self.give_up(peer);
+        if let Some(path) = self.paths.get_mut(&peer) {
+            path.life = u64::MAX;
+            path.held.clear();
+        }
+    }
+
+    /// Ends our side of a path for good, unless another process takes the place of its other end ([`Paths::expel`]).
+    fn give_up(&mut self, peer: PeerId) {
         self.end(peer);
         if let Some(path) = self.paths.get_mut(&peer) {
             self.rebuilding -= usize::from(matches!(path.stage, Stage::Rebuilding(_)));
             path.stage = Stage::Ended;
-            path.held.clear();
         }
     }
 
@@ -269,7 +277,7 @@ impl<T: Transport> Paths<T> {
                     self.post(WorkRequest { id: HEARTBEAT, peer, note, payload: None });
                 }
                 LivenessEvent::Dead(peer, silence) => {
-                    self.fence(peer);
+                    self.give_up(peer);
                     let reason = format!("no sign of life for {:.1} s", silence.as_secs_f64());
                     completions.push(Completion::Broken { peer, error: Error::Broken { peer, reason } });
                 }

@@ -7,7 +7,7 @@
 //!
 //! Invariant: no offer leaves before the fence of what was there before, nor while the fence withholds a slot.
 
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
@@ -32,6 +32,13 @@ pub struct Proposal {
     pub life: u64,
     /// How the sender is reached in it.
     pub endpoint: Endpoint,
+}
+
+/// The number of a life that begins now: of two that begin one after the other, at most one in a microsecond, the later has the
+/// greater number. That of the processes with which a job begins is 0.
+pub fn life_now() -> u64 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    since.as_micros() as u64
 }
 
 /// Where a path is in its life.

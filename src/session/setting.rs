@@ -34,6 +34,7 @@ const SETTINGS: &[(&str, Kind)] = &[
     ("workers", Kind::Whole),
     ("shards_per_server", Kind::Whole),
     ("replicas", Kind::Whole),
+    ("on_worker_loss", Kind::Choice(&["fail", "continue", "restart"])),
     ("suspect_ms", Kind::Whole),
     ("store", Kind::Text),
     ("consistency", Kind::Text),

@@ -198,6 +198,8 @@ mod tests {
             name: "job".into(),
             instance: 0,
             ranks: ranks.iter().map(rank).collect(),
+            turns: Vec::new(),
+            lacked: 0,
             checkpoint: None,
             not_finite: 0,
             verdict: None,

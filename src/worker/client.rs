@@ -91,6 +91,8 @@ pub enum Event {
     LossScale(f32),
     /// Every lane has said goodbye.
     Finished,
+    /// A worker in the place of one that was lost takes part from this clock on.
+    Begins(Clock),
 }
 
 /// What a client waits for, to be named when a deadline passes.
@@ -352,6 +354,11 @@ impl Client {
     /// Whether every lane has said where gradients land.
     pub fn is_attached(&self) -> bool {
         self.lanes.iter().all(|lane| lane.landing.is_some())
+    }
+
+    /// Every lane of the job.
+    pub fn lanes(&self) -> impl Iterator<Item = PeerId> + '_ {
+        self.lanes.iter().map(|lane| lane.peer)
     }
 
     /// Whether the lane of `peer` owes nothing any more.

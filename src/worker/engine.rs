@@ -80,6 +80,11 @@ impl<T: Transport> Engine<T> {
         Ok(Engine { paths, client: Client::new(config, layout), me, parameters, completions: Vec::new() })
     }
 
+    /// This worker.
+    pub fn me(&self) -> PeerId {
+        self.me
+    }
+
     /// The transport and what belongs to it.
     pub fn paths(&mut self) -> &mut Paths<T> {
         &mut self.paths
@@ -97,6 +102,13 @@ impl<T: Transport> Engine<T> {
             )));
         }
         Ok(())
+    }
+
+    /// Begins the paths to all lanes of a job that runs already, in the place of a process that was lost.
+    pub fn rejoin(&mut self, now: Instant) {
+        for lane in self.client.lanes().collect::<Vec<_>>() {
+            self.paths.begin(lane, "the process before this one was lost", now);
+        }
     }
 
     /// The store's word on who serves a shard: if it is another lane than before, everything is sent to that one.

@@ -5,6 +5,7 @@
 mod asking;
 mod ending;
 mod in_place;
+mod joining;
 mod observed;
 mod pulling;
 
@@ -57,6 +58,8 @@ pub struct Worker {
     events: VecDeque<Event>,
     attached: bool,
     finished: bool,
+    /// Of one that takes a lost worker's place: it knows its first clock.
+    begins: bool,
     owner: Owner,
     /// The factor on the loss.
     loss_scale: f32,
@@ -100,6 +103,7 @@ impl Worker {
                     events: VecDeque::new(),
                     attached: false,
                     finished: false,
+                    begins: false,
                     owner: Owner::here(),
                     reported: Instant::now(),
                     observed,
@@ -141,14 +145,19 @@ impl Worker {
         };
         let (observed, recorder) = Observed::start(member)?;
         observed.memory(&config, &layout, rank.index);
-        let mut paths = Paths::new(fabrics::open(member, 0, false)?, config.path_options());
+        let mut paths = Paths::new(fabrics::open(member, 0, false)?, joining::path_options(member));
         paths.record(recorder);
         let mut engine = Engine::new(client, layout.clone(), paths, &buffers.parameters, &buffers.gradients)?;
         let me = PeerId::worker(rank.index);
-        let offers = lanes.iter().map(|lane| Ok((me, *lane, engine.paths().offer(*lane)?))).collect::<Result<_>>()?;
+        // Of whoever comes again nobody waits for offers: it builds its paths one by one.
+        let first = lanes.iter().filter(|_| !member.comes_again());
+        let offers = first.map(|lane| Ok((me, *lane, engine.paths().offer(*lane)?))).collect::<Result<_>>()?;
         let deadline = Instant::now() + connect_time(&config);
         for (lane, _, endpoint) in member.exchange(offers)? {
             engine.connect(lane, &endpoint, deadline)?;
+        }
+        if member.comes_again() {
+            engine.rejoin(Instant::now());
         }
         engine.paths().note_fallbacks();
         let choices = engine.paths().transport().choices().cloned().collect();
@@ -161,22 +170,6 @@ impl Worker {
             Progress::start(engine, links, pace)?
         };
         Ok((layout, lanes, buffers, progress, observed))
-    }
-
-    /// Waits until all lanes are there, then pulls what they start with.
-    fn first_parameters(&mut self) -> Result<()> {
-        let time = connect_time(self.config());
-        let deadline = Instant::now() + time;
-        self.progress.set_waiting(true);
-        while !self.attached {
-            self.take_events(deadline)?;
-            if !self.attached && Instant::now() >= deadline {
-                let from = "the servers".into();
-                let awaited = "the paths of the job";
-                return Err(Error::Deadline { from, awaited, chunk: None, clock: None, waited: time });
-            }
-        }
-        self.pull(0, self.wait_time())
     }
 
     /// This worker's number, from 0.
@@ -424,6 +417,7 @@ impl Worker {
                 }
                 Event::LossScale(scale) => self.loss_scale = scale,
                 Event::Finished => self.finished = true,
+                Event::Begins(clock) => (self.clock, self.begins) = (clock, true),
             }
         }
         Ok(())

@@ -19,9 +19,9 @@ use super::{Command, Engine, Event};
 use crate::{
     Error, Result,
     mem::Owner,
-    session::{self, Commands, PathCounts, Report, Reporter},
+    session::{self, Change, Commands, PathCounts, Report, Reporter},
     transport::{Armed, Idle, Transport, Waiter, WakeHandle, Wakeup},
-    types::Clock,
+    types::{Clock, PeerId},
 };
 
 /// How long a broken path waits for the launcher's word.
@@ -406,6 +406,12 @@ impl<T: Transport + Wakeup> Turner<T> {
                 }
                 session::Command::Rebuild { proposal, .. } => {
                     self.engine.paths().proposed(proposal, Instant::now());
+                }
+                session::Command::Change { change: Some((clock, Change::Joins(worker))), .. }
+                    if PeerId::worker(worker) == self.engine.me() =>
+                {
+                    self.shared.lock().events.push_back(Event::Begins(clock));
+                    self.shared.notify();
                 }
                 // The servers' business: they hold the workers at the checkpoint's clock.
                 session::Command::Stop { .. }

@@ -75,6 +75,7 @@ fn shard_config(options: &WorldOptions, me: PeerId, shard: ShardId, other: Optio
         parameter_dtype: Dtype::F32,
         checkpoint_every: options.checkpoint_every,
         mirror: other.map(|peer| MirrorConfig { peer, is_paired: true, parts, slots: 1 + options.seed as u32 % 4 }),
+        may_lose_workers: options.elastic.loses(),
     }
 }
 
@@ -109,6 +110,9 @@ fn build_server(
     let mut server = EventLoop::new(config, layout.clone(), memory, paths, &region(name), None)?;
     if let Some((clock, change)) = options.change_from {
         server.change_from(clock, change)?;
+    }
+    for (worker, from, until) in &options.elastic.told {
+        server.set_absence(*worker, *from, *until);
     }
     Ok(server)
 }

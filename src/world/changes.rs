@@ -1,69 +1,88 @@
-//! The launcher's part in changing settings while a simulated job runs: it asks every lane to prepare and tells every lane the
-//! clock, each at another moment.
+//! The launcher's part in changes of a simulated job while it runs, of settings and of who is of the job: it asks every lane to
+//! prepare and tells every lane the clock, each at another moment.
 //!
-//! Invariant: what is decided is decided by the launcher's own book; here are only the delays.
+//! Invariant: what is decided is decided by the launcher's own book; here are only the delays. What one lane is told comes in the
+//! order in which it was said.
+
+use std::collections::VecDeque;
 
 use super::*;
-use crate::session::Changes;
+use crate::session::{Change, Changes};
 
 /// What is on its way between the launcher and a server's lane.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 enum Message {
-    Prepare(u64, Clock),
+    Prepare(u64, Clock, Option<u16>),
     Prepared(u64, Clock),
-    Settle(u64, (Clock, LiveChange)),
+    Settle(u64, (Clock, Change)),
 }
 
-/// A change that is made at a random moment.
+/// Changes that are made while the job runs.
 #[derive(Debug)]
 pub(super) struct Changing {
     book: Changes,
-    change: LiveChange,
-    /// The round in which it is asked for.
-    at: Option<u64>,
+    /// The round in which each is asked for, if no other is being made then.
+    pub wanted: VecDeque<(u64, Change)>,
     /// The round in which a message comes, the server that it comes to or from, and the message.
     under_way: Vec<(u64, usize, Message)>,
-    /// The clock from which on it holds.
-    pub clock: Option<Clock>,
+    /// What was settled, in order.
+    pub settled: Vec<(Clock, Change)>,
 }
 
 impl Changing {
-    pub fn new(change: LiveChange, servers: usize, random: &mut SimRandom) -> Changing {
-        let at = Some(1 + random.below(600));
-        Changing { book: Changes::new(servers), change, at, under_way: Vec::new(), clock: None }
+    pub fn new(change: Option<LiveChange>, servers: usize, random: &mut SimRandom) -> Changing {
+        let wanted = change.map(|change| (1 + random.below(600), Change::Settings(change)));
+        Changing {
+            book: Changes::new(servers),
+            wanted: wanted.into_iter().collect(),
+            under_way: Vec::new(),
+            settled: Vec::new(),
+        }
+    }
+
+    /// Whether nobody is to be told of any change of who is of the job.
+    pub fn is_settled(&self) -> bool {
+        let is_setting = |change: &Change| matches!(change, Change::Settings(_));
+        let waits = self.wanted.iter().any(|(_, change)| !is_setting(change))
+            || self.book.open().is_some_and(|change| !is_setting(&change));
+        let tells = |(_, _, message): &(u64, usize, Message)| matches!(message, Message::Settle(_, (_, change)) if !is_setting(change));
+        !waits && !self.under_way.iter().any(tells)
+    }
+
+    /// The clock from which on settings were changed.
+    pub fn settings_from(&self) -> Option<Clock> {
+        self.settled.iter().find(|(_, change)| matches!(change, Change::Settings(_))).map(|(clock, _)| *clock)
     }
 }
 
 impl World<'_> {
     /// Passes on what is due.
     pub(super) fn change(&mut self, round: u64) -> Result<(), String> {
-        let Some(mut changing) = self.changing.take() else { return Ok(()) };
-        // The launcher hears of progress late: what it takes for the furthest clock may be long past.
-        if changing.at.is_some_and(|at| at <= round) {
-            changing.at = None;
-            let reached = self
-                .servers
-                .iter()
-                .filter_map(|node| node.replica.as_ref()?.served())
-                .map(|server| server.shard().clock_max());
-            let reached = reached.min().unwrap_or(0);
-            let (number, clock) = changing.book.begin(changing.change, reached.saturating_sub(self.random.below(4)))?;
-            self.tell_all(&mut changing, round, || Message::Prepare(number, clock));
+        let is_due = self.changing.wanted.front().is_some_and(|(at, _)| *at <= round);
+        if is_due && !self.changing.book.is_open() {
+            let (_, change) = self.changing.wanted.pop_front().expect("just seen");
+            // The launcher hears of progress late: what it takes for the furthest clock may be long past.
+            let reached = self.served().map(|server| server.shard().clock_max()).min().unwrap_or(0);
+            let reached = reached.saturating_sub(self.random.below(4));
+            let (number, clock) = self.changing.book.begin(change, reached)?;
+            self.tell_all(round, Message::Prepare(number, clock, change.expels()));
         }
         let due = |message: &mut (u64, usize, Message)| message.0 <= round;
-        for (_, server, message) in changing.under_way.extract_if(.., due).collect::<Vec<_>>() {
+        for (_, server, message) in self.changing.under_way.extract_if(.., due).collect::<Vec<_>>() {
             match message {
-                Message::Prepare(number, clock) => {
-                    let from =
-                        self.server(server).expect("no change is made where copies are").prepare_change(number, clock);
+                Message::Prepare(number, clock, expelled) => {
+                    let lane = self.server(server).expect("no change is made where copies are");
+                    expelled.into_iter().for_each(|worker| lane.expel(worker));
+                    let from = lane.prepare_change(number, clock);
                     let later = round + 1 + self.random.below(50);
-                    changing.under_way.push((later, server, Message::Prepared(number, from)));
+                    self.changing.under_way.push((later, server, Message::Prepared(number, from)));
                 }
                 Message::Prepared(number, from) => {
                     let lane = PeerId::server(server as u16, 0);
-                    if let Some(settled) = changing.book.prepared(number, lane, from) {
-                        changing.clock = Some(settled.0);
-                        self.tell_all(&mut changing, round, || Message::Settle(number, settled));
+                    if let Some(settled) = self.changing.book.prepared(number, lane, from) {
+                        self.changing.settled.push(settled);
+                        self.tell_all(round, Message::Settle(number, settled));
+                        self.membership_settled(round, settled);
                     }
                 }
                 Message::Settle(number, settled) => {
@@ -73,13 +92,14 @@ impl World<'_> {
                 }
             }
         }
-        self.changing = Some(changing);
         Ok(())
     }
 
-    fn tell_all(&mut self, changing: &mut Changing, round: u64, message: impl Fn() -> Message) {
+    fn tell_all(&mut self, round: u64, message: Message) {
         for server in 0..usize::from(self.options.servers) {
-            changing.under_way.push((round + 1 + self.random.below(50), server, message()));
+            let earlier = self.changing.under_way.iter().filter(|(_, of, _)| *of == server).map(|(due, ..)| *due + 1);
+            let due = (round + 1 + self.random.below(50)).max(earlier.max().unwrap_or(0));
+            self.changing.under_way.push((due, server, message));
         }
     }
 }

@@ -11,6 +11,7 @@ mod changes;
 mod chaos;
 mod checkpoints;
 mod copies;
+mod elastic;
 mod relay;
 mod time;
 mod trainer;
@@ -23,6 +24,7 @@ use std::{
 
 use build::{Copy, Node, build_nodes, region};
 pub use copies::{CopyCounts, SUSPICION};
+pub use elastic::ElasticOptions;
 
 use crate::{
     Error, Result,
@@ -34,7 +36,7 @@ use crate::{
         DecisionConfig, DecisionRules, EventLoop, LanePart, Memory, MemoryOptions, Progress, Replica, Seeded,
         ShardConfig, Snapshot,
     },
-    session::{PathCounts, PathOptions, Paths, PayloadChecksums, Proposal},
+    session::{Change, PathCounts, PathOptions, Paths, PayloadChecksums, Proposal},
     transport::{
         Endpoint,
         sim::{SimNetwork, SimOptions, SimRandom, SimTransport},
@@ -43,6 +45,7 @@ use crate::{
 };
 use changes::Changing;
 use copies::Copies;
+use elastic::Elastic;
 use trainer::Trainer;
 
 /// Where a training program is.
@@ -136,6 +139,8 @@ pub struct WorldOptions {
     pub checkpoint_every: Option<u64>,
     /// Every shard has two copies.
     pub copies: bool,
+    /// Who leaves and comes again.
+    pub elastic: ElasticOptions,
     /// What goes wrong.
     pub chaos: Chaos,
     /// Longest delay of a message.
@@ -186,6 +191,10 @@ pub struct Outcome {
     pub snapshots: Vec<Vec<Snapshot>>,
     /// The clock from which on the change of `change_live` holds; `None` if the job had ended before.
     pub changed: Option<Clock>,
+    /// All changes that were made, with their clocks, in order.
+    pub changes: Vec<(Clock, Change)>,
+    /// Contributions of workers that were lost, without which steps were taken: worker, chunk, clock.
+    pub lacked: Vec<(u16, ChunkId, Clock)>,
     /// Simulated time.
     pub elapsed: Duration,
     /// Payloads that the network damaged.
@@ -223,7 +232,8 @@ struct World<'a> {
     chaos_at: Option<u64>,
     /// Requests for checkpoints on their way: the round in which a server hears of one, the server, the clock.
     orders: Vec<(u64, usize, Clock)>,
-    changing: Option<Changing>,
+    changing: Changing,
+    elastic: Elastic,
     /// Offers for paths that are to be rebuilt, on their way: when, to whom, what.
     relay: Vec<(Instant, PeerId, Proposal)>,
     progressed: Instant,
@@ -237,6 +247,7 @@ struct World<'a> {
 pub fn run(options: &WorldOptions, program: &mut dyn Program) -> Result<Outcome, String> {
     let mut world = World::new(options).map_err(|error| error.to_string())?;
     let failure = world.run(program)?;
+    world.hear_lanes();
     let shards = 0..if failure.is_none() { usize::from(options.servers) } else { 0 };
     let finals: Result<_> = shards.filter_map(|shard| Some(world.server(shard)?.snapshot(options.clocks))).collect();
     let finals = finals.map_err(|error| error.to_string())?;
@@ -246,7 +257,9 @@ pub fn run(options: &WorldOptions, program: &mut dyn Program) -> Result<Outcome,
         victims: world.victims,
         finals,
         snapshots: world.snapshots,
-        changed: world.changing.and_then(|changing| changing.clock),
+        changed: world.changing.settings_from(),
+        changes: world.changing.settled,
+        lacked: world.elastic.lacked,
         elapsed: world.now - world.start,
         corrupted: world.network.corrupted(),
         paths,
@@ -279,7 +292,7 @@ impl<'a> World<'a> {
         };
         let shards = usize::from(options.servers);
         let snapshots = vec![Vec::new(); shards];
-        let changing = options.change_live.map(|change| Changing::new(change, shards, &mut random));
+        let changing = Changing::new(options.change_live, shards, &mut random);
         let mut world = World {
             options,
             layout,
@@ -297,6 +310,7 @@ impl<'a> World<'a> {
             chaos_at,
             orders: Vec::new(),
             changing,
+            elastic: Elastic::default(),
             relay: Vec::new(),
             progressed: start,
         };
@@ -344,6 +358,7 @@ impl<'a> World<'a> {
             self.wreak(round);
             self.request(round);
             self.change(round)?;
+            self.tend_workers(round)?;
             self.pass_on();
             self.tend_copies()?;
             self.doze();
@@ -380,7 +395,13 @@ impl<'a> World<'a> {
             let mut nodes = self.servers.iter().filter(|node| node.shard == shard);
             nodes.any(|node| done(node) || (halted(node.me) && !self.options.copies))
         };
-        workers.all(|(worker, trainer)| trainer.is_finished() || halted(PeerId::worker(worker as u16)))
+        let gone = |worker: u16| match self.options.elastic.loses() {
+            true => self.is_lost(worker),
+            false => halted(PeerId::worker(worker)),
+        };
+        // The launcher ends a job only when all have been told who is of it.
+        self.changing.is_settled()
+            && workers.all(|(worker, trainer)| trainer.is_finished() || gone(worker as u16))
             && (0..usize::from(self.options.servers)).all(is_served)
     }
 
@@ -434,7 +455,8 @@ impl<'a> World<'a> {
 
     fn waits(&self) -> String {
         let waits = self.trainers.iter().filter_map(|trainer| trainer.engine.awaited());
-        let waits: Vec<String> = waits.map(|awaited| format!("{awaited:?}")).collect();
-        waits.join("; ")
+        let waits = waits.map(|awaited| format!("{awaited:?}"));
+        let lanes = self.served().flat_map(|server| server.shard().waits()).map(|lacking| format!("{lacking:?}"));
+        waits.chain(lanes).collect::<Vec<_>>().join("; ")
     }
 }

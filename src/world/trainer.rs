@@ -13,7 +13,7 @@ use crate::{
     Result,
     layout::{Layout, WorkerView},
     mem::{Lease, Region},
-    session::Paths,
+    session::{PathOptions, Paths},
     transport::sim::{SimNetwork, SimRandom, SimTransport},
     types::{ChunkId, Clock, Dtype, PeerId, Version},
     worker::{ClientConfig, Command, Engine, Event},
@@ -28,6 +28,8 @@ struct Chunk {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
+    /// Begun in the place of another process: waits to be told its first clock.
+    Joining,
     /// Waits to be attached, then pulls the first parameters.
     Starting,
     /// Gradients of the clock are being computed and pushed.
@@ -48,6 +50,8 @@ pub(super) struct Trainer {
     hasty: bool,
     loss_scale: f32,
     aggregates: bool,
+    /// From this clock until that one it is not of the job, as it was told.
+    absent: Option<(Clock, Option<Clock>)>,
     chunks: Vec<Chunk>,
     /// Chunks whose gradient has not been pushed at this clock, in the order in which backward finishes them.
     backward: Vec<usize>,
@@ -59,6 +63,39 @@ pub(super) struct Trainer {
 
 impl Trainer {
     pub fn new(options: &WorldOptions, layout: &Arc<Layout>, network: &SimNetwork, worker: u16) -> Result<Trainer> {
+        Trainer::with_paths(options, layout, network, worker, options.path_options())
+    }
+
+    /// Another process in the place of one that was lost.
+    pub fn again(
+        options: &WorldOptions,
+        layout: &Arc<Layout>,
+        network: &SimNetwork,
+        worker: u16,
+        life: u64,
+        now: Instant,
+    ) -> Result<Trainer> {
+        let path_options = PathOptions { life, ..options.path_options() };
+        let mut trainer = Trainer::with_paths(options, layout, network, worker, path_options)?;
+        trainer.phase = Phase::Joining;
+        trainer.engine.rejoin(now);
+        Ok(trainer)
+    }
+
+    /// A process that has joined is told its first clock.
+    pub fn begin_at(&mut self, clock: Clock) {
+        self.phase = Phase::Starting;
+        self.clock = clock;
+        self.pull_all(clock);
+    }
+
+    fn with_paths(
+        options: &WorldOptions,
+        layout: &Arc<Layout>,
+        network: &SimNetwork,
+        worker: u16,
+        path_options: PathOptions,
+    ) -> Result<Trainer> {
         let me = PeerId::worker(worker);
         let view = WorkerView::new(layout, worker);
         let region = |name: &str| super::region(format!("{me}-{name}"));
@@ -83,7 +120,7 @@ impl Trainer {
             parameter_dtype: Dtype::F32,
             has_copies: options.copies,
         };
-        let paths = Paths::new(network.transport(me), options.path_options());
+        let paths = Paths::new(network.transport(me), path_options);
         Ok(Trainer {
             engine: Engine::new(config, layout.clone(), paths, &parameters, &gradients)?,
             worker,
@@ -93,6 +130,7 @@ impl Trainer {
             hasty: options.hasty,
             loss_scale: options.loss_scale.first(),
             aggregates: options.consistency.aggregates(),
+            absent: options.elastic.told_of(worker),
             chunks,
             backward: Vec::new(),
             backward_at: Instant::now(),
@@ -100,6 +138,11 @@ impl Trainer {
             commands: VecDeque::new(),
             events: VecDeque::new(),
         })
+    }
+
+    /// Whether it has clocks before it.
+    pub fn trains(&self) -> bool {
+        !matches!(self.phase, Phase::Finishing | Phase::Finished)
     }
 
     pub fn is_finished(&self) -> bool {
@@ -133,6 +176,7 @@ impl Trainer {
 
     fn handle(&mut self, event: Event, program: &mut dyn Program) -> Result<(), String> {
         match event {
+            Event::Attached if self.phase == Phase::Joining => {} // nothing is known yet
             Event::Attached => self.pull_all(0),
             Event::GradientSent { chunk, lease } => self.chunk(chunk).gradient = Some(lease),
             Event::Parameters { chunk, version, lease } => {
@@ -145,6 +189,7 @@ impl Trainer {
             }
             Event::LossScale(scale) => self.loss_scale = scale,
             Event::Finished => self.phase = Phase::Finished,
+            Event::Begins(clock) => self.begin_at(clock),
         }
         Ok(())
     }
@@ -167,8 +212,7 @@ impl Trainer {
             let Some(index) = self.backward.pop() else {
                 self.phase = Phase::Waiting;
                 if self.leaves_in_haste() {
-                    self.phase = Phase::Finishing;
-                    self.commands.push_back(Command::Finish);
+                    self.finish();
                 } else if self.separate_pull {
                     // A version counts clocks under `Aggregate` only.
                     let min_version = if self.aggregates { self.clock + 1 } else { 0 };
@@ -205,18 +249,31 @@ impl Trainer {
     fn next_clock(&mut self, now: Instant, random: &mut SimRandom) {
         let home = self.chunks.iter().all(|chunk| chunk.gradient.is_some() && chunk.parameters.is_some());
         match self.phase {
-            Phase::Starting if home && self.may_begin() => self.begin(now, random),
+            Phase::Starting if home && self.may_begin() => self.go_on(now, random),
             Phase::Waiting if home => {
                 self.clock += 1;
-                if self.clock == self.clocks {
-                    self.phase = Phase::Finishing;
-                    self.commands.push_back(Command::Finish);
-                } else {
-                    self.begin(now, random);
-                }
+                self.go_on(now, random);
             }
             _ => {}
         }
+    }
+
+    /// The present clock begins, if there is one before it and it is of the job.
+    fn go_on(&mut self, now: Instant, random: &mut SimRandom) {
+        match self.absent.filter(|(from, _)| *from == self.clock) {
+            Some((_, Some(until))) if until < self.clocks => {
+                self.absent = None;
+                self.begin_at(until);
+            }
+            Some(_) => self.finish(),
+            None if self.clock >= self.clocks => self.finish(),
+            None => self.begin(now, random),
+        }
+    }
+
+    fn finish(&mut self) {
+        self.phase = Phase::Finishing;
+        self.commands.push_back(Command::Finish);
     }
 
     /// Whether the first parameters have been asked for and are all here.

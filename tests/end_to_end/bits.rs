@@ -44,6 +44,7 @@ pub fn world_options(declarations: Vec<Vec<TensorSpec>>) -> WorldOptions {
         copies: false,
         change_from: None,
         change_live: None,
+        elastic: Default::default(),
         separate_pull: false,
         checkpoint_every: None,
         chaos: Chaos::Calm,

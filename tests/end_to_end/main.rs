@@ -10,6 +10,7 @@ mod broken_links;
 mod broken_paths;
 mod damaged;
 mod decisions;
+mod elastic;
 mod every_step;
 mod fabrics;
 mod failing_disk;

@@ -2,7 +2,7 @@
 //!
 //! Invariant: the oracle shares no code with the servers but the arithmetic of one element.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use gradwire::{
     consistency::Consistency,
@@ -24,11 +24,15 @@ pub struct Bits {
     spoilt: u64,
     /// By clock: the loss scales that workers were told.
     scales: HashMap<Clock, Vec<f32>>,
+    /// Workers that are not of the job from one clock on, and perhaps are again from another.
+    pub absences: Vec<(u16, Clock, Option<Clock>)>,
+    /// Worker, chunk, clock: what did not come, although the worker was of the job.
+    pub lacked: HashSet<(u16, u32, Clock)>,
 }
 
 impl Bits {
     pub fn new(seed: u64, spoilt: u64) -> Bits {
-        Bits { seed, spoilt, scales: HashMap::new() }
+        Bits { seed, spoilt, scales: HashMap::new(), absences: Vec::new(), lacked: HashSet::new() }
     }
 
     fn value(&self, worker: u16, chunk: u32, clock: Clock, element: usize) -> f32 {
@@ -40,7 +44,20 @@ impl Bits {
     }
 
     fn gives(&self, worker: u16, chunk: u32, clock: Clock) -> bool {
-        !mix(&[self.seed, worker.into(), chunk.into(), clock]).is_multiple_of(5)
+        let comes = self.is_member(worker, clock) && !self.lacked.contains(&(worker, chunk, clock));
+        comes && !mix(&[self.seed, worker.into(), chunk.into(), clock]).is_multiple_of(5)
+    }
+
+    fn is_member(&self, worker: u16, clock: Clock) -> bool {
+        let is_out = |(of, from, until): &(u16, Clock, Option<Clock>)| {
+            *of == worker && *from <= clock && until.is_none_or(|until| clock < until)
+        };
+        !self.absences.iter().any(is_out)
+    }
+
+    /// The divisor of a chunk's mean at a clock.
+    fn members(&self, chunk: &Chunk, clock: Clock) -> u32 {
+        chunk.contributors.iter().filter(|worker| self.is_member(**worker, clock)).count().max(1) as u32
     }
 }
 
@@ -143,7 +160,7 @@ fn decisions(options: &WorldOptions, layout: &Layout, bits: &Bits) -> Vec<Option
         for (id, chunk) in layout.chunks.iter().enumerate() {
             let elements = 0..chunk.len as usize;
             let sums: Vec<f32> = elements.map(|element| sum(bits, (id as u32, chunk), clock, element)).collect();
-            let mean = f64::from(Reduction::Mean.factor(chunk.contributors.len() as u32));
+            let mean = f64::from(Reduction::Mean.factor(bits.members(chunk, clock)));
             total += squared_norm(&sums) * (mean * mean);
         }
         let norm = f64::sqrt(total);
@@ -169,7 +186,7 @@ fn given(bits: &Bits, (id, chunk): (u32, &Chunk), clock: Clock, element: usize) 
     givers.map(|worker| bits.value(*worker, id, clock, element).to_le_bytes()).collect()
 }
 
-fn compare_with_oracle(options: &WorldOptions, outcome: &Outcome, bits: &Bits) {
+pub fn compare_with_oracle(options: &WorldOptions, outcome: &Outcome, bits: &Bits) {
     let layout_options = LayoutOptions { chunk_elements: options.chunk_elements, shards: options.servers };
     let layout = Layout::build(&options.declarations, layout_options).unwrap();
     let decisions = decisions(options, &layout, bits);
@@ -191,7 +208,7 @@ fn compare_with_oracle(options: &WorldOptions, outcome: &Outcome, bits: &Bits) {
                 }
                 steps += 1;
                 let sum = sum(bits, (image.chunk.0, chunk), clock, element);
-                let mean = Reduction::Mean.factor(chunk.contributors.len() as u32);
+                let mean = Reduction::Mean.factor(bits.members(chunk, clock));
                 let plan = options.optimizer.span_step(0, steps, options.optimizer.learning_rate, mean);
                 let plan = SpanStep { scale, ..plan };
                 let gradient = oracle::gradient(&plan, sum);

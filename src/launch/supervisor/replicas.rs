@@ -1,12 +1,13 @@
-//! Servers that are gone and started again while their shards go on elsewhere.
+//! Ranks that are gone while the job goes on: servers whose shards go on elsewhere, and workers of a job that may lose some.
 //!
 //! A loss is told once it is known from both sides: the rendezvous has said that the job goes on, and the process has ended (it is
-//! killed, if it has not). Then it is started again, after a pause that doubles as long as no shard gets its second copy back.
+//! killed, if it has not). Then it is started again, after a pause that doubles as long as no shard gets its second copy back, or the
+//! worker does not take part again.
 //!
-//! Invariant: a server is started again only after its last process has ended, and so many times in a row at most.
+//! Invariant: a rank is started again only after its last process has ended, and so many times in a row at most.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     time::{Duration, Instant},
 };
 
@@ -15,14 +16,14 @@ use nix::sys::signal::Signal;
 use super::{Context, End, Ending, SETTLE_TIME, Sight, Supervisor};
 use crate::{
     launch::cause::Exit,
-    session::{Departure, Order, Tenure, pair},
-    types::{Rank, Role, ShardId},
+    session::{Change, Departure, OnWorkerLoss, Order, Tenure, pair},
+    types::{Clock, Rank, Role, ShardId},
 };
 
-/// The pause before a server is started again for the first time; it doubles with each try that has brought nothing.
+/// The pause before a rank is started again for the first time; it doubles with each try that has brought nothing.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// So often a server is started in a row without a shard's getting its second copy back.
+/// So often a rank is started in a row without a shard's getting its second copy back, or without its taking part again.
 const TRIES_MAX: u32 = 6;
 
 /// A server whose process has ended, or is to.
@@ -44,6 +45,10 @@ pub(super) struct Replicas {
     lost: Option<(ShardId, [Rank; 2])>,
     /// Some shard has had no backup.
     was_alone: bool,
+    /// Workers that were lost, and do not take part again yet.
+    departed: BTreeSet<Rank>,
+    /// Those of them whose clock is settled from which on they are out.
+    pub missing: BTreeMap<Rank, Clock>,
 }
 
 impl Replicas {
@@ -60,14 +65,57 @@ impl Replicas {
 impl Supervisor {
     /// Whether others may go on where this rank is gone.
     pub(super) fn is_backed(&self, rank: Rank) -> bool {
-        rank.role == Role::Server && self.may_lose_servers() && !self.summaries.contains_key(&rank)
+        (self.losable())(rank) && !self.summaries.contains_key(&rank)
     }
 
-    pub(super) fn may_lose_servers(&self) -> bool {
-        self.options.config.has_replicas() && self.running
+    /// Which ranks the job goes on without, as things stand.
+    pub(super) fn losable(&self) -> fn(Rank) -> bool {
+        let config = &self.options.config;
+        match (config.has_replicas(), config.may_lose_workers()) {
+            _ if !self.running => |_| false,
+            (true, true) => |_| true,
+            (true, false) => |rank| rank.role == Role::Server,
+            (false, true) => |rank| rank.role == Role::Worker,
+            (false, false) => |_| false,
+        }
     }
 
-    fn tell(&self, text: &str) {
+    /// Whether a worker was lost, and takes no part.
+    pub(super) fn has_departed(&self, rank: Rank) -> bool {
+        self.replicas.departed.contains(&rank)
+    }
+
+    /// Whether a rank is gone, and only the end of its process is not known yet.
+    pub(super) fn awaits_end_of(&self, rank: Rank) -> bool {
+        self.replicas.losses.get(&rank).is_some_and(|loss| loss.departure.is_some())
+    }
+
+    /// Who is of the job has changed from a clock on.
+    pub(super) fn member_turned(&mut self, clock: Clock, change: Change) {
+        match change {
+            Change::Settings(_) => {}
+            Change::Lost(worker) if self.has_departed(Rank::worker(worker)) => {
+                self.replicas.missing.entry(Rank::worker(worker)).or_insert(clock);
+            }
+            Change::Lost(_) => {}
+            Change::Joins(worker) => {
+                let rank = Rank::worker(worker);
+                self.replicas.missing.remove(&rank);
+                self.replicas.departed.remove(&rank);
+                self.replicas.tries.remove(&rank);
+            }
+        }
+        self.check_finished();
+    }
+
+    /// A worker that has finished may have ended badly before that was known.
+    pub(super) fn look_at_end_of(&mut self, rank: Rank) {
+        if let Some(Loss { exit: Some(exit), .. }) = self.replicas.losses.remove(&rank) {
+            self.see(Sight::Exited(rank, exit));
+        }
+    }
+
+    pub(super) fn tell(&self, text: &str) {
         self.processes.say(&format!("gradwire: job {}: {text}", self.options.config.name));
     }
 
@@ -82,7 +130,12 @@ impl Supervisor {
     pub(super) fn gone(&mut self, departure: Departure) {
         let rank = departure.rank;
         self.lost.insert(rank);
-        self.replicas.losses.entry(rank).or_default().departure = Some(departure);
+        let loss = self.replicas.losses.entry(rank).or_default();
+        loss.departure = Some(departure);
+        if rank.role == Role::Worker {
+            self.replicas.departed.insert(rank);
+            loss.exit = loss.exit.or(self.processes.exit(rank)); // it may have ended well, and yet not have finished
+        }
         // Whatever it was that kept it silent: it is of the job no more.
         self.processes.signal(rank, Signal::SIGKILL);
         self.conclude(rank);
@@ -105,17 +158,31 @@ impl Supervisor {
         }
         let text = departure.map_or(format!("{rank} {end} before it had joined"), |departure| words(&departure, &end));
         self.tell(&text);
+        let restarts = self.options.config.on_worker_loss == OnWorkerLoss::Restart && !self.workers_reported();
+        if rank.role == Role::Worker && !restarts {
+            return self.check_finished();
+        }
+        let stays = match rank.role {
+            Role::Server => "its shards stay without a backup",
+            Role::Worker => "the job goes on without it",
+        };
         let tries = self.replicas.tries.get(&rank).copied().unwrap_or_default();
         match self.processes.hindrance(rank) {
-            Some(why) => self.tell(&format!("{rank} is not started again ({why}): its shards stay without a backup")),
-            None if tries >= TRIES_MAX => self.tell(&format!(
-                "{rank} has been started {TRIES_MAX} times without bringing a shard's second copy back: it is not started again, and \
-                 its shards stay without a backup"
-            )),
+            Some(why) => self.tell(&format!("{rank} is not started again ({why}): {stays}")),
+            None if tries >= TRIES_MAX => {
+                let what = match rank.role {
+                    Role::Server => "bringing a shard's second copy back",
+                    Role::Worker => "taking part again",
+                };
+                self.tell(&format!(
+                    "{rank} has been started {TRIES_MAX} times without {what}: it is not started again, and {stays}"
+                ));
+            }
             None => {
                 self.replicas.restarts.insert(rank, Instant::now() + PAUSE * 2u32.pow(tries));
             }
         }
+        self.check_finished();
     }
 
     pub(super) fn next_restart(&self) -> Option<Instant> {
@@ -136,7 +203,7 @@ impl Supervisor {
                 directory: &self.directory,
                 token: &self.token,
                 listening: self.rendezvous.listening(),
-                may_lose_servers: true,
+                may_lose: self.losable(),
             };
             if let Err(error) = self.processes.restart(rank, &context) {
                 self.tell(&format!("{rank} could not be started again: {error}"));
@@ -188,6 +255,9 @@ impl Supervisor {
 /// "server 1 (process 123 on host) was killed by signal 9 (SIGKILL); its shards go on with server 2".
 fn words(departure: &Departure, end: &str) -> String {
     let Departure { rank, pid, host, others, .. } = departure;
+    if rank.role == Role::Worker {
+        return format!("{rank} (process {pid} on {host}) {end}; the job goes on without it");
+    }
     let others: Vec<String> = others.iter().map(Rank::to_string).collect();
     format!("{rank} (process {pid} on {host}) {end}; its shards go on with {}", others.join(" and "))
 }

@@ -110,8 +110,8 @@ impl Shard {
         self.checkpointing.requested.is_some()
             && !self.chunks.is_empty()
             && self.dirty.is_empty()
-            && workers.clone().all(|contributor| contributor.finished || contributor.own == 0)
-            && workers.any(|contributor| !contributor.finished)
+            && workers.clone().all(|contributor| self.is_over(contributor) || contributor.own == 0)
+            && workers.any(|contributor| !self.is_over(contributor))
     }
 
     pub(super) fn advance_checkpoint(&mut self) {

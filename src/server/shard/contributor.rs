@@ -21,6 +21,8 @@ pub(super) struct Contributor {
     pub credit_sent: u64,
     pub parameters: Option<Attachment>,
     pub finished: bool,
+    /// At which clocks it is of the job.
+    pub membership: Membership,
     /// It knows that it may go.
     pub said_goodbye: bool,
     /// With two copies: a farewell is on its way to the backup.
@@ -32,9 +34,9 @@ pub(super) struct Contributor {
     /// Notes of its that must come exactly once and have come, over all paths.
     pub received: u64,
     /// Contributions that have come since all of a clock's had.
-    contributed: usize,
+    pub contributed: usize,
     /// Among them is one that no reply will tell it of.
-    is_unanswered: bool,
+    pub is_unanswered: bool,
 }
 
 impl Contributor {
@@ -63,6 +65,7 @@ impl Contributor {
             credit_sent: 0,
             parameters: None,
             finished: false,
+            membership: Membership::default(),
             said_goodbye: false,
             is_leaving: false,
             inherits: false,
@@ -233,9 +236,7 @@ impl Shard {
         let contributor = &mut self.contributors[usize::from(worker)];
         contributor.finished = true;
         self.dismiss_finished();
-        if self.contributors.iter().all(|contributor| contributor.finished) {
-            self.checkpointing.cancel();
-        }
+        self.cancel_checkpoints_if_over();
         for index in 0..self.chunks.len() {
             self.retire_finished(index);
             self.touch(index);

@@ -378,7 +378,7 @@ impl Shard {
     /// that they gave has been applied.
     pub(super) fn leave_decisions(&mut self) {
         let mut workers = self.contributors.iter();
-        let deserted = workers.all(|contributor| contributor.finished || contributor.own == 0);
+        let deserted = workers.all(|contributor| self.is_over(contributor) || contributor.own == 0);
         let (begun, chunks) = (self.clocks_pushed, self.chunks.len() as u64);
         let owes = |chunk: &ChunkState| {
             chunk.reduced.is_some_and(|(clock, _)| clock < begun)

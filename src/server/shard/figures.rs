@@ -21,7 +21,7 @@ impl Shard {
     /// How it stands now.
     pub fn figures(&self) -> Figures {
         let clocks = |chunk: &ChunkState| {
-            let unfinished = |index: &usize| !self.contributors[usize::from(chunk.contributors[*index])].finished;
+            let unfinished = |index: &usize| !self.is_over(&self.contributors[usize::from(chunk.contributors[*index])]);
             let clocks = (0..chunk.contributors.len()).filter(unfinished).map(|index| chunk.gate.clock_of(index));
             Some(clocks.clone().max()? - clocks.min()?)
         };
@@ -38,7 +38,7 @@ impl Shard {
     /// Of each worker that has not finished: positions that it may push beyond what has come from it.
     pub fn rooms(&self) -> impl Iterator<Item = (PeerId, u64)> {
         let aggregates = self.config.consistency.aggregates();
-        self.contributors.iter().filter(|contributor| !contributor.finished).map(move |contributor| {
+        self.contributors.iter().filter(|contributor| !self.is_over(contributor)).map(move |contributor| {
             let window = if aggregates { &self.window } else { &contributor.window };
             let index = if aggregates { contributor.peer.rank.index.into() } else { 0 };
             let open = (window.base()..window.end()).filter(|position| !window.has(*position, index));

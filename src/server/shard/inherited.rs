@@ -36,9 +36,7 @@ impl Shard {
         let slowest = holds.clocks.iter().copied().min().unwrap_or(start);
         self.checkpointing.begin_at(slowest, slowest == furthest && slowest > start);
         self.count_behind();
-        if self.contributors.iter().all(|contributor| contributor.finished) {
-            self.checkpointing.cancel();
-        }
+        self.cancel_checkpoints_if_over();
         self.complete_open_positions();
     }
 
@@ -73,6 +71,8 @@ impl Shard {
 
     /// Whether all workers know that they may go, and nothing is on its way to the backup that somebody waits for.
     pub(super) fn has_parted_from_workers(&self) -> bool {
-        self.contributors.iter().all(|contributor| contributor.said_goodbye) && self.is_held_by_backup()
+        let parted =
+            |contributor: &Contributor| contributor.said_goodbye || self.is_over(contributor) && !contributor.finished;
+        self.contributors.iter().all(parted) && self.is_held_by_backup()
     }
 }

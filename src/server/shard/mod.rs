@@ -14,6 +14,7 @@ mod figures;
 mod inherited;
 mod lane_link;
 mod live_state;
+mod membership;
 mod mirror;
 mod reply;
 mod resuming;
@@ -46,6 +47,7 @@ pub use decision::{Decision, DecisionConfig, DecisionRules};
 pub use figures::Figures;
 use lane_link::LaneLink;
 pub use live_state::LiveState;
+use membership::Membership;
 pub use mirror::MirrorConfig;
 use mirror::{FOR_BACKUP, Mirror};
 use reply::{PendingPull, PendingReply};
@@ -86,6 +88,8 @@ pub struct ShardConfig {
     pub checkpoint_every: Option<u64>,
     /// The other lane, of a shard with two copies.
     pub mirror: Option<MirrorConfig>,
+    /// The job goes on without a worker that is lost.
+    pub may_lose_workers: bool,
 }
 
 /// What a shard wants done.
@@ -218,6 +222,8 @@ pub struct Shard {
     checkpointing: Checkpointing,
     /// A change that is being made: its number, and the first clock of which nothing may begin.
     held: Option<(u64, Clock)>,
+    /// Contributions of workers that were lost, without which a step was taken at a clock at which they were of the job.
+    lacked: Vec<(u16, ChunkId, Clock)>,
     clock_max: Clock,
     /// The number of clocks to which anybody has pushed.
     clocks_pushed: Clock,
@@ -277,6 +283,7 @@ impl Shard {
             credits_dirty: false,
             checkpointing: Checkpointing::new(config.checkpoint_every, start, chunks.len()),
             held: None,
+            lacked: Vec::new(),
             clock_max: start,
             clocks_pushed: start,
             pull_deadline: None,
@@ -295,6 +302,7 @@ impl Shard {
         contributor.landing_offset = landing.offset;
         contributor.slot_bytes = landing.slot_bytes;
         contributor.credit_sent = credit;
+        contributor.membership.connected();
         let note = Attachment { credit, ..landing }.to_note();
         let peer = contributor.peer;
         self.post(peer, note, None);
@@ -389,7 +397,7 @@ impl Shard {
 
     /// Whether every worker has finished and all that arrived has been applied and stored.
     pub fn is_done(&self) -> bool {
-        self.contributors.iter().all(|contributor| contributor.finished)
+        self.contributors.iter().all(|contributor| self.is_over(contributor))
             && self.computing == 0
             && self.effects.is_empty()
             && self.dirty.is_empty()
@@ -417,7 +425,7 @@ impl Shard {
     /// Whether the path of `peer` may end without harm.
     pub fn has_left(&self, peer: PeerId) -> bool {
         match peer.rank.role {
-            Role::Worker => self.contributors[usize::from(peer.rank.index)].finished,
+            Role::Worker => self.contributors[usize::from(peer.rank.index)].has_left(),
             Role::Server => self.lane_has_left(peer),
         }
     }

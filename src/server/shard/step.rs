@@ -54,6 +54,10 @@ impl Shard {
             self.touch(index);
             return Ok(());
         }
+        if !self.contributors[usize::from(worker)].membership.takes(note.clock) {
+            self.pass_over(worker, note, contribution);
+            return Ok(());
+        }
         self.record(worker, position)?;
         let contributor = &mut self.contributors[usize::from(worker)];
         contributor.pushed = contributor.pushed.max(position + 1);
@@ -76,8 +80,10 @@ impl Shard {
     fn complete_if_all_here(&mut self, position: u64) {
         let slot = self.window.slot(position);
         let index = (position % self.chunks.len() as u64) as usize;
+        let clock = position / self.chunks.len() as u64;
         let here = |worker: &u16| {
-            self.window.has(position, (*worker).into()) || self.contributors[usize::from(*worker)].finished
+            let contributor = &self.contributors[usize::from(*worker)];
+            self.window.has(position, (*worker).into()) || !contributor.is_awaited(clock)
         };
         if self.queued[slot] || self.window.is_finished(position) || !self.chunks[index].contributors.iter().all(here) {
             return;
@@ -91,11 +97,12 @@ impl Shard {
     /// to which somebody pushed are completed (whole ones, since in two steps one chunk waits for the others): otherwise empty
     /// positions would complete for ever.
     pub(super) fn complete_open_positions(&mut self) {
-        let nobody_finished = !self.contributors.iter().any(|contributor| contributor.finished);
-        if !self.config.consistency.aggregates() || nobody_finished || self.chunks.is_empty() {
+        let all_stay = self.contributors.iter().all(Contributor::stays);
+        if !self.config.consistency.aggregates() || all_stay || self.chunks.is_empty() {
             return;
         }
-        let all_finished = self.contributors.iter().all(|contributor| contributor.finished || contributor.own == 0);
+        let all_finished =
+            self.contributors.iter().all(|contributor| self.is_over(contributor) || contributor.own == 0);
         for position in self.window.base()..self.window.end() {
             let begun = || position / (self.chunks.len() as u64) < self.clocks_pushed;
             if !all_finished || begun() {
@@ -130,13 +137,14 @@ impl Shard {
             return Turn::Waiting;
         }
         self.chunks[index].complete.remove(at);
+        self.note_lacking(index, clock, position);
         if !given {
             self.skip(index, clock, position);
             return Turn::Progressed;
         }
         let mut contributions = self.spare.pop().unwrap_or_default();
         contributions.extend(self.landed[first..first + workers].iter_mut().filter_map(Option::take));
-        let weight = self.divisor(index, &contributions);
+        let weight = self.divisor(index, clock, &contributions);
         let (task, wire) = if fused { (Task::Step, self.pool.pop()) } else { (Task::Reduce, None) };
         let scale = if fused { Decision::taken(self.loss_scale).scale } else { 1.0 };
         let sum = self.take_room_for_sum(index);
@@ -145,9 +153,9 @@ impl Shard {
         Turn::Progressed
     }
 
-    /// The mean's divisor: a contributor that is absent gave a gradient of zero and counts all the same.
-    fn divisor(&self, index: usize, contributions: &[Contribution]) -> u32 {
-        let absent = self.chunks[index].contributors.len() - contributions.len();
+    /// The mean's divisor: a contributor that is absent gave a gradient of zero and counts all the same, if it is of the job.
+    fn divisor(&self, index: usize, clock: Clock, contributions: &[Contribution]) -> u32 {
+        let absent = self.members(index, clock).count() - contributions.len();
         contributions.iter().map(|contribution| u32::from(contribution.weight)).sum::<u32>() + absent as u32
     }
 

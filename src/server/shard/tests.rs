@@ -33,6 +33,7 @@ fn shard_of(declarations: &[Vec<TensorSpec>]) -> Shard {
         parameter_dtype: Dtype::F32,
         checkpoint_every: None,
         mirror: None,
+        may_lose_workers: false,
     };
     let (_, replies) = Region::allocate(256, &RegionOptions::default()).unwrap();
     let mut shard = Shard::new(config, layout, replies.chunks(64), Vec::new(), None);

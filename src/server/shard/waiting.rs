@@ -12,7 +12,7 @@ impl Shard {
     /// What the shard waits for: of the workers that are furthest behind each the first chunk that it lacks, and of other shards
     /// what a step's decision needs.
     pub fn waits(&self) -> Vec<Lacking> {
-        let working = self.contributors.iter().filter(|contributor| !contributor.finished && contributor.own > 0);
+        let working = self.contributors.iter().filter(|contributor| contributor.may_owe() && contributor.own > 0);
         let mut lacking: Vec<Lacking> = Vec::new();
         for contributor in working {
             match contributor.parameters {
@@ -42,7 +42,7 @@ impl Shard {
                 None => format!("the decision about clock {clock}"),
             });
         }
-        if self.contributors[usize::from(peer.rank.index)].finished {
+        if !self.contributors[usize::from(peer.rank.index)].may_owe() {
             return None;
         }
         self.lacking(peer.rank.index).map(|(clock, _, chunk)| format!("its chunk {} of clock {clock}", chunk.0))
@@ -54,7 +54,8 @@ impl Shard {
             let index = chunk.contributors.binary_search(&worker).ok()?;
             let waits = !chunk.replies.is_empty() || self.config.consistency.aggregates();
             let clock = chunk.gate.clock_of(index);
-            (waits && !self.is_here(worker, place, clock)).then_some((clock, place, chunk.id))
+            let is_awaited = self.contributors[usize::from(worker)].is_awaited(clock);
+            (waits && is_awaited && !self.is_here(worker, place, clock)).then_some((clock, place, chunk.id))
         });
         lacks.min()
     }

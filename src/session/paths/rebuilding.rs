@@ -62,7 +62,7 @@ impl<T: Transport> Paths<T> {
             }
             Stage::Rebuilding(_) | Stage::Dormant | Stage::Ended => None,
             Stage::Begun | Stage::Up => {
-                self.fence(peer);
+                self.give_up(peer);
                 Some(Completion::Broken { peer, error })
             }
         }
@@ -120,7 +120,7 @@ impl<T: Transport> Paths<T> {
                 };
                 let took = now.saturating_duration_since(rebuilding.since).as_secs_f64();
                 let reason = format!("{}; it could not be rebuilt within {took:.1} s ({tried})", rebuilding.cause);
-                self.fence(peer);
+                self.give_up(peer);
                 completions.push(Completion::Broken { peer, error: Error::Broken { peer, reason } });
                 continue;
             }

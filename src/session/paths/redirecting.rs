@@ -1,4 +1,4 @@
-//! Paths of shards with two copies: they move from one lane to the other, and their peers may begin anew.
+//! Paths whose other end changes: of shards with two copies they move from one lane to the other, and peers may begin anew.
 //!
 //! Invariant: a slot that was open to one lane is opened to the other only after the first can write it no more.
 
@@ -14,6 +14,14 @@ impl<T: Transport> Paths<T> {
         self.rebuilding -= usize::from(matches!(path.stage, Stage::Rebuilding(_)));
         path.stage = Stage::Dormant;
         path.tries = 0;
+    }
+
+    /// Our end of a path ends for good as far as the present life of the other end goes; a later one may build the path.
+    pub fn expel(&mut self, peer: PeerId) {
+        self.set_aside(peer);
+        let path = self.paths.get_mut(&peer).expect("just set aside");
+        path.life = path.life.saturating_add(1);
+        path.is_released = false;
     }
 
     /// Begins to build a path anew, whatever there was before.

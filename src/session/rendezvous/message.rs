@@ -8,12 +8,13 @@ use std::{collections::BTreeMap, net::SocketAddr};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::WorkerTurn;
 use crate::{
     Error,
     layout::TensorSpec,
     observe::sent_by_fabric,
     optim::LiveChange,
-    session::{Claim, JobConfig, PathCounts, Proposal, Tenure, TimelinePart, Verdict, Wait},
+    session::{Change, Claim, JobConfig, PathCounts, Proposal, Tenure, TimelinePart, Verdict, Wait},
     transport::{Endpoint, PathChoice},
     types::{Clock, Epoch, PeerId, Rank, Role, ShardId},
 };
@@ -192,6 +193,24 @@ pub enum Report {
         /// At most [`crate::session::WAITS_MAX`].
         waits: Vec<Wait>,
     },
+    /// A lane has lost its path to a worker of a job that goes on without it, and takes nothing more from it.
+    WorkerLost {
+        /// Which.
+        worker: u16,
+        /// Why.
+        text: String,
+    },
+    /// A lane took steps of a clock without what a lost worker had not given in whole.
+    Lacked {
+        /// Which worker.
+        worker: u16,
+        /// The clock.
+        clock: Clock,
+        /// Of how many chunks.
+        chunks: u64,
+    },
+    /// A worker in the place of one that was lost has reached every lane, and waits for its first clock.
+    Connected,
     /// Where this rank's metrics are read.
     MetricsAt {
         /// An address of its host.
@@ -263,13 +282,16 @@ pub enum Command {
         number: u64,
         /// From which clock on.
         clock: Clock,
+        /// A worker from whom nothing more is to be taken.
+        #[serde(default)]
+        expelled: Option<u16>,
     },
     /// Every lane has prepared: go on.
     Change {
         /// The change that was prepared.
         number: u64,
         /// From which clock on it holds, and what it is; nothing if it is given up.
-        change: Option<(Clock, LiveChange)>,
+        change: Option<(Clock, Change)>,
     },
     /// The other end of a path has fenced it, and offers itself for its next generation.
     Rebuild {
@@ -316,7 +338,7 @@ pub enum Control {
 pub struct RankStatus {
     /// Who.
     pub rank: Rank,
-    /// "not joined", "joined", "declared", "running", "finished" or "lost".
+    /// "not joined", "joined", "declared", "running", "finished", "lost", "gone", or "joining" of a worker that comes again.
     pub state: String,
     /// Its machine; empty if it has not joined.
     pub host: String,
@@ -377,6 +399,12 @@ pub struct Status {
     pub ranks: Vec<RankStatus>,
     /// Every shard, where there are two copies of each; otherwise nothing.
     pub shards: Vec<ShardStatus>,
+    /// Workers that were lost, and that came again, in order.
+    #[serde(default)]
+    pub turns: Vec<WorkerTurn>,
+    /// Steps of a chunk that lack what a lost worker had not given in whole.
+    #[serde(default)]
+    pub lacked: u64,
     /// The clock of the last complete checkpoint of this run.
     pub checkpoint: Option<Clock>,
     /// Clocks at which a gradient was not finite, where that is looked at; the steps that were skipped, where they are.
@@ -419,6 +447,12 @@ impl PackedView {
             packed.by_worker.push(index as u16);
         }
         packed
+    }
+
+    /// What one worker has declared.
+    pub fn of(&self, worker: u16) -> Option<&[TensorSpec]> {
+        let index = self.by_worker.get(usize::from(worker))?;
+        self.distinct.get(usize::from(*index)).map(Vec::as_slice)
     }
 
     /// The view; `None` if a worker points at a declaration that is not there.

@@ -13,6 +13,8 @@ mod handle;
 mod hub;
 mod line;
 mod member;
+#[cfg(test)]
+mod members_tests;
 mod message;
 mod notice;
 mod notify;
@@ -43,6 +45,7 @@ pub use member::{Commands, Member, Reporter};
 pub use message::{Command, Control, Offer, RankStatus, Report, ShardStatus, Status, VERSION, View};
 pub use notice::{Departure, Notice};
 pub use peer::token_from_environment;
+pub use roster::WorkerTurn;
 
 use crate::{Error, Result, types::Rank};
 

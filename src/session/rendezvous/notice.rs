@@ -3,13 +3,12 @@
 //! Invariant: every notice speaks of a rank that has proved itself, or of the job as a whole.
 
 use crate::{
-    optim::LiveChange,
-    session::{Tenure, TimelinePart, Verdict},
+    session::{Change, Tenure, TimelinePart, Verdict},
     transport::PathChoice,
     types::{Clock, Rank, ShardId},
 };
 
-/// How a server left, and who goes on.
+/// How a rank left, and who goes on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Departure {
     /// Who.
@@ -20,7 +19,7 @@ pub struct Departure {
     pub host: String,
     /// Why, if that is known: its own words, or what the others found.
     pub why: Option<String>,
-    /// The servers of its shards' other copies.
+    /// Of a server, those of its shards' other copies.
     pub others: Vec<Rank>,
 }
 
@@ -65,7 +64,7 @@ pub enum Notice {
         /// From which clock on.
         clock: Clock,
         /// What.
-        change: LiveChange,
+        change: Change,
     },
     /// What a thread of a rank has done, and when.
     Timeline {
@@ -74,8 +73,10 @@ pub enum Notice {
         /// Some of its marks.
         part: Box<TimelinePart>,
     },
-    /// A server is gone, and the job goes on without it: its shards have other copies.
+    /// A rank is gone, and the job goes on without it: a server whose shards have other copies, or a worker.
     Gone(Box<Departure>),
+    /// No worker is left.
+    Deserted,
     /// A shard has no copy left.
     CopiesLost {
         /// Which.

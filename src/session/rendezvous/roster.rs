@@ -3,7 +3,9 @@
 //! Invariant: no I/O and no clock in here; time is an argument. A refusal changes nothing: the job goes on as if the caller had
 //! never come.
 
+mod barriers;
 mod changing;
+mod members;
 mod missing;
 mod paths;
 mod standing;
@@ -16,6 +18,8 @@ use std::{
     sync::Arc,
     time::{Duration, Instant},
 };
+
+pub use members::WorkerTurn;
 
 use super::{
     checkpoints::Checkpoints,
@@ -114,6 +118,7 @@ pub(super) struct Roster {
     checkpoints: Checkpoints,
     waiting: Waiting,
     changes: Changes,
+    members: members::Members,
     /// Who asked for the change that is being made.
     changing_for: Option<ConnectionId>,
     /// When the first worker was seen.
@@ -149,6 +154,7 @@ impl Roster {
         Roster {
             waiting: Waiting::new(&config),
             changes: Changes::new(config.shard_count() as usize),
+            members: members::Members::default(),
             changing_for: None,
             warned: None,
             first_worker: None,
@@ -275,6 +281,11 @@ impl Roster {
         if rank.role != Role::Worker || seat.declared.is_some() {
             return Err("only a worker declares tensors, and only once".into());
         }
+        if seat.presence != Presence::First {
+            self.declare_again(rank, &specs)?;
+            self.seat(rank).declared = Some(specs);
+            return Ok(());
+        }
         seat.declared = Some(specs);
         let here = self.declaring.get_or_insert_with(|| Gathering { here: BTreeSet::new(), since: now });
         here.here.insert(rank);
@@ -341,22 +352,6 @@ impl Roster {
         Ok(())
     }
 
-    fn barrier(&mut self, rank: Rank, name: String, now: Instant) -> Result<(), String> {
-        if name.len() > 64 || (self.barriers.len() >= BARRIERS_MAX && !self.barriers.contains_key(&name)) {
-            return Err(format!("a barrier's name has at most 64 bytes, and at most {BARRIERS_MAX} are open at once"));
-        }
-        let gathering =
-            self.barriers.entry(name.clone()).or_insert_with(|| Gathering { here: BTreeSet::new(), since: now });
-        if !gathering.here.insert(rank) {
-            return Err(format!("it waits at barrier `{name}` already"));
-        }
-        if gathering.here.len() == self.seats.len() {
-            self.barriers.remove(&name);
-            self.send(self.everybody(), FromLauncher::BarrierPassed(name));
-        }
-        Ok(())
-    }
-
     fn report(&mut self, rank: Rank, report: Report, now: Instant) -> Result<(), String> {
         self.heard = Some(now);
         match report {
@@ -397,6 +392,9 @@ impl Roster {
             }
             Report::Waits { lane, waits } => self.on_waits(PeerId { rank, lane }, waits, now),
             Report::Prepared { number, lane, from } => self.on_prepared(PeerId { rank, lane }, number, from),
+            Report::WorkerLost { worker, text } => self.on_worker_lost(rank, worker, text)?,
+            Report::Lacked { worker, clock, chunks } => self.on_lacked(worker, clock, chunks),
+            Report::Connected => self.on_connected(rank)?,
             Report::MetricsAt { address } => self.seat(rank).metrics = Some(address),
             Report::Timeline(part) => self.notice(Notice::Timeline { rank, part: Box::new(part) }),
             Report::Failed { text, elsewhere } => self.failed(rank, text, elsewhere),
@@ -411,8 +409,8 @@ impl Roster {
 
     /// When no worker will push any more, the servers may go.
     fn end_servers(&mut self) {
-        let done = self.seats.iter().all(|(rank, seat)| rank.role == Role::Server || seat.finished);
-        if self.dismissed || !done {
+        let done = self.seats.iter().all(|(rank, seat)| rank.role == Role::Server || self.is_through(*rank, seat));
+        if self.dismissed || !done || self.turns_members() {
             return; // a job that is to stop at a clock which nobody has reached ends here too
         }
         (self.ended, self.dismissed) = (true, true);

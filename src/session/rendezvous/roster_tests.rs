@@ -15,7 +15,7 @@ use super::{
 use crate::{
     layout::TensorSpec,
     optim::LiveChange,
-    session::{JobConfig, Owed, Wait},
+    session::{Change, JobConfig, Owed, Wait},
     transport::Endpoint,
     types::{PeerId, Rank, Role, ShardId},
 };
@@ -476,7 +476,7 @@ fn a_change_is_prepared_by_all_lanes_and_given_up_at_the_end() {
     stage.say(SERVER, prepared(1, 8));
     let sent = stage.take();
     assert!(matches!(sent.last(), Some((99, FromLauncher::Changed { clock: 8 }))), "{sent:?}");
-    assert_eq!(stage.notices.last(), Some(&Notice::Changed { clock: 8, change }));
+    assert_eq!(stage.notices.last(), Some(&Notice::Changed { clock: 8, change: Change::Settings(change) }));
     stage.say(99, ask());
     stage.take();
     for worker in WORKERS {

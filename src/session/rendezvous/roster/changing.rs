@@ -3,16 +3,18 @@
 //! Invariant: a lane that was told to prepare is always told to go on, with the change or without it.
 
 use super::*;
-use crate::optim::LiveChange;
+use crate::{optim::LiveChange, session::Change};
 
 impl Roster {
     /// Somebody wants settings changed; answered when every lane has prepared.
     pub(super) fn begin_change(&mut self, connection: ConnectionId, change: LiveChange) {
-        let begun = self.may_change(&change).and_then(|()| self.changes.begin(change, self.clock_reached()));
+        let begun =
+            self.may_change(&change).and_then(|()| self.changes.begin(Change::Settings(change), self.clock_reached()));
         match begun {
             Ok((number, clock)) => {
                 self.changing_for = Some(connection);
-                self.send(self.everybody(), FromLauncher::Command(Command::Prepare { number, clock }));
+                let command = Command::Prepare { number, clock, expelled: None };
+                self.send(self.everybody(), FromLauncher::Command(command));
             }
             Err(text) => self.send(vec![connection], FromLauncher::Refused(text)),
         }
@@ -38,6 +40,12 @@ impl Roster {
         let asker = self.changing_for.take();
         self.send(asker.into_iter().collect(), FromLauncher::Changed { clock });
         self.notice(Notice::Changed { clock, change });
+        match change {
+            Change::Settings(_) => {}
+            Change::Lost(worker) => self.member_turned(worker, clock, false),
+            Change::Joins(worker) => self.member_turned(worker, clock, true),
+        }
+        self.make_changes();
     }
 
     /// The job ends: lanes that have prepared go on as they were.

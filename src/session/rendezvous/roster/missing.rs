@@ -175,7 +175,7 @@ impl Roster {
             );
         }
         for (name, gathering) in &self.barriers {
-            let here = |rank, _: &Seat| gathering.here.contains(&rank);
+            let here = |rank, seat: &Seat| seat.presence == Presence::Gone || gathering.here.contains(&rank);
             add(
                 (gathering.since, Some(gathering.since)),
                 setup,

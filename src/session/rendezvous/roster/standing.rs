@@ -8,7 +8,7 @@ impl Roster {
     pub(super) fn status(&self, now: Instant) -> Status {
         let ranks = self.seats.iter().map(|(rank, seat)| RankStatus {
             rank: *rank,
-            state: self.state_of(seat).into(),
+            state: self.state_of(*rank, seat).into(),
             host: seat.host.clone(),
             pid: seat.pid,
             clock: seat.clock,
@@ -23,6 +23,8 @@ impl Roster {
             instance: self.config.instance,
             ranks: ranks.collect(),
             shards: self.shards_standing(),
+            turns: self.members.turns.iter().copied().collect(),
+            lacked: self.members.lacked,
             checkpoint: self.checkpoints.last(),
             not_finite: self.not_finite.1,
             verdict: self.waiting.verdict(now).cloned(),
@@ -30,12 +32,13 @@ impl Roster {
         }
     }
 
-    fn state_of(&self, seat: &Seat) -> &'static str {
+    fn state_of(&self, rank: Rank, seat: &Seat) -> &'static str {
         match seat {
             Seat { finished: true, .. } => "finished",
             Seat { presence: Presence::Gone, .. } => "gone",
             Seat { taken: false, .. } => "not joined",
             Seat { connection: None, .. } => "lost",
+            _ if rank.role == Role::Worker && self.running && self.is_through(rank, seat) => "joining",
             _ if self.running => "running",
             Seat { declared: Some(_), .. } => "declared",
             _ => "joined",

@@ -43,7 +43,7 @@ impl Roster {
 
     /// A rank says that it cannot go on, or has broken the protocol.
     pub(super) fn failed(&mut self, rank: Rank, text: String, elsewhere: bool) {
-        match self.is_backed(rank) && !self.over {
+        match (self.is_backed(rank) || self.may_lose(rank)) && !self.over {
             true => self.gone(rank, Some(format!("failed: {text}"))),
             false => self.notice(Notice::Failed { rank, text, elsewhere }),
         }
@@ -51,7 +51,7 @@ impl Roster {
 
     /// A rank's connection ended before it had finished.
     pub(super) fn left(&mut self, rank: Rank) {
-        match self.is_backed(rank) && !self.over {
+        match (self.is_backed(rank) || self.may_lose(rank)) && !self.over {
             true => self.gone(rank, None),
             false => self.notice(Notice::Lost(rank)),
         }
@@ -60,6 +60,9 @@ impl Roster {
     /// A server's process is gone, or is to count as gone: the lanes of its shards' other copies may claim, unless there is none.
     pub fn gone(&mut self, rank: Rank, why: Option<String>) {
         let Some(seat) = self.seats.get(&rank) else { return };
+        if self.may_lose(rank) {
+            return self.worker_gone(rank, why);
+        }
         if self.over || seat.finished || seat.presence == Presence::Gone || !self.is_backed(rank) {
             return;
         }
@@ -67,6 +70,15 @@ impl Roster {
         let mut others: Vec<Rank> = of_it.flatten().filter(|other| *other != rank).collect();
         others.sort_unstable();
         others.dedup();
+        let (pid, host) = self.vacate(rank);
+        if !self.ends_for_lack_of_copies() {
+            self.send(self.everybody(), FromLauncher::Command(Command::Gone { rank }));
+        }
+        self.notice(Notice::Gone(Box::new(Departure { rank, pid, host, why, others })));
+    }
+
+    /// A seat's process is of the job no more: its number and its host.
+    pub(super) fn vacate(&mut self, rank: Rank) -> (u32, String) {
         let seat = self.seat(rank);
         seat.presence = Presence::Gone;
         let (pid, host, connection) = (seat.pid, seat.host.clone(), seat.connection.take());
@@ -74,10 +86,7 @@ impl Roster {
             self.by_connection.remove(&connection);
             self.effects.push_back(Effect::HangUp(connection));
         }
-        if !self.ends_for_lack_of_copies() {
-            self.send(self.everybody(), FromLauncher::Command(Command::Gone { rank }));
-        }
-        self.notice(Notice::Gone(Box::new(Departure { rank, pid, host, why, others })));
+        (pid, host)
     }
 
     /// Ends the job if a shard has no copy left that has everything.
@@ -182,7 +191,8 @@ impl Roster {
     /// Shows the job to those who have taken a seat again, as soon as no tenure means the process that held it before.
     pub(super) fn admit(&mut self) {
         let waiting = self.seats.iter().filter(|(_, seat)| seat.presence == Presence::Waiting);
-        let waiting: Vec<Rank> = waiting.map(|(rank, _)| *rank).filter(|rank| !self.is_needed(*rank)).collect();
+        let waiting: Vec<Rank> =
+            waiting.map(|(rank, _)| *rank).filter(|rank| !self.is_needed(*rank) && self.may_be_shown(*rank)).collect();
         for rank in waiting {
             let seat = self.seat(rank);
             seat.presence = Presence::Admitted;
@@ -194,8 +204,10 @@ impl Roster {
 
     /// The job ends: whoever has not been shown it yet is not needed any more.
     pub(super) fn dismiss_waiting(&mut self) {
+        self.dismiss_joining();
         let waiting = self.seats.iter().filter(|(_, seat)| seat.presence == Presence::Waiting);
-        for rank in waiting.map(|(rank, _)| *rank).collect::<Vec<_>>() {
+        let waiting = waiting.map(|(rank, _)| *rank).filter(|rank| rank.role == Role::Server);
+        for rank in waiting.collect::<Vec<_>>() {
             self.gone(rank, Some("came again as the job ended".into()));
         }
     }

@@ -1,0 +1,50 @@
+//! What becomes of a job that loses workers.
+//!
+//! Invariant: what does not go together with it is refused by name before the job begins.
+#![forbid(unsafe_code)]
+
+use serde::{Deserialize, Serialize};
+
+use super::JobConfig;
+use crate::{Error, Result};
+
+/// What becomes of a job when a worker is lost: it dies, it is silent, or its paths break for good.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnWorkerLoss {
+    /// The job ends.
+    #[default]
+    Fail,
+    /// It goes on with the workers that are left.
+    Continue,
+    /// It goes on, and the launcher starts the worker again, which takes part from a later clock on.
+    Restart,
+}
+
+impl JobConfig {
+    /// Whether the job goes on when a worker is lost.
+    pub fn may_lose_workers(&self) -> bool {
+        self.on_worker_loss != OnWorkerLoss::Fail
+    }
+
+    pub(super) fn validate_elastic(&self) -> Result<()> {
+        let refuse = |why: &str| {
+            let text = format!("`on_worker_loss` is `continue` or `restart`; {why}");
+            Err(Error::Config(text))
+        };
+        match self.on_worker_loss {
+            OnWorkerLoss::Fail => Ok(()),
+            _ if !self.consistency.aggregates() => refuse("that needs `consistency` bsp"),
+            _ if self.has_replicas() => {
+                refuse("together with two copies of each shard (`replicas`) it is not built yet")
+            }
+            OnWorkerLoss::Restart if self.rebuild_ms == 0 => {
+                refuse("a worker that is started again builds its paths anew: `rebuild_ms` must not be 0")
+            }
+            OnWorkerLoss::Restart if self.decides() => refuse(
+                "`restart` together with `optimizer.clip.global_norm`, `skip_nonfinite` or a dynamic `loss_scale.mode` is not built yet",
+            ),
+            _ => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,177 @@
+//! Workers that are lost while a simulated job runs, and come again: what breaks, the launcher's part, and new processes.
+//!
+//! Invariant: at least one worker that trains is left; a process begins only after the launcher has heard from every lane that the
+//! one before it was expelled.
+
+use super::*;
+use crate::session::Change;
+
+/// Workers that leave a job and come again.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ElasticOptions {
+    /// So many are lost, at random moments: they die, or stop for good.
+    pub losses: u32,
+    /// Other processes take the places of those that were lost.
+    pub restarts: bool,
+    /// What every shard knows from the start: a worker, the clock from which on it is not of the job, and perhaps the one from which
+    /// on it is again. Its process goes on, and gives nothing in between.
+    pub told: Vec<(u16, Clock, Option<Clock>)>,
+}
+
+impl ElasticOptions {
+    /// Whether anything is to happen at all.
+    pub(super) fn loses(&self) -> bool {
+        self.losses > 0
+    }
+
+    pub(super) fn told_of(&self, worker: u16) -> Option<(Clock, Option<Clock>)> {
+        self.told.iter().find(|(of, ..)| *of == worker).map(|(_, from, until)| (*from, *until))
+    }
+}
+
+/// Where a worker that was lost is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Absence {
+    /// The launcher does not know yet; at this round it will, if no lane tells it before.
+    Unnoticed(u64),
+    /// The lanes are being told.
+    Noticed,
+    /// It was settled; another process begins at this round, or none ever.
+    Out(Option<u64>),
+    /// Another process has begun; whether the launcher knows that all its paths are there.
+    Begun(bool),
+    /// It is told its first clock at this round.
+    Settled(u64, Clock),
+}
+
+/// The launcher's part, and the processes'.
+#[derive(Debug, Default)]
+pub(super) struct Elastic {
+    absences: BTreeMap<u16, Absence>,
+    lost: u32,
+    /// Processes that have begun in the place of others.
+    lives: u64,
+    next: u64,
+    pub lacked: Vec<(u16, ChunkId, Clock)>,
+}
+
+impl World<'_> {
+    /// Everything about workers that come and go that happens between two rounds.
+    pub(super) fn tend_workers(&mut self, round: u64) -> Result<(), String> {
+        if !self.options.elastic.loses() {
+            return Ok(());
+        }
+        for worker in self.hear_lanes() {
+            self.notice_loss(worker, round);
+        }
+        self.lose(round);
+        if self.elastic.absences.values().any(|absence| matches!(absence, Absence::Out(Some(_)) | Absence::Begun(_))) {
+            self.progressed = self.now; // somebody is still to come
+        }
+        for (worker, absence) in self.elastic.absences.clone() {
+            match absence {
+                Absence::Unnoticed(at) if at <= round => self.notice_loss(worker, round),
+                Absence::Out(Some(at)) if at <= round => self.begin_again(worker)?,
+                Absence::Begun(false) if self.trainers[usize::from(worker)].engine.is_attached() => {
+                    self.elastic.absences.insert(worker, Absence::Begun(true));
+                    self.changing.wanted.push_back((round + self.random.below(50), Change::Joins(worker)));
+                }
+                Absence::Settled(at, clock) if at <= round => {
+                    self.elastic.absences.remove(&worker);
+                    self.trainers[usize::from(worker)].begin_at(clock);
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// What the lanes say of workers: whose paths they have lost. What steps lacked is written down.
+    pub(super) fn hear_lanes(&mut self) -> Vec<u16> {
+        let mut lost = Vec::new();
+        for index in 0..usize::from(self.options.servers) {
+            let Some(server) = self.server(index) else { continue };
+            let (lacked, losses) = (server.take_lacked(), server.take_losses().collect::<Vec<_>>());
+            lost.extend(losses.into_iter().map(|(worker, _)| worker));
+            self.elastic.lacked.extend(lacked);
+        }
+        lost
+    }
+
+    /// A worker is lost, if it is time and if it hits something.
+    fn lose(&mut self, round: u64) {
+        let elastic = &self.elastic;
+        if elastic.lost >= self.options.elastic.losses || round < elastic.next {
+            return;
+        }
+        let worker = self.random.below(self.trainers.len() as u64) as u16;
+        let me = PeerId::worker(worker);
+        let trains = |worker: u16| {
+            let begun = self.elastic.absences.get(&worker).is_none_or(|absence| matches!(absence, Absence::Begun(_)));
+            begun && self.trainers[usize::from(worker)].trains()
+        };
+        let others = (0..self.trainers.len() as u16).filter(|other| *other != worker);
+        let stays = others.filter(|other| !self.elastic.absences.contains_key(other)).any(trains);
+        let flows = (0..self.options.servers).any(|server| self.network.in_flight(me, PeerId::server(server, 0)) > 0);
+        if !trains(worker) || !stays || !flows {
+            return;
+        }
+        self.elastic.lost += 1;
+        self.elastic.next = round + self.random.below(3000);
+        self.halted.push(me);
+        if !self.random.once_in(4) || self.elastic.absences.contains_key(&worker) {
+            // It dies: its paths break, and mostly the launcher sees at once that it is gone.
+            (0..self.options.servers).for_each(|server| self.network.break_path(me, PeerId::server(server, 0)));
+            let most = if self.random.once_in(4) { 5000 } else { 100 };
+            let noticed = Absence::Unnoticed(round + self.random.below(most));
+            self.elastic.absences.insert(worker, noticed);
+        } else {
+            self.elastic.absences.insert(worker, Absence::Unnoticed(u64::MAX)); // it stops: the lanes notice its silence
+        }
+    }
+
+    fn notice_loss(&mut self, worker: u16, round: u64) {
+        if !self.elastic.absences.get(&worker).is_some_and(|absence| matches!(absence, Absence::Unnoticed(_))) {
+            return;
+        }
+        self.elastic.absences.insert(worker, Absence::Noticed);
+        self.changing.wanted.retain(|(_, change)| *change != Change::Joins(worker));
+        self.changing.wanted.push_back((round, Change::Lost(worker)));
+    }
+
+    /// All lanes have prepared a change of who is of the job.
+    pub(super) fn membership_settled(&mut self, round: u64, (clock, change): (Clock, Change)) {
+        self.progressed = self.now;
+        match change {
+            Change::Settings(_) => {}
+            Change::Lost(worker) => {
+                let restarts = self.options.elastic.restarts;
+                let at = restarts.then(|| round + self.random.below(1000));
+                self.elastic.absences.insert(worker, Absence::Out(at));
+            }
+            Change::Joins(worker) if self.elastic.absences.get(&worker) == Some(&Absence::Begun(true)) => {
+                let at = round + 1 + self.random.below(100);
+                self.elastic.absences.insert(worker, Absence::Settled(at, clock));
+            }
+            Change::Joins(_) => {} // it was lost again meanwhile
+        }
+    }
+
+    /// Another process takes a worker's place.
+    fn begin_again(&mut self, worker: u16) -> Result<(), String> {
+        let index = usize::from(worker);
+        drop(self.trainers.remove(index));
+        self.elastic.lives += 1;
+        let life = self.elastic.lives << 32;
+        let trainer = Trainer::again(self.options, &self.layout, &self.network, worker, life, self.now);
+        self.trainers.insert(index, trainer.map_err(|error| error.to_string())?);
+        self.halted.retain(|halted| *halted != PeerId::worker(worker));
+        self.elastic.absences.insert(worker, Absence::Begun(false));
+        Ok(())
+    }
+
+    /// Whether a worker was lost, and no other process has begun in its place, nor will.
+    pub(super) fn is_lost(&self, worker: u16) -> bool {
+        matches!(self.elastic.absences.get(&worker), Some(Absence::Out(None)))
+    }
+}

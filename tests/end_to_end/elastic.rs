@@ -1,0 +1,113 @@
+//! Workers that are lost while real processes train: the job goes on with the others, the lost one comes again, and the bits are those
+//! of a job that was told of it from the start.
+//!
+//! Invariant: a loss that hit a clock in the middle has no told counterpart here, and the job is run again.
+
+use gradwire::{
+    launch::{EXIT_WITHOUT_WORKERS, Job},
+    session::{Fabric, OnWorkerLoss},
+    types::{Clock, Rank},
+    world::{ElasticOptions, WorldOptions},
+};
+use nix::sys::signal::Signal;
+
+use crate::{
+    bits::{same, simulate, world_options},
+    jobs::{digests, end, home, options, stored, wait_for_text, with_variable},
+    program::{STEPS, gradient, model},
+};
+
+/// How a job went: the clocks from which on worker 1 was out and in again, and what it wrote.
+struct Told {
+    out: Clock,
+    again: Option<Clock>,
+    output: String,
+}
+
+/// The clock in `worker 1 is WHAT from clock N on`.
+fn clock_of(output: &str, what: &str) -> Option<Clock> {
+    let told = output.lines().find_map(|line| line.split_once(&format!("worker 1 is {what} from clock ")))?.1;
+    Some(told.trim_end_matches(" on").parse().expect("a clock"))
+}
+
+/// Runs a job of three workers whose worker 1 gets a signal at clock 12, until the loss hit no clock in the middle.
+fn lose(policy: OnWorkerLoss, fabric: Fabric, part: &str, signal: Option<Signal>, home: &std::path::Path) -> Told {
+    for _ in 0..5 {
+        let mut options = options(home, part);
+        options.config.workers = 3;
+        options.config.on_worker_loss = policy;
+        options.config.transports = vec![fabric];
+        with_variable(&mut options, "WORKER_PAUSE_MS", 40);
+        let mut job = Job::start(options).unwrap();
+        wait_for_text(&job, "at clock 10");
+        signal.into_iter().for_each(|signal| job.kill(Rank::worker(1), signal));
+        let outcome = end(&mut job);
+        let output = job.output();
+        let missing: Vec<Rank> = outcome.missing.keys().copied().collect();
+        let (out, again) = (clock_of(&output, "out"), clock_of(&output, "in again"));
+        if output.contains("went on without worker 1, which was lost while it gave them") {
+            continue;
+        }
+        match again {
+            None => {
+                assert_eq!((outcome.code, &missing[..]), (EXIT_WITHOUT_WORKERS, &[Rank::worker(1)][..]), "{output}")
+            }
+            Some(_) => assert_eq!((outcome.code, &missing[..]), (0, &[][..]), "{output}"),
+        }
+        return Told { out: out.unwrap_or_else(|| panic!("nobody was out:\n{output}")), again, output };
+    }
+    panic!("five losses in the middle of a clock");
+}
+
+/// The parameters are those of the simulated job that was told.
+fn compare(told: &Told, home: &std::path::Path, how: &str) {
+    let all = vec![model(); 3];
+    let elastic = ElasticOptions { told: vec![(1, told.out, told.again)], ..ElasticOptions::default() };
+    let world = WorldOptions { elastic, ..world_options(all.clone()) };
+    same(&simulate(world, gradient), &stored(home, &all), how);
+    let digests = digests(&told.output);
+    assert!(digests.len() >= 2 && digests.iter().all(|digest| *digest == digests[0]), "{}", told.output);
+}
+
+#[test]
+fn a_killed_worker_is_gone_on_without() {
+    for fabric in [Fabric::Tcp, Fabric::Shm] {
+        let home = home();
+        let told = lose(OnWorkerLoss::Continue, fabric, "train", Some(Signal::SIGKILL), home.path());
+        assert!(told.out > 10 && told.out < STEPS && told.again.is_none(), "{}", told.output);
+        let text = "was killed by signal 9 (SIGKILL); the job goes on without it";
+        assert!(told.output.contains(text), "{}", told.output);
+        compare(&told, home.path(), fabric.name());
+    }
+}
+
+/// Its process is there, and says nothing: those who wait for it notice, and it is ended.
+#[test]
+fn a_stopped_worker_is_gone_on_without() {
+    let home = home();
+    let told = lose(OnWorkerLoss::Continue, Fabric::Tcp, "train", Some(Signal::SIGSTOP), home.path());
+    assert!(told.output.contains("no sign of life"), "{}", told.output);
+    compare(&told, home.path(), "stopped");
+}
+
+/// A program that ends well without having finished leaves as much behind as one that crashes.
+#[test]
+fn a_worker_that_ends_without_finishing_is_gone_on_without() {
+    let home = home();
+    let told = lose(OnWorkerLoss::Continue, Fabric::Tcp, "forget", None, home.path());
+    assert_eq!(told.out, 10, "{}", told.output);
+    compare(&told, home.path(), "forgot");
+}
+
+#[test]
+fn a_worker_that_is_started_again_takes_part_from_a_later_clock_on() {
+    for fabric in [Fabric::Tcp, Fabric::Shm] {
+        let home = home();
+        let told = lose(OnWorkerLoss::Restart, fabric, "train", Some(Signal::SIGKILL), home.path());
+        let again = told.again.unwrap_or_else(|| panic!("it did not come again:\n{}", told.output));
+        assert!(again > told.out && again < STEPS, "{}", told.output);
+        assert!(told.output.contains(&format!("training from clock {again}")), "{}", told.output);
+        assert_eq!(digests(&told.output).len(), 3, "{}", told.output);
+        compare(&told, home.path(), fabric.name());
+    }
+}
