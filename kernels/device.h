@@ -8,7 +8,6 @@
 #define DEVICE static inline __attribute__((device, always_inline))
 #define METHOD static inline __attribute__((device, always_inline))
 #define KERNEL extern "C" __attribute__((global)) void
-#define SHARED __attribute__((shared))
 #define GLOBAL __attribute__((address_space(1)))
 
 typedef unsigned short u16;
@@ -19,7 +18,6 @@ typedef u32 u32x4 __attribute__((ext_vector_type(4)));
 DEVICE u32 thread_index() { return __nvvm_read_ptx_sreg_tid_x(); }
 DEVICE u32 block_index() { return __nvvm_read_ptx_sreg_ctaid_x(); }
 DEVICE u32 block_count() { return __nvvm_read_ptx_sreg_nctaid_x(); }
-DEVICE void barrier() { __syncthreads(); }
 DEVICE u32 shuffle_down(u32 value, u32 distance) {
     return (u32)__nvvm_shfl_sync_down_i32(0xFFFFFFFF, (int)value, (int)distance, 31);
 }

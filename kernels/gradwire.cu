@@ -105,9 +105,11 @@ struct Encode {
 };
 
 #define PARAMETERS u64 table, u32 segments, u32 tiles
-#define BOUNDS __attribute__((launch_bounds(256, 2)))
+// Blocks that are to fit on a multiprocessor at once, which bounds the registers of a thread: as many as measured best on an H100.
+#define BOUNDS_AT(blocks) __attribute__((launch_bounds(THREADS, blocks)))
+#define BOUNDS BOUNDS_AT(4)
 #define UPDATE(rule, Rule, format, Format)                                                                                    \
-    KERNEL BOUNDS gradwire_##rule##_##format(PARAMETERS) { for_each_element<Update<Rule, Format>>(table, segments, tiles); }
+    KERNEL BOUNDS_AT(Rule::BLOCKS<Format>) gradwire_##rule##_##format(PARAMETERS) { for_each_element<Update<Rule, Format>>(table, segments, tiles); }
 #define FOR_EACH_RULE(format, Format)                                                                                         \
     UPDATE(sgd, Sgd, format, Format)                                                                                          \
     UPDATE(momentum, Momentum, format, Format)                                                                                \
@@ -142,48 +144,48 @@ KERNEL BOUNDS gradwire_count_nonfinite(PARAMETERS) {
     }
 }
 
-// The order of src/optim/norm.rs: element i goes to lane i mod LANES, in turn. One block a segment: all threads fetch, LANES of
-// them add what was fetched before.
-const u32 LANES = 16;
-const u32 STAGE = 4096;
+// The order of src/optim/norm.rs, a warp's threads being its lanes: the upper half of the lanes onto the lower, until there is one.
+DEVICE double fold(double lane) {
+    for (u32 width = 16; width > 0; width /= 2) {
+        u64 bits = __builtin_bit_cast(u64, lane);
+        u64 low = shuffle_down((u32)bits, width), high = shuffle_down((u32)(bits >> 32), width);
+        lane = add(lane, __builtin_bit_cast(double, high << 32 | low));
+    }
+    return lane;
+}
 
-DEVICE void fetch(u64 sums, u32 elements, u64 from, float *stage) {
-    for (u32 i = 0; i < STAGE / THREADS; i++) {
-        u32 to = i * THREADS + thread_index();
-        // A zero added to a sum of squares changes no bit of it.
-        stage[to] = from + to < elements ? load<float>(sums + (from + to) * 4) : 0;
+// Writes the sum of the squares of each tile of an accumulator, as f64, to the tile's place at `first`. A warp takes a tile.
+KERNEL BOUNDS gradwire_norm(PARAMETERS) {
+    u32 thread = thread_index() % 32, warps = THREADS / 32;
+    for (u32 tile = block_index() * warps + thread_index() / 32; tile < tiles; tile += block_count() * warps) {
+        u64 place = table + find_segment(table, segments, tile) * (u64)sizeof(Segment);
+        u64 sums = load<u64>(place + __builtin_offsetof(Segment, sums));
+        u32 own = tile - load<u32>(place + __builtin_offsetof(Segment, first_tile));
+        u32 elements = load<u32>(place + __builtin_offsetof(Segment, elements));
+        double lane = 0;
+#pragma unroll 16
+        for (u32 i = 0; i < TILE / 32; i++) {
+            u64 at = (u64)own * TILE + i * 32 + thread;
+            // A zero added to a sum of squares changes no bit of it.
+            double value = at < elements ? load<float>(sums + at * 4) : 0;
+            lane = add(lane, mul(value, value));
+        }
+        lane = fold(lane);
+        if (thread == 0) store<double>(load<u64>(place + __builtin_offsetof(Segment, first)) + own * 8ull, lane);
     }
 }
 
-// Writes the sum of the squares of each accumulator, as f64, to its `result`.
-KERNEL BOUNDS gradwire_norm(PARAMETERS) {
-    SHARED float stages[2][STAGE];
+// Writes the sum of each segment's partial sums to its `result`. The first warp of a block takes a segment.
+KERNEL BOUNDS gradwire_fold(PARAMETERS) {
     (void)tiles;
+    if (thread_index() >= 32) return;
     for (u32 index = block_index(); index < segments; index += block_count()) {
         u64 place = table + index * (u64)sizeof(Segment);
-        u64 sums = load<u64>(place + __builtin_offsetof(Segment, sums));
-        u32 elements = load<u32>(place + __builtin_offsetof(Segment, elements));
+        u64 partials = load<u64>(place + __builtin_offsetof(Segment, first));
+        u32 own = (load<u32>(place + __builtin_offsetof(Segment, elements)) + TILE - 1) / TILE;
         double lane = 0;
-        fetch(sums, elements, 0, stages[0]);
-        for (u64 done = 0; done < elements; done += STAGE) {
-            u32 turn = (u32)(done / STAGE) & 1;
-            barrier();
-            fetch(sums, elements, done + STAGE, stages[turn ^ 1]);
-            if (thread_index() < LANES) {
-                for (u32 i = 0; i < STAGE / LANES; i++) {
-                    double value = stages[turn][i * LANES + thread_index()];
-                    lane = add(lane, mul(value, value));
-                }
-            }
-        }
-        if (thread_index() < 32) {
-            for (u32 width = LANES / 2; width > 0; width /= 2) {
-                u64 bits = __builtin_bit_cast(u64, lane);
-                u64 low = shuffle_down((u32)bits, width), high = shuffle_down((u32)(bits >> 32), width);
-                lane = add(lane, __builtin_bit_cast(double, high << 32 | low));
-            }
-            if (thread_index() == 0) store<double>(load<u64>(place + __builtin_offsetof(Segment, result)), lane);
-        }
-        barrier();
+        for (u32 tile = thread_index(); tile < own; tile += 32) lane = add(lane, load<double>(partials + tile * 8ull));
+        lane = fold(lane);
+        if (thread_index() == 0) store<double>(load<u64>(place + __builtin_offsetof(Segment, result)), lane);
     }
 }

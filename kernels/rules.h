@@ -5,11 +5,13 @@
 
 struct Sgd {
     static const u32 SLOTS = 0;
+    template <class Gradient> static const u32 BLOCKS = 4;
     METHOD void update(const Segment &s, float g, float &p, float &, float &) { p = sub(p, mul(s.rate, g)); }
 };
 
 struct Momentum {
     static const u32 SLOTS = 1;
+    template <class Gradient> static const u32 BLOCKS = Gradient::SIZE == 4 ? 3 : 4;
     METHOD void update(const Segment &s, float g, float &p, float &a, float &) {
         a = add(mul(s.momentum, a), g);
         p = sub(p, mul(s.rate, a));
@@ -18,6 +20,7 @@ struct Momentum {
 
 struct Nesterov {
     static const u32 SLOTS = 1;
+    template <class Gradient> static const u32 BLOCKS = Gradient::SIZE == 4 ? 3 : 4;
     METHOD void update(const Segment &s, float g, float &p, float &a, float &) {
         a = add(mul(s.momentum, a), g);
         p = sub(p, mul(s.rate, add(g, mul(s.momentum, a))));
@@ -27,6 +30,7 @@ struct Nesterov {
 // Adam and AdamW: they differ in `decay` and `shrink`.
 struct Adam {
     static const u32 SLOTS = 2;
+    template <class Gradient> static const u32 BLOCKS = 2;
     METHOD void update(const Segment &s, float g, float &p, float &a, float &b) {
         a = add(mul(s.beta1, a), mul(s.alpha1, g));
         b = add(mul(s.beta2, b), mul(mul(s.alpha2, g), g));
@@ -37,6 +41,7 @@ struct Adam {
 
 struct Adagrad {
     static const u32 SLOTS = 1;
+    template <class Gradient> static const u32 BLOCKS = 4;
     METHOD void update(const Segment &s, float g, float &p, float &a, float &) {
         a = add(a, mul(g, g));
         p = sub(p, div(mul(s.rate, g), add(root(a), s.epsilon)));

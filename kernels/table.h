@@ -14,7 +14,7 @@ const u32 TILE = THREADS * WIDTH;
 struct alignas(16) Segment {
     u64 contributions;  // where the addresses of the contributions are, in bytes from the table's start
     u64 sums;
-    u64 master, first, second;
+    u64 master, first, second;  // of a norm, `first` is where its tiles' sums are, one f64 each
     u64 wire;
     u64 result;
     u32 elements;

@@ -194,7 +194,7 @@ fn is_readable(pipeline: &Pipeline, patience_ms: i32) -> bool {
     poll(&mut fds, PollTimeout::try_from(patience_ms).unwrap()).unwrap() == 1
 }
 
-/// A step of two contributions: the descriptor wakes the sleeper, three jobs at once go through, and the leases come back.
+/// A step of two contributions: the descriptor wakes the sleeper, four jobs of one chunk at once go through, and the leases come back.
 #[test]
 fn jobs_overlap_wake_the_sleeper_and_give_their_leases_back() {
     if is_alone("jobs_overlap_wake_the_sleeper_and_give_their_leases_back", &[("SOFTCUDA_LATE", "2")]) {
@@ -205,12 +205,12 @@ fn jobs_overlap_wake_the_sleeper_and_give_their_leases_back() {
         let (spans, rates) = (&layout.chunks[0].spans, config.learning_rates());
         let mut pipeline = pipeline(&context, layout.chunks[0].len);
         let elements = layout.chunks[0].len as usize;
-        let (region, lease) = Region::allocate(9 * elements * 4, &RegionOptions::default()).unwrap();
+        let (region, lease) = Region::allocate(12 * elements * 4, &RegionOptions::default()).unwrap();
         pipeline.pin(&region).unwrap();
         let ones = vec![1.0; elements];
         pipeline.store(0, [&ones, &[], &[]]).unwrap();
         let mut pieces = lease.chunks(elements * 4).into_iter();
-        for step in 1..=3u64 {
+        for step in 1..=4u64 {
             let mut give = |value: f32| {
                 let mut lease = pieces.next().unwrap();
                 bytemuck::cast_slice_mut(lease.bytes_mut()).fill(value);
@@ -229,7 +229,7 @@ fn jobs_overlap_wake_the_sleeper_and_give_their_leases_back() {
         let mut expected = 1.0;
         let mut waits = 0;
         let deadline = Instant::now() + Duration::from_secs(60);
-        for step in 1..=3u64 {
+        for step in 1..=4u64 {
             let done = loop {
                 assert!(Instant::now() < deadline, "nothing woke the sleeper");
                 if let Some(done) = pipeline.poll().unwrap() {

@@ -44,15 +44,19 @@ fn the_benchmark_tells_every_kernel_and_its_ceiling() {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let rows: Vec<serde_json::Value> =
         String::from_utf8_lossy(&output.stdout).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-    // 21 kernels on two sizes and a batch, a launch, and two staged formats on two sizes.
-    assert_eq!(rows.len(), 21 * 3 + 1 + 4);
+    // 22 kernels on two sizes and a batch, AdamW with and without a wire copy on two, a launch, and two staged formats on two.
+    assert_eq!(rows.len(), 22 * 3 + 4 + 1 + 4);
     for row in &rows {
         for number in ["seconds", "bytes_per_s", "ceiling_bytes_per_s", "share"] {
             assert!(row[number].as_f64().unwrap() > 0.0, "{row}");
         }
     }
     let stepped = rows.iter().filter(|row| row["parameters_per_s"].is_number()).count();
-    assert_eq!(stepped, 15 * 3 + 4);
+    assert_eq!(stepped, 15 * 3 + 4 + 4);
+    let mut only =
+        gradwire(&["bench", "--bytes", "256", "--times", "1", "--only", "fold", "--kernels", "kernels/gradwire.ptx"]);
+    let only = String::from_utf8(only.current_dir(env!("CARGO_MANIFEST_DIR")).output().unwrap().stdout).unwrap();
+    assert_eq!(only.matches("gradwire_").count(), 2, "{only}");
     let plain =
         gradwire(&["bench", "--bytes", "256", "--batch", "1", "--repetitions", "1", "--times", "1"]).output().unwrap();
     assert!(String::from_utf8_lossy(&plain.stdout).contains("staged push-pull"), "{plain:?}");

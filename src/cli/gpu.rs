@@ -3,7 +3,12 @@
 //! Invariant: nothing is asserted about speed; a bit that differs is an exit status of 1.
 #![forbid(unsafe_code)]
 
-use std::{ffi::OsString, path::Path, process::ExitCode, time::Duration};
+use std::{
+    ffi::OsString,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Duration,
+};
 
 use clap::{Args, Subcommand};
 use serde_json::json;
@@ -69,6 +74,12 @@ struct BenchArguments {
     /// Launches or copies of one measurement.
     #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..))]
     times: u32,
+    /// Measure the kernels of this file of PTX instead of those inside.
+    #[arg(long, value_name = "FILE")]
+    kernels: Option<PathBuf>,
+    /// Only the rows whose name has this in it, such as `adam_bf16` or `staged`.
+    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
+    only: String,
     /// Print one JSON object a line.
     #[arg(long)]
     json: bool,
@@ -174,9 +185,13 @@ fn run_bench(arguments: &BenchArguments) -> Result<()> {
     if let Some(size) = sizes.iter().find(|size| !size.is_multiple_of(256) || **size > 64 << 20) {
         return Err(Error::Config(format!("--bytes {size}: a chunk has a multiple of 256 bytes, at most 64 MiB")));
     }
+    let ptx = arguments.kernels.as_deref().map(|path| {
+        std::fs::read_to_string(path).map_err(|error| Error::Config(format!("--kernels {}: {error}", path.display())))
+    });
+    let (ptx, only) = (ptx.transpose()?, arguments.only.clone());
     let context = Context::open(arguments.device)?;
     let (batch, times) = (arguments.batch, arguments.times);
-    let options = BenchOptions { sizes, batch, repetitions: arguments.repetitions.into(), times };
+    let options = BenchOptions { sizes, batch, repetitions: arguments.repetitions.into(), times, ptx, only };
     if !arguments.json {
         println!("{}, CUDA {}", context.info(), driver_version()?);
         println!("{:<38}{:>10}{:>7}{:>12}{:>10}{:>12}{:>10}", "", "chunk", "chunks", "us", "GB/s", "ceiling", "share");

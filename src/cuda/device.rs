@@ -23,6 +23,8 @@ pub struct DeviceInfo {
     pub capability: (u32, u32),
     /// Multiprocessors.
     pub multiprocessors: u32,
+    /// Its second-level cache, in bytes.
+    pub l2_bytes: u32,
     /// Its place on the PCI bus, `0000:3b:00.0`.
     pub pci: Option<String>,
     /// The NUMA node that it is attached to, where the kernel knows.
@@ -69,6 +71,7 @@ impl DeviceInfo {
             memory_bytes: memory_bytes as u64,
             capability: (number(cuda::COMPUTE_CAPABILITY_MAJOR)?, number(cuda::COMPUTE_CAPABILITY_MINOR)?),
             multiprocessors: number(cuda::MULTIPROCESSOR_COUNT)?,
+            l2_bytes: number(cuda::L2_CACHE_SIZE)?,
             numa_node: pci.as_deref().and_then(numa_node),
             pci,
         })

@@ -27,7 +27,7 @@ pub use isa::{Isa, isa};
 pub use kernel::{AHEAD, Contributions, Gradients, Kernels, RUN, StateMut, Wire};
 pub use live::LiveChange;
 pub use loss_scale::{LossScaleConfig, LossScaleMode, LossScaler};
-pub use norm::{SquaredNorm, squared_norm};
+pub use norm::{NORM_TILE, SquaredNorm, squared_norm};
 pub use plan::{Reduction, SpanStep, StepScalars};
 pub use schedule::{LearningRates, Schedule};
 

@@ -154,6 +154,7 @@ mod tests {
             memory_bytes: 1,
             capability: (9, 0),
             multiprocessors: 1,
+            l2_bytes: 0,
             pci: None,
             numa_node: None,
         };

@@ -183,6 +183,7 @@ impl Case {
             first: slot(1),
             second: slot(2),
             wire: self.wire.zip(uploaded.wire).map(|(dtype, array)| (back(array, dtype.size()), dtype)),
+            partials: 0,
             result: 0,
         };
         batch.push(&chunk, self.start as u32, self.len() as u32, Some(&self.plan)).expect("the batch has room");

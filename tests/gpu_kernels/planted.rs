@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use gradwire::{
     optim::{
-        OptimizerKind, StepScalars,
+        NORM_TILE, OptimizerKind, StepScalars,
         gpu::{Batch, ChunkAddresses, GpuKernel, PTX},
         squared_norm,
     },
@@ -164,39 +164,53 @@ fn bounds_off_by_one_are_caught() {
     }
 }
 
-/// Whether the norms of nine chunks on eight blocks come out as the CPU's: one block goes on to a second chunk, after stages
-/// that end on the buffer with which the next chunk begins.
-fn norms_are_right(function: &Arc<Function>) -> bool {
-    let lens = [10_000, 1, 20, 300, 10, 10, 10, 10, 9_000];
-    let chunks = lens.map(|len| (0..len).map(|seed| Random(seed).plain()).collect::<Vec<f32>>());
+/// Whether the norms of many chunks come out as the CPU's, with one of the two kernels in its own's place.
+fn norms_are_right(kernel: GpuKernel, instead: &Arc<Function>) -> bool {
+    // The last element of some chunk is in each of the rows that the compiler has unrolled.
+    let lens = [6_000, 1, 2049].into_iter().chain((0..16).map(|row| 32 * row + 5)).chain([10; 50]);
+    let chunks: Vec<Vec<f32>> = lens.map(|len| (0..len).map(|seed| Random(seed).plain()).collect()).collect();
     let mut device = Device::default();
-    let mut batch = Batch::new(GpuKernel::SquaredNorm, lens.len(), 0);
-    let results = chunks.each_ref().map(|values| {
+    let mut batches =
+        [GpuKernel::SquaredNorm, GpuKernel::FoldNorm].map(|kernel| (kernel, Batch::new(kernel, chunks.len(), 0)));
+    let results = chunks.iter().map(|values| {
         let (sums, result) = (device.upload_f32(values, 0), device.reserve(8, 0));
-        let chunk = ChunkAddresses { sums: sums.address, result: result.address, ..ChunkAddresses::default() };
-        batch.push(&chunk, 0, values.len() as u32, None).unwrap();
+        let partials = device.reserve(values.len().div_ceil(NORM_TILE) * 8, 0);
+        let (sums, partials) = (sums.address, partials.address);
+        let chunk = ChunkAddresses { sums, partials, result: result.address, ..ChunkAddresses::default() };
+        for (_, batch) in &mut batches {
+            batch.push(&chunk, 0, values.len() as u32, None).unwrap();
+        }
         result
     });
-    assert_eq!(batch.launch(0, 1).grid, 8);
-    device.run_function(function, &batch, 1).is_ok()
+    let results: Vec<_> = results.collect();
+    // Blocks go on to a second piece of work in both.
+    assert_eq!(batches.each_ref().map(|(_, batch)| batch.launch(0, 1).grid), [8, 8]);
+    let mut run = |(own, batch): &(GpuKernel, Batch)| match *own == kernel {
+        true => device.run_function(instead, batch, 1).is_ok(),
+        false => device.run(batch, 1).is_ok(),
+    };
+    batches.iter().all(&mut run)
         && results.iter().zip(&chunks).all(|(result, values)| {
             device.read(*result).is_ok_and(|bytes| bytes == squared_norm(values).to_bits().to_le_bytes())
         })
 }
 
 #[test]
-fn a_missing_barrier_is_a_race_and_a_wrong_norm_is_seen() {
-    let name = "gradwire_norm";
-    let text = text_of(name);
-    assert!(norms_are_right(&function(&text, name).unwrap()));
-    // One between two stages, one that keeps a block's next chunk apart.
-    let barriers = mutants(&text, |line| line.contains("bar.sync").then(String::new));
-    assert_eq!(barriers.len(), 2);
-    let distances = mutants(&text, |line| line.contains("shfl").then(|| line.replacen(", 31", ", 30", 1)));
-    assert_eq!(distances.len(), 8);
-    let sums = mutants(&text, |line| line.contains("add.rn.f64").then(|| line.replacen("add", "mul", 1)));
-    for (place, text) in barriers.iter().chain(&distances).chain(&sums) {
-        assert!(function(text, name).is_none_or(|function| !norms_are_right(&function)), "{place} not caught");
+fn a_wrong_norm_is_seen() {
+    for kernel in [GpuKernel::SquaredNorm, GpuKernel::FoldNorm] {
+        let name = kernel.name();
+        let text = text_of(name);
+        assert!(norms_are_right(kernel, &function(&text, name).unwrap()));
+        let distances = mutants(&text, |line| line.contains("shfl").then(|| line.replacen(", 31", ", 30", 1)));
+        assert_eq!(distances.len(), 10, "two for each halving of 32 lanes");
+        let sums = mutants(&text, |line| line.contains("add.rn.f64").then(|| line.replacen("add", "mul", 1)));
+        let bounds = mutants(&text, |line| line.contains("setp.ge.u64").then(|| line.replacen(".ge", ".gt", 1)));
+        assert_eq!(bounds.len(), if kernel == GpuKernel::SquaredNorm { 16 } else { 0 });
+        assert!(sums.len() > 5, "{} sums", sums.len());
+        for (place, text) in distances.iter().chain(&sums).chain(&bounds) {
+            let function = function(text, name);
+            assert!(function.is_none_or(|function| !norms_are_right(kernel, &function)), "{name}: {place} not caught");
+        }
     }
 }
 

@@ -19,7 +19,7 @@ fn the_ptx_has_the_kernels_that_are_named_and_no_others() {
     let mut names: Vec<&str> = GpuKernel::all().map(GpuKernel::name).collect();
     names.sort_unstable();
     assert_eq!(MODULE.names(), names);
-    assert_eq!(names.len(), 21);
+    assert_eq!(names.len(), 22);
     for name in names {
         assert_eq!(MODULE.function(name).unwrap().parameter_sizes(), [8, 4, 4], "{name}");
     }

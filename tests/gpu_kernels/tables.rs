@@ -3,8 +3,8 @@
 use gradwire::{
     layout::Span,
     optim::{
-        ChunkParts, ChunkStep, Gradients, GroupConfig, Kernels, OptimizerConfig, OptimizerKind, Pass, Reduction,
-        StateMut, StepArguments, Wire, clipped_scale,
+        ChunkParts, ChunkStep, Gradients, GroupConfig, Kernels, NORM_TILE, OptimizerConfig, OptimizerKind, Pass,
+        Reduction, StateMut, StepArguments, Wire, clipped_scale,
         gpu::{Batch, ChunkAddresses, GpuKernel, Rule, ShortTable},
         squared_norm,
     },
@@ -80,6 +80,7 @@ impl Chunk {
             first: state[1].address,
             second: state[2].address,
             wire: Some((wire.address, Dtype::Bf16)),
+            partials: device.reserve(8 * ELEMENTS.div_ceil(NORM_TILE), 0).address,
             result: result.address,
         };
         let (spans, rates, arguments) = (spans(), config.learning_rates(), arguments(Pass::Fused));
@@ -89,12 +90,13 @@ impl Chunk {
             batch.push_chunk(chunk, &spans, config, &rates, &arguments, scale).unwrap();
             assert_eq!(batch.launch(0, 1).segments, segments);
             device.run(&batch, 1).unwrap();
-            let is_norm = kernel == GpuKernel::SquaredNorm;
+            let is_norm = kernel == GpuKernel::FoldNorm;
             is_norm.then(|| f64::from_le_bytes(device.download(result).try_into().unwrap()))
         };
         if let Some(limit) = config.clip.per_chunk_norm {
             launch(GpuKernel::Reduce(Dtype::Bf16), &chunk, 1.0, 1);
-            let norm = launch(GpuKernel::SquaredNorm, &chunk, 1.0, 1).unwrap();
+            launch(GpuKernel::SquaredNorm, &chunk, 1.0, 1);
+            let norm = launch(GpuKernel::FoldNorm, &chunk, 1.0, 1).unwrap();
             scale = clipped_scale(limit, &arguments, norm);
             let chunk = ChunkAddresses { contributions: &[sums.address], ..chunk };
             launch(GpuKernel::Update(Rule::of(&config.kind), Dtype::F32), &chunk, scale, 4);

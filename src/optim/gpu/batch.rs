@@ -34,6 +34,8 @@ pub struct ChunkAddresses<'a> {
     pub second: u64,
     /// The wire copy, if one is wanted.
     pub wire: Option<(u64, Dtype)>,
+    /// Where a norm's partial sums go: one f64 for each [`NORM_TILE`](crate::optim::NORM_TILE) elements, the last of which may be fewer.
+    pub partials: u64,
     /// Where a norm (f64) or a count (u64) goes.
     pub result: u64,
 }
@@ -118,7 +120,7 @@ impl Batch {
         len: u32,
         plan: Option<&SpanStep>,
     ) -> Result<(), ShortTable> {
-        if len == 0 && self.kernel != GpuKernel::SquaredNorm {
+        if len == 0 && self.kernel != GpuKernel::FoldNorm {
             return Ok(());
         }
         let contributions: &[u64] = match self.kernel {
@@ -186,10 +188,7 @@ impl Batch {
     fn arrays(&self, chunk: &ChunkAddresses<'_>, start: u32, plan: Option<&SpanStep>) -> Segment {
         let f32_at = |address, name| element(address, start, 4, name);
         let mut segment = Segment::default();
-        let result = |bytes: u64| {
-            assert!(bytes != 0 && bytes.is_multiple_of(8), "the result's address {bytes:#x} is no multiple of 8");
-            bytes
-        };
+        let f64_at = |address, name| element(address, 0, 8, name);
         match self.kernel {
             GpuKernel::Update(rule, _) => {
                 let plan = plan.expect("an update has a plan");
@@ -208,9 +207,17 @@ impl Batch {
                 segment.master = f32_at(chunk.master, "the master values");
             }
             GpuKernel::Reduce(_) => segment.sums = f32_at(chunk.sums, "the accumulator"),
-            GpuKernel::SquaredNorm | GpuKernel::CountNonFinite => {
+            GpuKernel::SquaredNorm => {
                 segment.sums = f32_at(chunk.sums, "the accumulator");
-                segment.result = result(chunk.result);
+                segment.first = f64_at(chunk.partials, "the partial sums");
+            }
+            GpuKernel::FoldNorm => {
+                segment.first = f64_at(chunk.partials, "the partial sums");
+                segment.result = f64_at(chunk.result, "the result");
+            }
+            GpuKernel::CountNonFinite => {
+                segment.sums = f32_at(chunk.sums, "the accumulator");
+                segment.result = f64_at(chunk.result, "the result");
             }
         }
         if let (GpuKernel::Update(..) | GpuKernel::Encode, Some((address, dtype))) = (self.kernel, chunk.wire) {
@@ -256,7 +263,11 @@ impl Batch {
         assert!(!self.is_empty(), "a launch of nothing");
         assert!(table.is_multiple_of(16), "the table's address {table:#x} is no multiple of 16");
         let segments = self.segments.len() as u32;
-        let wanted = if self.kernel == GpuKernel::SquaredNorm { segments } else { self.tiles };
+        let wanted = match self.kernel {
+            GpuKernel::SquaredNorm => self.tiles.div_ceil(THREADS / 32),
+            GpuKernel::FoldNorm => segments,
+            _ => self.tiles,
+        };
         Launch {
             name: self.kernel.name(),
             grid: wanted.min(multiprocessors.saturating_mul(BLOCKS_PER_MULTIPROCESSOR)).max(1),

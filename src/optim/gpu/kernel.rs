@@ -67,9 +67,11 @@ pub enum GpuKernel {
     Reduce(Dtype),
     /// The wire copy of parameters that have not changed.
     Encode,
-    /// The sum of the squares of an accumulator in the order of [`super::super::SquaredNorm`], stored as f64 at `result`. One
-    /// block works on a whole chunk, for that order leaves 16 additions to be done at a time: batch the chunks.
+    /// The sums of the squares of an accumulator's tiles in the order of [`super::super::SquaredNorm`], stored as f64 at
+    /// `partials`: the first half of a norm.
     SquaredNorm,
+    /// The sum of what [`GpuKernel::SquaredNorm`] has left, stored as f64 at `result`.
+    FoldNorm,
     /// Adds the number of infinities and NaN of an accumulator to the u64 at `result`, which must have been set.
     CountNonFinite,
 }
@@ -98,6 +100,7 @@ impl GpuKernel {
         updates.chain(formats.map(GpuKernel::Reduce)).chain([
             GpuKernel::Encode,
             GpuKernel::SquaredNorm,
+            GpuKernel::FoldNorm,
             GpuKernel::CountNonFinite,
         ])
     }
@@ -113,6 +116,7 @@ impl GpuKernel {
             GpuKernel::Reduce(dtype) => by_dtype(dtype, names!("reduce")),
             GpuKernel::Encode => "gradwire_encode",
             GpuKernel::SquaredNorm => "gradwire_norm",
+            GpuKernel::FoldNorm => "gradwire_fold",
             GpuKernel::CountNonFinite => "gradwire_count_nonfinite",
         }
     }

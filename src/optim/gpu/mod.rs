@@ -15,7 +15,7 @@ mod table;
 pub use batch::{Batch, ChunkAddresses, Launch, ShortTable};
 pub use job::{ChunkPlan, Done, Gradient, PipelineOptions};
 pub use kernel::{GpuKernel, Rule};
-pub use meter::{Load, Meter};
+pub use meter::{Load, Meter, MeterOptions, Ready};
 pub use pipeline::Pipeline;
 
 /// The kernels, for any card of compute capability 7.0 or later: the driver compiles them for the one that is there.

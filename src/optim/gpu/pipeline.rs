@@ -1,13 +1,14 @@
-//! The optimizer at work on a device: a shard's state in the device's memory, and jobs over its chunks on three streams (in,
-//! kernels, out), so that the copies of one job and the kernels of another overlap.
+//! The optimizer at work on a device: a shard's state in the device's memory, and jobs over its chunks, each on its slot's own
+//! stream, so that the copies of one job and the kernels of another overlap.
 //!
 //! A job copies contributions and the launch's table from page-locked host memory into its slot, runs its kernels, and copies the
 //! wire copy back into a lease of the caller's. A contribution that a NIC has written into the device is read where it lies, and a
-//! wire copy that is to leave from the device is written there. The streams wait for each other by events; the host waits for none
-//! of them: it asks for the oldest job's last event, and while it sleeps a descriptor tells it.
+//! wire copy that is to leave from the device is written there. The host waits for none of it: it asks for the oldest job's last
+//! event, and while it sleeps a descriptor tells it.
 //!
-//! Invariant: a lease goes in by value and comes back after the last event of its job; jobs are done in the order in which they
-//! were begun; addresses that reach a kernel are those of this pipeline's own memory, or of a lease that its job holds.
+//! Invariant: a lease goes in by value and comes back after the last event of its job; jobs are told in the order in which they
+//! were begun, and those of one chunk are done in it; addresses that reach a kernel are those of this pipeline's own memory, or of
+//! a lease that its job holds.
 
 use std::{
     mem::ManuallyDrop,
@@ -29,9 +30,9 @@ use crate::{
     types::Dtype,
 };
 
-/// Jobs under way at once: one that is copied in, one in the kernels, one that is copied out. Staging is this times (workers x the
-/// largest chunk's gradient + its wire copy).
-const DEPTH: usize = 3;
+/// Jobs under way at once: one that is copied in, one in the kernels, one that is copied out, and one that waits for its turn, so
+/// that none idles while the host looks. Staging is this times (workers x the largest chunk's gradient + its wire copy).
+const DEPTH: usize = 4;
 
 /// A context that has failed writes no wake-ups, so it is asked now and then.
 const PROBE_EVERY: Duration = Duration::from_millis(50);
@@ -45,10 +46,9 @@ pub struct Pipeline {
     /// One for each launch of a job, used again and again.
     batches: [Batch; LAUNCHES_MAX],
     chunks: Vec<Arrays>,
-    stream_in: Stream,
-    stream_kernels: Stream,
-    stream_out: Stream,
     slots: Vec<Slot>,
+    /// Wakes the sleeper, apart from the jobs: a host's function holds up what comes behind it on its stream.
+    waking: Stream,
     /// The slot of the oldest job, and the number of jobs under way.
     oldest: usize,
     flying: usize,
@@ -96,12 +96,10 @@ impl Pipeline {
             .map_err(|error| Error::os("eventfd", "a GPU's completions", error))?;
         Ok(Pipeline {
             functions: functions.collect::<Result<_>>()?,
-            batches: [batch(), batch()],
+            batches: std::array::from_fn(|_| batch()),
             chunks,
-            stream_in: Stream::new(context)?,
-            stream_kernels: Stream::new(context)?,
-            stream_out: Stream::new(context)?,
             slots,
+            waking: Stream::new(context)?,
             oldest: 0,
             flying: 0,
             event: ManuallyDrop::new(event),
@@ -152,8 +150,8 @@ impl Pipeline {
         let Some(address) = lease.device_address() else { return Ok(lease.bytes()[..bytes].to_vec()) };
         let mut copy = vec![0; bytes];
         // SAFETY: the copy is as long, and is not touched before the stream is done.
-        unsafe { self.stream_in.copy_to_host(std::ptr::NonNull::from(&mut copy[..]).cast(), address, bytes) }?;
-        self.stream_in.synchronize()?;
+        unsafe { self.waking.copy_to_host(std::ptr::NonNull::from(&mut copy[..]).cast(), address, bytes) }?;
+        self.waking.synchronize()?;
         Ok(copy)
     }
 
@@ -201,13 +199,13 @@ impl Pipeline {
     /// [`Pipeline::update`].
     pub fn reduce(&mut self, chunk: usize, contributions: Vec<Lease>, measure: bool) -> Result<()> {
         let reduce = GpuKernel::Reduce(self.options.gradient_dtype);
-        let kernels = [reduce, GpuKernel::SquaredNorm];
+        let kernels = [reduce, GpuKernel::SquaredNorm, GpuKernel::FoldNorm];
         self.begin(chunk, contributions, None, if measure { &kernels } else { &kernels[..1] }, None)
     }
 
     /// Begins a measurement of the accumulator's norm. Errors as [`Pipeline::update`].
     pub fn measure(&mut self, chunk: usize) -> Result<()> {
-        self.begin(chunk, Vec::new(), None, &[GpuKernel::SquaredNorm], None)
+        self.begin(chunk, Vec::new(), None, &[GpuKernel::SquaredNorm, GpuKernel::FoldNorm], None)
     }
 
     /// Begins a wire copy of the present parameters. Errors as [`Pipeline::update`].
@@ -241,9 +239,9 @@ impl Pipeline {
             bounce.copy_from_slice(bytes);
             let start = std::ptr::NonNull::from(bounce).cast();
             // SAFETY: the bounce memory is this pipeline's, and is not touched before `synchronize` below; the array is as long.
-            unsafe { self.stream_in.copy_to_device(address, start, bytes.len()) }?;
+            unsafe { slot.stream.copy_to_device(address, start, bytes.len()) }?;
         }
-        self.stream_in.synchronize()
+        slot.stream.synchronize()
     }
 
     /// The oldest job, if it is done.
@@ -286,14 +284,24 @@ impl Pipeline {
     }
 
     /// Before a sleep: true if the oldest job is done already. The descriptor is emptied first and the job looked at second, so
-    /// one that ends after the look makes it readable.
+    /// one that ends after the look makes it readable. A job is told of once: what has been told has happened.
     ///
     /// # Errors
     ///
     /// As [`Pipeline::poll`].
-    pub fn arm(&self) -> Result<bool> {
+    pub fn arm(&mut self) -> Result<bool> {
         let _ = self.event.read(); // nothing in it is as good
-        if self.flying == 0 { Ok(false) } else { self.slots[self.oldest].done.has_happened() }
+        if self.flying == 0 {
+            return Ok(false);
+        }
+        let slot = &mut self.slots[self.oldest];
+        let is_done = slot.done.has_happened()?;
+        if !is_done && !std::mem::replace(&mut slot.will_wake, true) {
+            self.waking.wait(&slot.done)?;
+            // SAFETY: the eventfd is closed in `drop`, after the stream is done, or never.
+            unsafe { self.waking.notify(self.event.as_raw_fd()) }?;
+        }
+        Ok(is_done)
     }
 
     /// When to look even if nothing wakes the sleeper.
@@ -321,26 +329,22 @@ impl Pipeline {
         assert!(self.has_room(), "a job too many");
         assert!(contributions.len() <= self.options.contributions_max, "{} contributions", contributions.len());
         let index = (self.oldest + self.flying) % DEPTH;
-        self.flying += 1;
-        let has_norm = kernels.contains(&GpuKernel::SquaredNorm);
+        let has_norm = kernels.contains(&GpuKernel::FoldNorm);
         let held = Held { chunk, contributions, wire, has_norm, has_arrays: kernels.is_empty(), since: Instant::now() };
-        self.slots[index].held = Some(held);
+        // Jobs of one chunk follow each other: the last of them that is under way has waited for those before it.
+        let flying = (0..self.flying).rev().map(|nth| &self.slots[(self.oldest + nth) % DEPTH]);
+        let before = flying.into_iter().find(|slot| slot.held.as_ref().is_some_and(|held| held.chunk == chunk));
+        if let Some(before) = before {
+            self.slots[index].stream.wait(&before.done)?;
+        }
+        self.flying += 1;
+        let slot = &mut self.slots[index];
+        (slot.held, slot.will_wake) = (Some(held), false);
         self.copy_in(index, kernels, plan)?;
-        let slot = &self.slots[index];
-        self.stream_in.record(&slot.copied_in)?;
-        self.stream_kernels.wait(&slot.copied_in)?;
         self.launch(index, kernels)?;
-        self.stream_kernels.record(&slot.computed)?;
-        self.stream_out.wait(&slot.computed)?;
         self.copy_out(index)?;
         let slot = &self.slots[index];
-        self.stream_out.record(&slot.done)?;
-        if kernels.is_empty() {
-            // What is being fetched is not to be stepped meanwhile.
-            self.stream_kernels.wait(&slot.done)?;
-        }
-        // SAFETY: the eventfd is closed in `drop`, after the stream is done, or never.
-        unsafe { self.stream_out.notify(self.event.as_raw_fd()) }
+        slot.stream.record(&slot.done)
     }
 
     fn copy_in(&mut self, index: usize, kernels: &[GpuKernel], plan: Option<&ChunkPlan<'_>>) -> Result<()> {
@@ -359,7 +363,7 @@ impl Pipeline {
             let target = slot.contributions + (place * self.shape.contribution) as u64;
             addresses.push(target);
             // SAFETY: the slot holds the lease until its last event, and its staging is nobody else's.
-            unsafe { self.stream_in.copy_to_device(target, lease.host_start(), bytes) }?;
+            unsafe { slot.stream.copy_to_device(target, lease.host_start(), bytes) }?;
         }
         if held.contributions.is_empty() {
             addresses.push(arrays.sums);
@@ -380,6 +384,7 @@ impl Pipeline {
             first,
             second,
             wire,
+            partials: slot.partials,
             result: slot.result,
         };
         let tables = slot.bounce.tables.bytes_mut().chunks_exact_mut(self.shape.table);
@@ -393,7 +398,7 @@ impl Pipeline {
             let start = std::ptr::NonNull::from(table).cast();
             let target = slot.tables + (place * self.shape.table) as u64;
             // SAFETY: bounce memory and staging are the slot's own, and are not touched before its last event.
-            unsafe { self.stream_in.copy_to_device(target, start, len) }?;
+            unsafe { slot.stream.copy_to_device(target, start, len) }?;
         }
         Ok(())
     }
@@ -410,14 +415,9 @@ impl Pipeline {
             let known = self.functions.iter().find(|(known, _)| known == kernel);
             let (_, function) = known.expect("every kernel was looked up");
             // SAFETY: our kernels have these parameters. The table names arrays of this pipeline's state and of the slot, each as
-            // long as the chunk; the kernels' stream orders jobs, and copies of this slot wait for its events.
+            // long as the chunk; jobs of one chunk wait for each other, and the slot's stream orders its own.
             unsafe {
-                self.stream_kernels.launch(
-                    function,
-                    launch.grid,
-                    launch.block,
-                    (launch.table, launch.segments, launch.tiles),
-                )
+                slot.stream.launch(function, launch.grid, launch.block, (launch.table, launch.segments, launch.tiles))
             }?;
         }
         Ok(())
@@ -431,19 +431,19 @@ impl Pipeline {
             let bytes = arrays.elements as usize * self.options.parameter_dtype.size();
             if lease.device_address().is_none() {
                 // SAFETY: the slot holds the lease until its last event; kernels of later jobs write to other slots.
-                unsafe { self.stream_out.copy_to_host(lease.host_start(), slot.wire, bytes) }?;
+                unsafe { slot.stream.copy_to_host(lease.host_start(), slot.wire, bytes) }?;
             }
         }
         if held.has_norm {
             // SAFETY: eight bytes on both sides, the slot's own.
-            unsafe { self.stream_out.copy_to_host(slot.bounce.result.host_start(), slot.result, 8) }?;
+            unsafe { slot.stream.copy_to_host(slot.bounce.result.host_start(), slot.result, 8) }?;
         }
         if held.has_arrays {
             let parts = slot.bounce.arrays.bytes_mut().chunks_exact_mut(self.shape.array);
             for (address, bounce) in arrays.state[..=self.options.state_slots].iter().zip(parts) {
                 let start = std::ptr::NonNull::from(bounce).cast();
-                // SAFETY: the bounce memory is the slot's own, as long as the largest chunk; `begin` has later kernels wait.
-                unsafe { self.stream_out.copy_to_host(start, *address, arrays.elements as usize * 4) }?;
+                // SAFETY: the bounce memory is the slot's own, as long as the largest chunk; later jobs of the chunk wait.
+                unsafe { slot.stream.copy_to_host(start, *address, arrays.elements as usize * 4) }?;
             }
         }
         Ok(())
@@ -465,8 +465,11 @@ fn fill(batch: &mut Batch, places: &ChunkAddresses<'_>, elements: u32, plan: Opt
 
 impl Drop for Pipeline {
     fn drop(&mut self) {
-        let streams = [&self.stream_in, &self.stream_kernels, &self.stream_out];
-        if !self.is_hung && streams.map(Stream::synchronize).iter().all(Result::is_ok) {
+        let are_done = || {
+            let mut streams = self.slots.iter().map(|slot| &slot.stream).chain([&self.waking]);
+            streams.all(|stream| stream.synchronize().is_ok())
+        };
+        if !self.is_hung && are_done() {
             // SAFETY: taken once, here; no stream has anything to write into it any more.
             drop(unsafe { ManuallyDrop::take(&mut self.event) });
             // SAFETY: taken once, here; no stream has anything to do with it any more.

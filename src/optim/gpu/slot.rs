@@ -1,4 +1,4 @@
-//! One place in the pipeline: the staging of one job on the device, its bounce memory on the host, its events, and what it holds
+//! One place in the pipeline: its stream, the staging of one job on the device, its bounce memory on the host, and what it holds
 //! until it is done.
 //!
 //! Invariant: a slot holds the leases of its job from the first copy that is put on a stream until its last event has happened;
@@ -10,15 +10,16 @@ use std::time::Instant;
 use super::{PipelineOptions, table::Segment};
 use crate::{
     Result,
-    cuda::{Context, Event},
+    cuda::{Context, Event, Stream},
     mem::Lease,
+    optim::NORM_TILE,
 };
 
 /// Arrays on the device begin at multiples of this: whole cache lines, and what 16-byte accesses need.
 pub(super) const ALIGNMENT: usize = 256;
 
-/// Launches of one job at most: a reduction, and the norm of what it has made.
-pub(super) const LAUNCHES_MAX: usize = 2;
+/// Launches of one job at most: a reduction, and the two halves of the norm of what it has made.
+pub(super) const LAUNCHES_MAX: usize = 3;
 
 /// Sizes of a slot's parts, in bytes.
 #[derive(Clone, Copy, Debug)]
@@ -35,6 +36,8 @@ pub(super) struct SlotShape {
     pub array: usize,
     /// All arrays of a chunk that are ever brought to the host.
     pub arrays: usize,
+    /// A norm's partial sums.
+    pub partials: usize,
 }
 
 impl SlotShape {
@@ -51,12 +54,13 @@ impl SlotShape {
             table: padded(options.spans_max * size_of::<Segment>() + addresses),
             array,
             arrays: array * (1 + options.state_slots),
+            partials: padded(elements.div_ceil(NORM_TILE) * size_of::<f64>()),
         }
     }
 
-    /// Device memory: contributions, wire copy, tables, result.
+    /// Device memory: contributions, wire copy, tables, result, partial sums.
     pub(super) fn device_bytes(&self) -> usize {
-        self.contributions + self.wire + LAUNCHES_MAX * self.table + ALIGNMENT
+        self.contributions + self.wire + LAUNCHES_MAX * self.table + ALIGNMENT + self.partials
     }
 
     /// Host memory: tables, result, arrays.
@@ -89,28 +93,33 @@ pub(super) struct Slot {
     pub wire: u64,
     pub tables: u64,
     pub result: u64,
+    pub partials: u64,
     pub bounce: Bounce,
-    pub copied_in: Event,
-    pub computed: Event,
+    /// What its job is put on, in order.
+    pub stream: Stream,
     pub done: Event,
+    /// A wake-up has been put behind `done`.
+    pub will_wake: bool,
     pub held: Option<Held>,
 }
 
 impl Slot {
     pub(super) fn new(context: &Context, shape: &SlotShape, device: u64, bounce: Lease) -> Result<Slot> {
         let (tables, rest) = bounce.split_at(LAUNCHES_MAX * shape.table);
-        let (result, arrays) = rest.split_at(ALIGNMENT);
+        let (bounce_result, arrays) = rest.split_at(ALIGNMENT);
         let wire = device + shape.contributions as u64;
         let device_tables = wire + shape.wire as u64;
+        let result = device_tables + (LAUNCHES_MAX * shape.table) as u64;
         Ok(Slot {
             contributions: device,
             wire,
             tables: device_tables,
-            result: device_tables + (LAUNCHES_MAX * shape.table) as u64,
-            bounce: Bounce { tables, result, arrays },
-            copied_in: Event::new(context)?,
-            computed: Event::new(context)?,
+            result,
+            partials: result + ALIGNMENT as u64,
+            bounce: Bounce { tables, result: bounce_result, arrays },
+            stream: Stream::new(context)?,
             done: Event::new(context)?,
+            will_wake: false,
             held: None,
         })
     }

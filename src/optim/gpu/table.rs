@@ -5,13 +5,14 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::super::{SpanStep, StepScalars};
+use super::super::{NORM_TILE, SpanStep, StepScalars};
 use crate::types::Dtype;
 
 /// Threads of a block.
 pub(super) const THREADS: u32 = 256;
-/// Elements that a block takes at a time.
+/// Elements that a block takes at a time; of a norm, a warp.
 pub(super) const TILE: u32 = THREADS * 8;
+const _: () = assert!(TILE as usize == NORM_TILE);
 
 /// Addresses are those of the run's own first element.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
@@ -21,6 +22,7 @@ pub(super) struct Segment {
     pub(super) contributions: u64,
     pub(super) sums: u64,
     pub(super) master: u64,
+    /// Of a norm: where its tiles' sums are.
     pub(super) first: u64,
     pub(super) second: u64,
     pub(super) wire: u64,

@@ -14,7 +14,7 @@ use crate::{
     mem::{Lease, Region, RegionOptions},
     optim::{
         OptimizerConfig, OptimizerKind, Pass, Reduction, StepArguments,
-        gpu::{ChunkPlan, GpuKernel, Gradient, Load, Meter, Pipeline, PipelineOptions, Rule},
+        gpu::{ChunkPlan, GpuKernel, Gradient, Load, Meter, MeterOptions, PTX, Pipeline, PipelineOptions, Rule},
     },
     types::Dtype,
 };
@@ -30,6 +30,10 @@ pub struct BenchOptions {
     pub repetitions: usize,
     /// Launches or copies of one measurement.
     pub times: u32,
+    /// The kernels of the rows, instead of those of this build.
+    pub ptx: Option<String>,
+    /// Only the rows whose name has this in it.
+    pub only: String,
 }
 
 /// One figure and its ceiling.
@@ -65,58 +69,83 @@ pub fn bench(context: &Context, options: &BenchOptions, mut tell: impl FnMut(&Ro
     let largest = options.sizes.iter().copied().max().unwrap_or(0);
     let first = options.sizes.first().copied().unwrap_or(0) * options.batch as usize;
     // The busiest kernel touches 34 bytes an element, of which a copy of as many needs all; tables and results beside them.
-    let mut meter = Meter::new(context, 9 * largest.max(first) + (1 << 20))?;
+    let ptx = options.ptx.as_deref().unwrap_or(PTX);
+    let mut meter = Meter::new(context, MeterOptions { bytes: 9 * largest.max(first) + (1 << 20), ptx })?;
+    let is_wanted = |name: &str| name.contains(&options.only);
     let shapes =
         options.sizes.iter().map(|size| (*size, 1)).chain(options.sizes.first().map(|size| (*size, options.batch)));
     for (chunk_bytes, chunks) in shapes {
-        for kernel in GpuKernel::all() {
-            tell(&kernel_row(&mut meter, options, kernel, chunk_bytes, chunks)?);
+        for kernel in GpuKernel::all().filter(|kernel| is_wanted(&kernel_name(*kernel))) {
+            let load =
+                Load { kernel, chunks, elements: elements(chunk_bytes), contributions: 2, wire: Some(Dtype::Bf16) };
+            tell(&kernel_row(&mut meter, options, kernel_name(kernel), chunk_bytes, &load)?);
         }
     }
-    tell(&launch_row(&mut meter, options)?);
+    for (chunk_bytes, wire) in options.sizes.iter().flat_map(|size| [(*size, None), (*size, Some(Dtype::Bf16))]) {
+        let name = format!("adamw f32 x1, wire {}", wire.map_or("none".into(), |dtype| dtype.to_string()));
+        if is_wanted(&name) {
+            let kernel = GpuKernel::Update(Rule::Adam, Dtype::F32);
+            let load = Load { kernel, chunks: 1, elements: elements(chunk_bytes), contributions: 1, wire };
+            tell(&kernel_row(&mut meter, options, name, chunk_bytes, &load)?);
+        }
+    }
+    if is_wanted(LAUNCH) {
+        tell(&launch_row(&mut meter, options)?);
+    }
     for size in &options.sizes {
-        for dtype in [Dtype::F32, Dtype::Bf16] {
+        for dtype in [Dtype::F32, Dtype::Bf16].into_iter().filter(|dtype| is_wanted(&staged_name(*dtype))) {
             tell(&staged_row(context, &meter, options, *size, dtype)?);
         }
     }
     Ok(())
 }
 
+/// Elements of a chunk of so many bytes, counted in f32.
+fn elements(chunk_bytes: usize) -> u32 {
+    (chunk_bytes / 4) as u32
+}
+
+const LAUNCH: &str = "launch of 64 elements";
+
+fn kernel_name(kernel: GpuKernel) -> String {
+    match kernel {
+        GpuKernel::Update(..) => format!("{} x2, wire bf16", kernel.name()),
+        GpuKernel::Reduce(_) => format!("{} x2", kernel.name()),
+        _ => kernel.name().into(),
+    }
+}
+
+fn staged_name(dtype: Dtype) -> String {
+    format!("staged push-pull, adamw, {dtype}")
+}
+
 /// The seconds of a kernel, and a copy that moves as many bytes, in turn.
 fn beside_copy(meter: &mut Meter, options: &BenchOptions, load: &Load) -> Result<(f64, Ceiling)> {
     // A copy reads and writes: half as many bytes as the kernel touches.
     let copied = load.bytes() as usize / 2;
+    let ready = meter.prepare(load)?;
     let (seconds, ceiling) = alternate(
         options.repetitions,
         meter,
-        |meter| meter.kernel(load, options.times),
+        |meter| meter.kernel(&ready, options.times),
         |meter| meter.copy_on_device(copied, options.times),
     )?;
     Ok((seconds, Ceiling { name: "copy within the device", seconds: ceiling, bytes: 2 * copied }))
 }
 
-fn kernel_row(
-    meter: &mut Meter,
-    options: &BenchOptions,
-    kernel: GpuKernel,
-    chunk_bytes: usize,
-    chunks: u32,
-) -> Result<Row> {
-    let elements = (chunk_bytes / 4) as u32;
-    let load = Load { kernel, chunks, elements, contributions: 2, wire: Dtype::Bf16 };
-    let (seconds, ceiling) = beside_copy(meter, options, &load)?;
-    let stepped = f64::from(elements) * f64::from(chunks) / seconds;
-    let parameters = matches!(kernel, GpuKernel::Update(..)).then_some(stepped);
-    let name = format!("{} x2, wire bf16", kernel.name());
-    Ok(row(name, chunk_bytes, chunks, [seconds, load.bytes() as f64], parameters, &ceiling))
+fn kernel_row(meter: &mut Meter, options: &BenchOptions, name: String, chunk_bytes: usize, load: &Load) -> Result<Row> {
+    let (seconds, ceiling) = beside_copy(meter, options, load)?;
+    let stepped = f64::from(load.elements) * f64::from(load.chunks) / seconds;
+    let parameters = matches!(load.kernel, GpuKernel::Update(..)).then_some(stepped);
+    Ok(row(name, chunk_bytes, load.chunks, [seconds, load.bytes() as f64], parameters, &ceiling))
 }
 
 /// A launch that has next to nothing to do.
 fn launch_row(meter: &mut Meter, options: &BenchOptions) -> Result<Row> {
     let kernel = GpuKernel::Update(Rule::Adam, Dtype::F32);
-    let load = Load { kernel, chunks: 1, elements: 64, contributions: 1, wire: Dtype::F32 };
+    let load = Load { kernel, chunks: 1, elements: 64, contributions: 1, wire: Some(Dtype::F32) };
     let (seconds, ceiling) = beside_copy(meter, options, &load)?;
-    Ok(row("launch of 64 elements".into(), 256, 1, [seconds, load.bytes() as f64], None, &ceiling))
+    Ok(row(LAUNCH.into(), 256, 1, [seconds, load.bytes() as f64], None, &ceiling))
 }
 
 /// Chunks through a shard's pipeline, one after the other: gradients from page-locked memory, AdamW, parameters back into it.
@@ -136,11 +165,10 @@ fn staged_row(
         |staged| staged.run(options.times),
         |_| meter.copy_both_ways(wire_bytes, wire_bytes, options.times),
     )?;
-    let name = format!("staged push-pull, adamw, {dtype}");
     let parameters = Some(elements as f64 / seconds);
     let bytes = 2.0 * wire_bytes as f64;
     let ceiling = Ceiling { name: "copies both ways over the bus", seconds: ceiling, bytes: 2 * wire_bytes };
-    Ok(row(name, chunk_bytes, 1, [seconds, bytes], parameters, &ceiling))
+    Ok(row(staged_name(dtype), chunk_bytes, 1, [seconds, bytes], parameters, &ceiling))
 }
 
 /// What a figure is held against.
