@@ -20,7 +20,10 @@ use crate::{
 };
 
 /// The format this code writes. It reads every version up to this one.
-pub const FORMAT_VERSION: u64 = 1;
+pub const FORMAT_VERSION: u64 = 2;
+
+/// The version in which chunks may tell of each contributor's clock.
+const FORMAT_WITH_CLOCKS: u64 = 2;
 
 const FORMAT: &str = "gradwire-checkpoint";
 
@@ -86,7 +89,7 @@ pub struct LayoutTable {
 }
 
 /// A chunk as it lies in a shard's file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ChunkWritten {
     /// Which.
@@ -97,6 +100,9 @@ pub struct ChunkWritten {
     pub steps: u64,
     /// CRC-32C of its arrays, one after another.
     pub crc32c: u32,
+    /// How many clocks of each contributor are in it, in rank order; empty where these are the checkpoint's.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub clocks: Vec<Clock>,
 }
 
 /// A shard's file, as its writer reports it to whoever commits.
@@ -158,9 +164,11 @@ impl Manifest {
     /// Of what a job and its shards' writers say.
     pub fn new(state: JobState, layout: &Layout, mut files: Vec<ShardWritten>) -> Manifest {
         files.sort_by_key(|file| file.shard);
+        // The lowest version that can say it: programs that do not know a later one read what they can.
+        let format_version = if has_clocks(&files) { FORMAT_WITH_CLOCKS } else { 1 };
         Manifest {
             format: FORMAT.into(),
-            format_version: FORMAT_VERSION,
+            format_version,
             gradwire: env!("CARGO_PKG_VERSION").into(),
             state,
             layout: LayoutTable::new(layout),
@@ -184,6 +192,12 @@ impl Manifest {
             return Err(format!("its clock {} is beyond {CLOCK_MAX}", self.state.clock));
         }
         self.layout.check()?;
+        if self.format_version < FORMAT_WITH_CLOCKS && has_clocks(&self.files) {
+            return Err(format!(
+                "it tells of contributors' clocks, which format version {} does not",
+                self.format_version
+            ));
+        }
         // A shard without chunks has no file; which shard has which chunk is seen in the files alone.
         let mut shards = 0..self.layout.shards;
         let mut held = vec![false; self.layout.chunks.len()];
@@ -249,6 +263,10 @@ impl LayoutTable {
         }
         Ok(())
     }
+}
+
+fn has_clocks(files: &[ShardWritten]) -> bool {
+    files.iter().flat_map(|file| &file.chunks).any(|entry| !entry.clocks.is_empty())
 }
 
 const SEAL: &[u8] = b",\"sha256\":\"";

@@ -54,6 +54,8 @@ pub struct ChunkData<'a> {
     pub version: Version,
     /// How many steps its optimizer had taken.
     pub steps: u64,
+    /// How many clocks of each contributor were in it, in rank order; empty where these are the checkpoint's.
+    pub clocks: &'a [Clock],
     /// The parameters.
     pub master: &'a [f32],
     /// The optimizer's first array; empty if it keeps none.
@@ -227,7 +229,7 @@ impl ShardFile {
         Ok(ShardFile { path, map, data_start, arrays })
     }
 
-    fn chunk(&self, position: usize, entry: &ChunkWritten) -> Result<ChunkData<'_>> {
+    fn chunk<'a>(&'a self, position: usize, entry: &'a ChunkWritten) -> Result<ChunkData<'a>> {
         let Arrays { start, len, first, second } = self.arrays[position];
         let count = 1 + usize::from(first) + usize::from(second);
         let bytes = &self.map[self.data_start + start..][..count * len * 4];
@@ -245,7 +247,7 @@ impl ShardFile {
         }
         let (master, rest) = bytemuck::cast_slice(bytes).split_at(len);
         let (first, second) = rest.split_at(if first { len } else { 0 });
-        Ok(ChunkData { version: entry.version, steps: entry.steps, master, first, second })
+        Ok(ChunkData { version: entry.version, steps: entry.steps, clocks: &entry.clocks, master, first, second })
     }
 }
 

@@ -43,6 +43,8 @@ pub struct ChunkState<'a> {
     pub version: Version,
     /// How many steps its optimizer has taken.
     pub steps: u64,
+    /// How many clocks of each contributor are in it, in rank order; empty where these are the checkpoint's.
+    pub clocks: &'a [Clock],
     /// The parameters.
     pub master: &'a [f32],
     /// The optimizer's first array; empty if it keeps none.
@@ -133,8 +135,8 @@ impl<'d> ShardWriter<'d> {
             self.append(array)?;
         }
         self.written.crc32c = crc32c::crc32c_combine(self.written.crc32c, sum, bytes);
-        let ChunkState { chunk, version, steps, .. } = state;
-        self.written.chunks.push(ChunkWritten { chunk, version, steps, crc32c: sum });
+        let ChunkState { chunk, version, steps, clocks, .. } = state;
+        self.written.chunks.push(ChunkWritten { chunk, version, steps, crc32c: sum, clocks: clocks.to_vec() });
         Ok(())
     }
 

@@ -10,6 +10,8 @@ use crate::types::Clock;
 pub struct StalenessGate {
     /// By contributor: how many clocks of its have been applied.
     applied: Vec<Clock>,
+    /// By contributor: whether it will never push again.
+    finished: Vec<bool>,
     bound: Option<u64>,
     /// Bounds that hold from a clock on instead, each with that clock; the clocks ascend.
     later: Vec<(Clock, u64)>,
@@ -18,7 +20,17 @@ pub struct StalenessGate {
 impl StalenessGate {
     /// A gate over `contributors` that have all applied `start` clocks; `bound` `None` never holds anyone back.
     pub fn new(contributors: usize, bound: Option<u64>, start: Clock) -> StalenessGate {
-        StalenessGate { applied: vec![start; contributors], bound, later: Vec::new() }
+        StalenessGate {
+            applied: vec![start; contributors],
+            finished: vec![false; contributors],
+            bound,
+            later: Vec::new(),
+        }
+    }
+
+    /// Contributors of which more has been applied than of others: by contributor, how many clocks.
+    pub fn resume(&mut self, applied: &[Clock]) {
+        self.applied.iter_mut().zip(applied).for_each(|(now, stored)| *now = (*now).max(*stored));
     }
 
     /// Bounds that hold from a clock on instead of the first one, each with that clock, in the order of the clocks; those that were
@@ -45,13 +57,13 @@ impl StalenessGate {
 
     /// Contributor `index` will never push again and holds nobody back.
     pub fn on_finished(&mut self, index: usize) {
-        self.applied[index] = Clock::MAX;
+        self.finished[index] = true;
     }
 
     /// Whether contributor `index`, which pushed `clock`, may have the parameters and go on to the next clock. It always sees
     /// its own update.
     pub fn released(&self, index: usize, clock: Clock) -> bool {
-        let own = self.applied[index] > clock;
+        let own = self.finished[index] || self.applied[index] > clock;
         own && self.bound_at(clock).is_none_or(|bound| self.slowest().saturating_add(bound) > clock)
     }
 
@@ -60,9 +72,15 @@ impl StalenessGate {
         self.applied[index]
     }
 
-    /// The number of clocks that every contributor has applied.
+    /// How many clocks of each contributor have been applied.
+    pub fn clocks(&self) -> &[Clock] {
+        &self.applied
+    }
+
+    /// The number of clocks that every contributor that has not finished has applied.
     pub fn slowest(&self) -> Clock {
-        self.applied.iter().copied().min().unwrap_or(Clock::MAX)
+        let unfinished = self.applied.iter().zip(&self.finished).filter(|(_, finished)| !**finished);
+        unfinished.map(|(applied, _)| *applied).min().unwrap_or(Clock::MAX)
     }
 }
 
@@ -92,6 +110,17 @@ mod tests {
         assert!(gate.released(0, 2) && !gate.released(0, 3));
         gate.on_finished(1);
         assert!(gate.released(0, 4));
+    }
+
+    #[test]
+    fn what_was_applied_before_a_resume_counts_and_finishing_does_not_change_it() {
+        let mut gate = StalenessGate::new(3, Some(1), 4);
+        gate.resume(&[6, 4, 2]);
+        assert_eq!((gate.clocks(), gate.slowest()), (&[6, 4, 4][..], 4));
+        assert!(gate.released(0, 4) && !gate.released(0, 5) && !gate.released(1, 4));
+        gate.on_finished(1);
+        gate.on_finished(2);
+        assert_eq!((gate.clocks(), gate.slowest()), (&[6, 4, 4][..], 6));
     }
 
     #[test]

@@ -46,6 +46,8 @@ pub struct Snapshot {
     pub clock: Clock,
     /// The chunks, in shard order.
     pub chunks: Vec<ChunkImage>,
+    /// By chunk: how many clocks of each contributor are in it; nothing under `bsp`, where these are the checkpoint's.
+    pub clocks: Vec<Vec<Clock>>,
     /// The learning rates with their live changes.
     pub rates: LearningRates,
     /// What else has changed since the job began.
@@ -64,8 +66,8 @@ pub struct EventLoop<T> {
     completions: Vec<Completion>,
     /// The clock whose state is to be copied as soon as there is memory for it; computing waits until then.
     wanted: Option<Clock>,
-    /// The clock whose state is being copied, and the rates that it goes with.
-    copying: Option<(Clock, LearningRates, LiveState)>,
+    /// What is being copied, but for the chunks.
+    copying: Option<Snapshot>,
     /// The memory of a copy, unless it is in use: there is one, however slow the disk is.
     spare: Option<Vec<ChunkImage>>,
     snapshots: VecDeque<Snapshot>,
@@ -137,6 +139,11 @@ impl<T: Transport> EventLoop<T> {
     /// The protocol's state, to be looked at.
     pub fn shard(&self) -> &Shard {
         &self.shard
+    }
+
+    /// See [`Shard::resume_clocks`].
+    pub fn resume_clocks(&mut self, clocks: &[Vec<Clock>]) {
+        self.shard.resume_clocks(clocks);
     }
 
     /// Begins the path to a worker, or to another shard's lane.
@@ -311,7 +318,7 @@ impl<T: Transport> EventLoop<T> {
     /// [`Error::Gpu`] when the shard's device fails.
     pub fn snapshot(&mut self, clock: Clock) -> Result<Snapshot> {
         let chunks = self.computing.memory.images(self.shard.versions())?;
-        Ok(Snapshot { clock, chunks, rates: self.computing.memory.rates().clone(), live: self.shard.live_state() })
+        Ok(Snapshot { chunks, ..self.without_chunks(clock) })
     }
 
     fn handle(&mut self, now: Instant, completion: Completion) -> Result<()> {
@@ -443,13 +450,18 @@ impl<T: Transport> EventLoop<T> {
         }
     }
 
+    fn without_chunks(&self, clock: Clock) -> Snapshot {
+        let (rates, live) = (self.computing.memory.rates().clone(), self.shard.live_state());
+        Snapshot { clock, chunks: Vec::new(), clocks: self.shard.stored_clocks(), rates, live }
+    }
+
     /// Begins the copy that is wanted, if there is memory for it. From then on computing goes on.
     fn begin_snapshot(&mut self) -> Result<()> {
         let Some(clock) = self.wanted.filter(|_| self.copying.is_none()) else { return Ok(()) };
         let Some(spare) = self.spare.take() else { return Ok(()) };
         self.wanted = None;
         self.computing.memory.begin_images(self.shard.versions(), spare)?;
-        self.copying = Some((clock, self.computing.memory.rates().clone(), self.shard.live_state()));
+        self.copying = Some(self.without_chunks(clock));
         self.shard.handle_snapshotted(clock);
         Ok(())
     }
@@ -460,8 +472,8 @@ impl<T: Transport> EventLoop<T> {
             return false;
         }
         let Some(chunks) = self.computing.memory.take_images() else { return false };
-        let (clock, rates, live) = self.copying.take().expect("looked at above");
-        self.snapshots.push_back(Snapshot { clock, chunks, rates, live });
+        let begun = self.copying.take().expect("looked at above");
+        self.snapshots.push_back(Snapshot { chunks, ..begun });
         true
     }
 }

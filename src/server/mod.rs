@@ -13,6 +13,7 @@ mod lane;
 mod memory;
 mod node;
 mod replica;
+mod resume;
 mod room;
 mod shard;
 mod writer;

@@ -17,18 +17,18 @@ use nix::{
 };
 
 use super::{
-    ChunkImage, DecisionConfig, DecisionRules, EventLoop, InitialValues, LiveState, Memory, MemoryOptions,
-    MirrorConfig, OnDevice, Replica, Seeded, ShardConfig, Standby, StandbyOptions,
+    DecisionConfig, DecisionRules, EventLoop, InitialValues, Memory, MemoryOptions, MirrorConfig, OnDevice, Replica,
+    Seeded, ShardConfig, Standby, StandbyOptions,
     lane::{CommandWakeup, Ended, Lane},
+    resume,
 };
 use crate::{
     Error, Result,
-    checkpoint::{Checkpoint, InitialParameters},
+    checkpoint::InitialParameters,
     cuda::{Context, DeviceInfo, driver_version},
     layout::{Layout, TensorSpec},
     mem::{RegionOptions, Topology},
     observe::Usage,
-    optim::LearningRates,
     session::{
         Command, JobConfig, Member, Observation, Offer, PathOptions, Paths, Recorder, Report, ShardShape, Tenure,
         cores_from_environment, device_of, fabrics, life_now, memory_available, pair, shard_of,
@@ -51,7 +51,7 @@ pub(super) struct Plan {
     pub heartbeat: Duration,
     /// The GPUs to compute on; none for the processor.
     devices: Vec<DeviceInfo>,
-    config: JobConfig,
+    pub config: JobConfig,
 }
 
 impl Plan {
@@ -322,8 +322,9 @@ impl LaneThread {
         };
         let mut memory = Memory::new(memory, plan.layout.clone(), shard, &*initial_values(config)?, device)?;
         // Whoever comes later gets the state from the primary.
-        let versions = if self.is_first { restore(&plan, shard, &mut memory)? } else { None };
-        restore_rates(&plan, &mut memory)?;
+        let resumed_at = if self.is_first { resume::restore(&plan, shard, &mut memory)? } else { None };
+        let versions = resumed_at.as_ref().map(|at| &at.versions[..]);
+        resume::restore_rates(&plan, &mut memory)?;
         let options = PathOptions { life: if self.is_first { 0 } else { life_now() }, ..config.path_options() };
         let mirror = self.mirror();
         let mut paths = Paths::new(self.transport, options);
@@ -340,7 +341,7 @@ impl LaneThread {
             two_step: config.is_two_step(),
             decision: plan.decision(),
             loss_scale: config.loss_scale,
-            live: resumed(config)?,
+            live: resume::live(config)?,
             epoch: 0,
             start_clock: config.start_clock,
             gradient_dtype: config.gradient_dtype,
@@ -351,11 +352,14 @@ impl LaneThread {
         };
         let layout = plan.layout.clone();
         let replica = if tenure.primary == self.me {
-            let event_loop = EventLoop::new(shard_config, layout, memory, paths, &region, versions.as_deref())?;
+            let mut event_loop = EventLoop::new(shard_config, layout, memory, paths, &region, versions)?;
+            if let Some(at) = &resumed_at {
+                event_loop.resume_clocks(&at.clocks);
+            }
             Replica::serving(self.me, tenure, event_loop)
         } else {
             let options = StandbyOptions { shard: shard_config, region, tenure, is_first: self.is_first };
-            let mut standby = Standby::new(options, layout, memory, paths, versions.as_deref())?;
+            let mut standby = Standby::new(options, layout, memory, paths, versions)?;
             if !self.is_first {
                 standby.join(Instant::now());
             }
@@ -419,65 +423,4 @@ fn initial_values(config: &JobConfig) -> Result<Box<dyn InitialValues>> {
         }
         None => Box::new(otherwise),
     })
-}
-
-/// What the job that is resumed had changed of its rules.
-fn resumed(config: &JobConfig) -> Result<LiveState> {
-    let Some(path) = &config.resume else { return Ok(LiveState::default()) };
-    let live = Checkpoint::open(path)?.manifest().state.live.clone();
-    if live.is_null() {
-        return Ok(LiveState::default());
-    }
-    let read = serde_json::from_value(live);
-    read.map_err(|error| Error::Checkpoint { path: path.clone(), defect: error.to_string() })
-}
-
-/// Loads the shard's chunks from the checkpoint to be resumed, whichever servers wrote it.
-fn restore(plan: &Plan, shard: ShardId, memory: &mut Memory) -> Result<Option<Vec<u64>>> {
-    let Some(path) = &plan.config.resume else { return Ok(None) };
-    let checkpoint = Checkpoint::open(path)?;
-    checkpoint.matches(&plan.layout)?;
-    let defect = |defect: String| Error::Checkpoint { path: path.clone(), defect };
-    let mut versions = Vec::new();
-    for id in &plan.layout.shards[usize::from(shard.0)] {
-        let data = checkpoint.chunk(*id)?;
-        let image = ChunkImage {
-            chunk: *id,
-            version: data.version,
-            steps: data.steps,
-            master: data.master.to_vec(),
-            first: data.first.to_vec(),
-            second: data.second.to_vec(),
-        };
-        let slots = usize::from(!image.first.is_empty()) + usize::from(!image.second.is_empty());
-        let wanted = plan.config.optimizer.kind.state_slots();
-        if slots != wanted {
-            return Err(defect(format!(
-                "it holds {slots} values of optimizer state an element, and this job's optimizer needs {wanted}: resume with \
-                 the optimizer that wrote it"
-            )));
-        }
-        memory.restore(&image)?;
-        versions.push(data.version);
-    }
-    Ok(Some(versions))
-}
-
-/// The learning rates of the checkpoint to be resumed.
-fn restore_rates(plan: &Plan, memory: &mut Memory) -> Result<()> {
-    let Some(path) = &plan.config.resume else { return Ok(()) };
-    let checkpoint = Checkpoint::open(path)?;
-    let defect = |defect: String| Error::Checkpoint { path: path.clone(), defect };
-    let rates = checkpoint.manifest().state.learning_rate.clone();
-    if !rates.is_null() {
-        let rates: LearningRates = serde_json::from_value(rates).map_err(|error| defect(error.to_string()))?;
-        if rates.groups() != plan.config.optimizer.group_count() {
-            let (stored, own) = (rates.groups(), plan.config.optimizer.group_count());
-            return Err(defect(format!(
-                "it holds learning rates of {stored} parameter groups, and this job has {own}"
-            )));
-        }
-        memory.restore_rates(rates);
-    }
-    Ok(())
 }

@@ -105,12 +105,13 @@ impl Part<'_> {
 
     fn write(&self, snapshot: &Snapshot) -> Result<()> {
         let Part { dir, shard, .. } = *self;
-        let Snapshot { clock, chunks, rates, live } = snapshot;
+        let Snapshot { clock, chunks, clocks, rates, live } = snapshot;
         debug_assert!(chunks.iter().all(|image| self.layout.chunk(image.chunk).shard == shard));
-        let states = chunks.iter().map(|image| ChunkState {
+        let states = chunks.iter().zip(clocks).map(|(image, clocks)| ChunkState {
             chunk: image.chunk,
             version: image.version,
             steps: image.steps,
+            clocks,
             master: &image.master,
             first: &image.first,
             second: &image.second,

@@ -3,8 +3,11 @@
 use std::time::{Duration, Instant};
 
 use gradwire::{
+    Consistency,
+    checkpoint::latest,
     launch::{EXIT_PREEMPTED, Job, Signal},
-    types::Rank,
+    optim::{GroupConfig, OptimizerConfig, OptimizerKind},
+    types::{ChunkId, Rank},
 };
 use nix::sys::signal::Signal as OsSignal;
 
@@ -100,5 +103,49 @@ fn a_worker_that_hangs_is_named_by_those_who_wait_for_it() {
     assert_ne!(outcome.code, 0, "{reason}");
     for part in ["waited 2.0 s", "server", "chunk", "clock 10"] {
         assert!(job.output().contains(part) || reason.contains(part), "no `{part}` in: {reason}\n{}", job.output());
+    }
+}
+
+/// Updates of workers that were ahead were in the checkpoint, and were applied once more when these pushed them again: after a
+/// resume under `ssp` or `asp` the model had seen some gradients twice.
+#[test]
+fn what_a_fast_worker_had_pushed_before_a_checkpoint_is_not_applied_again() {
+    for consistency in [Consistency::Ssp { bound: 3 }, Consistency::Asp] {
+        let job = |home: &std::path::Path| {
+            let mut options = options(home, "ones");
+            options.config.consistency = consistency;
+            // Each push takes 1 off every parameter, so that the order does not matter and the number does.
+            let group = GroupConfig { name: "other".into(), learning_rate: None, weight_decay: None };
+            options.config.optimizer = OptimizerConfig::new(OptimizerKind::SGD, 1.0);
+            options.config.optimizer.groups = vec![group];
+            (options.config.checkpoint.every, options.config.checkpoint.keep) = (Some(1), 100);
+            options
+        };
+        let (calm, home) = (home(), crate::jobs::home());
+        run(job(calm.path()));
+        let undisturbed = stored(calm.path(), &vec![model(); 2]);
+        let mut killed = Job::start(job(home.path())).unwrap();
+        wait_for_checkpoint(&home.path().join("checkpoints"), 12);
+        killed.kill(Rank::server(0), OsSignal::SIGKILL);
+        assert_ne!(end(&mut killed).code, 0);
+        drop(killed);
+        let found = latest(&home.path().join("checkpoints")).unwrap().checkpoint.unwrap();
+        let (clock, chunks) = (found.clock(), found.manifest().layout.chunks.len() as u32);
+        let clocks: Vec<_> = (0..chunks).map(|chunk| found.chunk(ChunkId(chunk)).unwrap().clocks.to_vec()).collect();
+        println!("{consistency}: resumed at {clock}, where the workers' clocks were {clocks:?}");
+        assert!(clocks.iter().all(|clocks| clocks.iter().min() >= Some(&clock)), "{clocks:?}");
+        assert!(clocks.iter().any(|clocks| clocks.iter().max() > Some(&clock)), "nobody was ahead: {clocks:?}");
+        let mut options = job(home.path());
+        options.config.resume = Some(home.path().join("checkpoints"));
+        run(options);
+        assert_eq!(stored(home.path(), &vec![model(); 2]), undisturbed, "{consistency}, resumed at {clock}");
+    }
+}
+
+fn wait_for_checkpoint(dir: &std::path::Path, clock: u64) {
+    let since = Instant::now();
+    while latest(dir).unwrap().checkpoint.is_none_or(|checkpoint| checkpoint.clock() < clock) {
+        assert!(since.elapsed() < crate::jobs::PATIENCE, "waited in vain for a checkpoint");
+        std::thread::sleep(Duration::from_millis(5));
     }
 }

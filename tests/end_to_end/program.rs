@@ -82,7 +82,12 @@ pub fn digest(worker: &Worker, tensors: &[TensorSpec]) -> Result<u32> {
 }
 
 fn push_all(worker: &mut Worker, tensors: &[TensorSpec], part: &str) -> Result<()> {
-    let (push_only, gradient) = (part == "separate", if part == "spoilt" { spoilt_gradient } else { gradient });
+    let gradient = match part {
+        "spoilt" => spoilt_gradient,
+        "ones" => |_, _, _: &str, _| 1.0,
+        _ => gradient,
+    };
+    let push_only = part == "separate";
     for (index, spec) in tensors.iter().enumerate().rev() {
         let (rank, clock) = (worker.rank() as u16, worker.clock());
         let element = |element| worker.loss_scale() * gradient(rank, clock, &spec.name, element);
@@ -192,7 +197,7 @@ pub fn play(part: &str) -> Result<()> {
         let clock = worker.clock();
         match part {
             "learning rate" if clock == 20 && rank == 0 => worker.set_learning_rate(0.003)?,
-            "slow" if rank == 1 => std::thread::sleep(Duration::from_millis(3)),
+            "slow" | "ones" if rank == 1 => std::thread::sleep(Duration::from_millis(3)),
             "fork" if clock == 12 => worker = fork_away(worker),
             "schedule" => worker.set_learning_rate(1.0 / (clock + 1) as f64)?,
             "forget" if clock == 10 && rank == 1 => return Ok(()),

@@ -157,16 +157,16 @@ fn other_versions_and_other_formats_are_named() {
         decode_manifest(&seal_manifest(&serde_json::to_vec(&value).unwrap()))
     };
     with(&|_| {}).unwrap();
-    let newer = with(&|value| value["format_version"] = 2.into()).unwrap_err();
-    assert!(newer.contains("version 2") && newer.contains("up to version 1") && newer.contains("newer"), "{newer}");
+    let newer = with(&|value| value["format_version"] = 3.into()).unwrap_err();
+    assert!(newer.contains("version 3") && newer.contains("up to version 2") && newer.contains("newer"), "{newer}");
     assert!(with(&|value| value["format_version"] = 0.into()).is_err());
     assert!(with(&|value| value["format"] = "other".into()).unwrap_err().contains("not the manifest of a gradwire"));
     assert!(with(&|value| value["surprise"] = 1.into()).unwrap_err().contains("surprise"));
     assert!(decode_manifest(b"{\"a\": 1}").unwrap_err().contains("not the manifest of a gradwire"));
     assert!(decode_manifest(b"").unwrap_err().contains("truncated"));
     // A newer version may end otherwise than ours.
-    let unsealed = b"{\"format\": \"gradwire-checkpoint\", \"format_version\": 3}";
-    assert!(decode_manifest(unsealed).unwrap_err().contains("version 3"));
+    let unsealed = b"{\"format\": \"gradwire-checkpoint\", \"format_version\": 4}";
+    assert!(decode_manifest(unsealed).unwrap_err().contains("version 4"));
 }
 
 /// What a liar with the right sum might write in place of a number.

@@ -60,6 +60,7 @@ struct Contents {
     chunk: ChunkId,
     version: u64,
     steps: u64,
+    clocks: Vec<Clock>,
     arrays: [Vec<f32>; 3],
 }
 
@@ -69,18 +70,27 @@ impl Contents {
             true => (0..layout.chunk(chunk).len).map(|index| value(clock, chunk, array, index)).collect(),
             false => Vec::new(),
         };
-        Contents { chunk, version: clock, steps: clock * 2, arrays: [array(0), array(1), array(2)] }
+        let arrays = [array(0), array(1), array(2)];
+        Contents { chunk, version: clock, steps: clock * 2, clocks: Vec::new(), arrays }
     }
 
     fn state(&self) -> ChunkState<'_> {
         let [master, first, second] = &self.arrays;
-        ChunkState { chunk: self.chunk, version: self.version, steps: self.steps, master, first, second }
+        ChunkState {
+            chunk: self.chunk,
+            version: self.version,
+            steps: self.steps,
+            clocks: &self.clocks,
+            master,
+            first,
+            second,
+        }
     }
 
     fn is(&self, data: &ChunkData<'_>) -> bool {
         let [master, first, second] = &self.arrays;
         let same = |a: &[f32], b: &[f32]| a.iter().map(|x| x.to_bits()).eq(b.iter().map(|x| x.to_bits()));
-        (self.version, self.steps) == (data.version, data.steps)
+        (self.version, self.steps, &self.clocks[..]) == (data.version, data.steps, data.clocks)
             && same(master, data.master)
             && same(first, data.first)
             && same(second, data.second)
@@ -89,15 +99,27 @@ impl Contents {
 
 /// Writes a whole checkpoint as a job would: the launcher begins, each server writes its shard, the launcher commits.
 fn write_all(disk: &dyn Disk, dir: &Path, layout: &Layout, clock: Clock, moments: u32) -> Result<PathBuf> {
+    write_contents(disk, dir, layout, state(clock), |chunk| Contents::at(layout, clock, chunk, moments))
+}
+
+/// The same with other contents.
+fn write_contents(
+    disk: &dyn Disk,
+    dir: &Path,
+    layout: &Layout,
+    state: JobState,
+    contents: impl Fn(ChunkId) -> Contents,
+) -> Result<PathBuf> {
+    let clock = state.clock;
     begin_on(disk, dir)?;
     let mut written = Vec::new();
     // The second server reports first: the order in which reports come must not matter.
     for (shard, chunks) in layout.shards.iter().enumerate().rev() {
-        let contents: Vec<_> = chunks.iter().map(|chunk| Contents::at(layout, clock, *chunk, moments)).collect();
+        let contents: Vec<_> = chunks.iter().map(|chunk| contents(*chunk)).collect();
         let states = contents.iter().map(Contents::state);
         written.push(write_shard_on(disk, dir, clock, ShardId(shard as u16), states)?);
     }
-    commit_on(disk, dir, &Manifest::new(state(clock), layout, written))
+    commit_on(disk, dir, &Manifest::new(state, layout, written))
 }
 
 /// Asserts that a checkpoint is that of `clock` in every bit.

@@ -37,7 +37,10 @@ fn contents(layout: &Layout, seed: u64, moments: u32, chunk: ChunkId) -> Content
         true => bits(seed, chunk.0, array, layout.chunk(chunk).len),
         false => Vec::new(),
     };
-    Contents { chunk, version: seed ^ 1, steps: seed ^ 2, arrays: [array(0), array(1), array(2)] }
+    let arrays = [array(0), array(1), array(2)];
+    // Some tell of their contributors' clocks, some do not.
+    let clocks = if seed.is_multiple_of(3) { vec![seed ^ 3, u64::from(chunk.0)] } else { Vec::new() };
+    Contents { chunk, version: seed ^ 1, steps: seed ^ 2, clocks, arrays }
 }
 
 proptest! {
@@ -167,7 +170,7 @@ fn a_commit_names_the_shard_that_is_missing() {
     let mut moved = written.clone();
     let chunk = moved[1].chunks.pop().unwrap();
     assert!(said(moved.clone()).contains(&format!("no file holds chunk {}", chunk.chunk.0)));
-    moved[1].chunks.extend([chunk, chunk]);
+    moved[1].chunks.extend([chunk.clone(), chunk]);
     assert!(said(moved).contains("listed before"));
     let mut longer = written.clone();
     longer[1].bytes += 1;

@@ -1,11 +1,45 @@
-//! A checkpoint of format version 1, written once and kept in tests/data: whatever this code becomes, it reads that one.
+//! A checkpoint of each format version, written once and kept in tests/data: whatever this code becomes, it reads those.
 //!
-//! Invariant: tests/data/checkpoint-v1 is never written again; another version gets a directory beside it.
+//! Invariant: tests/data/checkpoint-v<N> is never written again; another version gets a directory beside it.
 
 use super::{model_disk::Hasty, *};
 
 fn stored() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/checkpoint-v1/clock-000000000007")
+    stored_as(1)
+}
+
+fn stored_as(version: u32) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/data/checkpoint-v{version}/clock-000000000007"))
+}
+
+/// What version 2 is for: contributors that are not equally far.
+fn write_newest(dir: &Path) -> PathBuf {
+    let layout = small_layout(2);
+    let state = JobState { consistency: Consistency::Asp, ..state(7) };
+    let contents =
+        |chunk: ChunkId| Contents { clocks: vec![7 + u64::from(chunk.0), 9], ..Contents::at(&layout, 7, chunk, 2) };
+    write_contents(&Hasty, dir, &layout, state, contents).unwrap()
+}
+
+#[test]
+fn version_2_is_read_and_written_as_it_was() {
+    let checkpoint = Checkpoint::open(&stored_as(2)).unwrap();
+    assert_eq!(checkpoint.manifest().format_version(), 2);
+    checkpoint.verify().unwrap();
+    for chunk in 0..3 {
+        let data = checkpoint.chunk(ChunkId(chunk)).unwrap();
+        assert_eq!((data.version, data.steps, data.clocks), (7, 14, &[7 + u64::from(chunk), 9][..]));
+        assert_eq!(data.master[1], 7.0 + chunk as f32 * 0.125 - 65536.0);
+    }
+    let root = tempfile::tempdir().unwrap();
+    let mut now = Checkpoint::open(&write_newest(root.path())).unwrap().manifest().clone();
+    now.gradwire = checkpoint.manifest().gradwire.clone();
+    assert_eq!(now.encode(), std::fs::read(stored_as(2).join("manifest.json")).unwrap());
+    // The same in a text that says it is of version 1.
+    let text = String::from_utf8(now.encode()).unwrap().replace("\"format_version\":2", "\"format_version\":1");
+    let object = &text[..text.find(",\"sha256\"").unwrap()];
+    let refused = decode_manifest(&seal_manifest(format!("{object}}}").as_bytes())).unwrap_err();
+    assert!(refused.contains("clocks"), "{refused}");
 }
 
 /// Says what the stored checkpoint holds without asking today's layout or codec.
@@ -67,5 +101,5 @@ fn version_1_is_written_as_it_was() {
 #[ignore = "writes the stored checkpoint of a new format version"]
 fn store_a_checkpoint() {
     let dir = std::env::var("GRADWIRE_STORE").expect("GRADWIRE_STORE names the directory to write to");
-    write_all(&Hasty, Path::new(&dir), &small_layout(2), 7, 2).unwrap();
+    write_newest(Path::new(&dir));
 }

@@ -80,7 +80,23 @@ impl Shard {
         Ok(())
     }
 
-    /// The state of `clock` has been copied: computing may go on.
+    /// By chunk, in shard order: how many clocks of each contributor are in it; nothing where all are as far as the chunk is.
+    pub fn stored_clocks(&self) -> Vec<Vec<Clock>> {
+        let aggregates = self.config.consistency.aggregates();
+        let clocks = |chunk: &ChunkState| if aggregates { Vec::new() } else { chunk.gate.clocks().to_vec() };
+        self.chunks.iter().map(clocks).collect()
+    }
+
+    /// Goes on from a checkpoint in which more of some workers was than of others; what they push again of that is passed over.
+    pub fn resume_clocks(&mut self, clocks: &[Vec<Clock>]) {
+        for (chunk, clocks) in self.chunks.iter_mut().zip(clocks) {
+            chunk.gate.resume(clocks);
+            self.clock_max = clocks.iter().copied().fold(self.clock_max, Clock::max);
+        }
+        self.count_behind();
+    }
+
+    /// The state of `clock` is being copied: computing may go on.
     pub fn handle_snapshotted(&mut self, clock: Clock) {
         let checkpointing = &mut self.checkpointing;
         checkpointing.taking = false;

@@ -164,11 +164,20 @@ impl Shard {
         let chunk = &mut self.chunks[index];
         let in_turn = |arrival: &Arrival| {
             let contributor = chunk.contributors.binary_search(&arrival.worker).expect("checked by own_chunk");
-            chunk.gate.clock_of(contributor) == arrival.clock && arrival.clock < held
+            chunk.gate.clock_of(contributor) >= arrival.clock && arrival.clock < held
         };
         let Some(at) = chunk.arrived.iter().position(in_turn) else { return Turn::Idle };
         let arrival = chunk.arrived.remove(at).expect("just found");
         let (clock, position) = (arrival.clock, arrival.position);
+        let contributor = chunk.contributors.binary_search(&arrival.worker).expect("checked by own_chunk");
+        if clock < chunk.gate.clock_of(contributor) {
+            // It is in the checkpoint that the job went on from: whoever was ahead then pushes the same once more.
+            let peer = self.contributors[usize::from(arrival.worker)].peer;
+            self.effects.extend(arrival.contribution.map(|landed| Effect::Arm { peer, slot: landed.lease }));
+            self.retire_finished(index);
+            self.finish_position(arrival.worker, position);
+            return Turn::Progressed;
+        }
         let Some(contribution) = arrival.contribution else {
             self.applied(index, arrival.worker, clock);
             self.retire_finished(index);

@@ -50,6 +50,9 @@ impl Shard {
 
     /// The lowest clock, and of that the first place and chunk, that a worker has not pushed although it is waited for.
     fn lacking(&self, worker: u16) -> Option<(Clock, usize, ChunkId)> {
+        if self.contributors[usize::from(worker)].finished {
+            return None;
+        }
         let lacks = self.chunks.iter().enumerate().filter_map(|(place, chunk)| {
             let index = chunk.contributors.binary_search(&worker).ok()?;
             let waits = !chunk.replies.is_empty() || self.config.consistency.aggregates();

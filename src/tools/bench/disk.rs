@@ -115,7 +115,8 @@ impl State {
                 let chunk = self.layout.chunk(*id);
                 let range = chunk.start as usize..chunk.start as usize + chunk.len as usize;
                 let array = |number: usize| self.arrays.get(number).map_or(&[][..], |array| &array[range.clone()]);
-                ChunkState { chunk: *id, version: 1, steps: 1, master: array(0), first: array(1), second: array(2) }
+                let (master, first, second) = (array(0), array(1), array(2));
+                ChunkState { chunk: *id, version: 1, steps: 1, clocks: &[], master, first, second }
             });
             checkpoint::write_shard(dir, clock, ShardId(number as u16), states)
         };
