@@ -39,6 +39,10 @@ pub(super) struct SettingArguments {
     /// again).
     #[arg(long, value_name = "fail|continue|restart")]
     on_worker_loss: Option<String>,
+    /// How long the other workers wait for one that computes before it counts as lost, in milliseconds; 0: for ever. Needs
+    /// --on-worker-loss continue or restart.
+    #[arg(long, value_name = "MS")]
+    straggler_deadline: Option<String>,
     /// How far ahead of the slowest a worker may run: bsp, ssp:N or asp.
     #[arg(long)]
     consistency: Option<String>,
@@ -164,6 +168,7 @@ impl SettingArguments {
             ("shards_per_server", &self.shards_per_server),
             ("replicas", &self.replicas),
             ("on_worker_loss", &self.on_worker_loss),
+            ("straggler_deadline_ms", &self.straggler_deadline),
             ("consistency", &self.consistency),
             ("optimizer.kind", &self.optimizer),
             ("optimizer.learning_rate", &self.learning_rate),

@@ -210,11 +210,6 @@ impl<T: Transport> EventLoop<T> {
         self.shard.request_checkpoint(clock, stop)
     }
 
-    /// See [`Shard::prepare_change`].
-    pub fn prepare_change(&mut self, number: u64, clock: Clock) -> Clock {
-        self.shard.prepare_change(number, clock)
-    }
-
     /// A change that was prepared takes effect from a clock on, or, without one, is given up.
     ///
     /// # Errors

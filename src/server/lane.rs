@@ -208,10 +208,9 @@ impl Lane {
             Command::Stop { .. } => return Ok(Obeyed::Leaves),
             Command::Leave { clock } => self.leaving = Some((clock, Instant::now() + LEAVE_TIME)),
             Command::TellWaits => self.told = None,
-            Command::Prepare { number, clock, expelled } => {
+            Command::Prepare { number, clock, change } => {
                 if let Some(serving) = self.replica.serves() {
-                    expelled.into_iter().for_each(|worker| serving.expel(worker));
-                    let from = serving.prepare_change(number, clock);
+                    let from = serving.prepare_change(number, clock, change);
                     self.reporter.report(Report::Prepared { number, lane: self.lane, from })?;
                 }
             }

@@ -28,12 +28,8 @@ pub enum Change {
     Joins(u16),
 }
 
-impl Change {
-    /// The worker from whom nothing more is taken as soon as this is prepared.
-    pub fn expels(self) -> Option<u16> {
-        if let Change::Lost(worker) = self { Some(worker) } else { None }
-    }
-}
+/// The clock of a change that cannot be made.
+pub const NEVER: Clock = Clock::MAX;
 
 /// How far ahead of the last reported clock the first question lies: reports lag by about one clock.
 const MARGIN: Clock = 2;
@@ -95,7 +91,8 @@ impl Changes {
         self.open.as_ref().map(|open| open.change)
     }
 
-    /// A lane begins nothing of `from` and later clocks: the change and its clock, if it was the last lane.
+    /// A lane begins nothing of `from` and later clocks: the change and its clock, if it was the last lane; [`NEVER`] if any of them
+    /// cannot make it.
     pub fn prepared(&mut self, number: u64, lane: PeerId, from: Clock) -> Option<(Clock, Change)> {
         let open = self.open.as_mut().filter(|_| number == self.number)?;
         open.prepared.insert(lane, from);

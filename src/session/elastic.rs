@@ -32,8 +32,18 @@ impl JobConfig {
             let text = format!("`on_worker_loss` is `continue` or `restart`; {why}");
             Err(Error::Config(text))
         };
+        let straggler = |why: String| {
+            Err(Error::Config(format!("`straggler_deadline_ms` is {}; {why}", self.straggler_deadline_ms)))
+        };
+        let warn_ms = self.warn().as_millis() as u64;
         match self.on_worker_loss {
+            OnWorkerLoss::Fail if self.straggler_deadline_ms > 0 => {
+                straggler("who is too slow is lost: say what becomes of the job then (`on_worker_loss`)".into())
+            }
             OnWorkerLoss::Fail => Ok(()),
+            _ if (1..warn_ms).contains(&self.straggler_deadline_ms) => straggler(format!(
+                "who waits for whom is looked at after {warn_ms} ms (`warn_ms`, and three times `heartbeat_ms`): it must not be less"
+            )),
             _ if !self.consistency.aggregates() => refuse("that needs `consistency` bsp"),
             _ if self.has_replicas() => {
                 refuse("together with two copies of each shard (`replicas`) it is not built yet")
@@ -41,9 +51,6 @@ impl JobConfig {
             OnWorkerLoss::Restart if self.rebuild_ms == 0 => {
                 refuse("a worker that is started again builds its paths anew: `rebuild_ms` must not be 0")
             }
-            OnWorkerLoss::Restart if self.decides() => refuse(
-                "`restart` together with `optimizer.clip.global_norm`, `skip_nonfinite` or a dynamic `loss_scale.mode` is not built yet",
-            ),
             _ => Ok(()),
         }
     }

@@ -120,6 +120,8 @@ pub struct JobConfig {
     pub replicas: u16,
     /// What becomes of the job when a worker is lost.
     pub on_worker_loss: OnWorkerLoss,
+    /// How long the other workers wait for one that computes before it counts as lost, in milliseconds; 0: for ever.
+    pub straggler_deadline_ms: u64,
     /// How long the other lane of a shard with two copies may be silent before it counts as gone, in milliseconds.
     pub suspect_ms: u64,
     /// Where it is written down who serves each shard with two copies.
@@ -208,6 +210,7 @@ impl Default for JobConfig {
             shards_per_server: 1,
             replicas: 1,
             on_worker_loss: OnWorkerLoss::default(),
+            straggler_deadline_ms: 0,
             suspect_ms: 500,
             store: StoreChoice::default(),
             consistency: Consistency::default(),
@@ -444,7 +447,7 @@ mod tests {
     #[test]
     fn what_cannot_work_is_refused_by_its_key() {
         type Spoil = fn(&mut JobConfig);
-        let cases: [(&str, Spoil); 18] = [
+        let cases: [(&str, Spoil); 20] = [
             ("workers", |j| j.workers = 0),
             ("servers", |j| j.servers = RANKS_MAX + 1),
             ("shards_per_server", |j| j.shards_per_server = 0),
@@ -454,6 +457,8 @@ mod tests {
             ("deadline_ms", |j| j.deadline_ms = j.heartbeat_ms),
             ("checkpoint.dir", |j| j.checkpoint.every = Some(5)),
             ("../x", |j| j.name = "../x".into()),
+            ("on_worker_loss", |j| j.straggler_deadline_ms = 60_000),
+            ("warn_ms", |j| (j.straggler_deadline_ms, j.on_worker_loss) = (100, OnWorkerLoss::Continue)),
             ("replicas", |j| j.replicas = 3),
             ("on_worker_loss", |j| (j.on_worker_loss, j.consistency) = (OnWorkerLoss::Continue, Consistency::Asp)),
             ("replicas", |j| (j.on_worker_loss, j.replicas, j.servers) = (OnWorkerLoss::Continue, 2, 2)),

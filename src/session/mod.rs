@@ -29,7 +29,7 @@ mod tenure_log;
 mod timeline;
 mod verdict;
 
-pub use changes::{Change, Changes};
+pub use changes::{Change, Changes, NEVER};
 pub use checksums::PayloadChecksums;
 pub use device::{DeviceChoice, device_of};
 pub use elastic::OnWorkerLoss;

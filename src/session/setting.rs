@@ -35,6 +35,7 @@ const SETTINGS: &[(&str, Kind)] = &[
     ("shards_per_server", Kind::Whole),
     ("replicas", Kind::Whole),
     ("on_worker_loss", Kind::Choice(&["fail", "continue", "restart"])),
+    ("straggler_deadline_ms", Kind::Whole),
     ("suspect_ms", Kind::Whole),
     ("store", Kind::Text),
     ("consistency", Kind::Text),

@@ -7,14 +7,14 @@
 use std::collections::VecDeque;
 
 use super::*;
-use crate::session::{Change, Changes};
+use crate::session::{Change, Changes, NEVER};
 
 /// What is on its way between the launcher and a server's lane.
 #[derive(Clone, Copy, Debug)]
 enum Message {
-    Prepare(u64, Clock, Option<u16>),
+    Prepare(u64, Clock, Change),
     Prepared(u64, Clock),
-    Settle(u64, (Clock, Change)),
+    Settle(u64, Option<(Clock, Change)>),
 }
 
 /// Changes that are made while the job runs.
@@ -45,7 +45,7 @@ impl Changing {
         let is_setting = |change: &Change| matches!(change, Change::Settings(_));
         let waits = self.wanted.iter().any(|(_, change)| !is_setting(change))
             || self.book.open().is_some_and(|change| !is_setting(&change));
-        let tells = |(_, _, message): &(u64, usize, Message)| matches!(message, Message::Settle(_, (_, change)) if !is_setting(change));
+        let tells = |(_, _, message): &(u64, usize, Message)| matches!(message, Message::Settle(_, Some((_, change))) if !is_setting(change));
         !waits && !self.under_way.iter().any(tells)
     }
 
@@ -65,29 +65,29 @@ impl World<'_> {
             let reached = self.served().map(|server| server.shard().clock_max()).min().unwrap_or(0);
             let reached = reached.saturating_sub(self.random.below(4));
             let (number, clock) = self.changing.book.begin(change, reached)?;
-            self.tell_all(round, Message::Prepare(number, clock, change.expels()));
+            self.tell_all(round, Message::Prepare(number, clock, change));
         }
         let due = |message: &mut (u64, usize, Message)| message.0 <= round;
         for (_, server, message) in self.changing.under_way.extract_if(.., due).collect::<Vec<_>>() {
             match message {
-                Message::Prepare(number, clock, expelled) => {
+                Message::Prepare(number, clock, change) => {
                     let lane = self.server(server).expect("no change is made where copies are");
-                    expelled.into_iter().for_each(|worker| lane.expel(worker));
-                    let from = lane.prepare_change(number, clock);
+                    let from = lane.prepare_change(number, clock, change);
                     let later = round + 1 + self.random.below(50);
                     self.changing.under_way.push((later, server, Message::Prepared(number, from)));
                 }
                 Message::Prepared(number, from) => {
                     let lane = PeerId::server(server as u16, 0);
                     if let Some(settled) = self.changing.book.prepared(number, lane, from) {
-                        self.changing.settled.push(settled);
-                        self.tell_all(round, Message::Settle(number, settled));
+                        let made = Some(settled).filter(|(clock, _)| *clock != NEVER);
+                        self.changing.settled.extend(made);
+                        self.tell_all(round, Message::Settle(number, made));
                         self.membership_settled(round, settled);
                     }
                 }
                 Message::Settle(number, settled) => {
                     let server = self.server(server).expect("no change is made where copies are");
-                    let changed = server.settle_change(number, Some(settled));
+                    let changed = server.settle_change(number, settled);
                     changed.map_err(|error| error.to_string())?;
                 }
             }

@@ -4,7 +4,7 @@
 //! one before it was expelled.
 
 use super::*;
-use crate::session::Change;
+use crate::session::{Change, NEVER};
 
 /// Workers that leave a job and come again.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -52,6 +52,8 @@ pub(super) struct Elastic {
     /// Processes that have begun in the place of others.
     lives: u64,
     next: u64,
+    /// Processes that came again too late.
+    refused: u64,
     pub lacked: Vec<(u16, ChunkId, Clock)>,
 }
 
@@ -145,9 +147,19 @@ impl World<'_> {
         match change {
             Change::Settings(_) => {}
             Change::Lost(worker) => {
-                let restarts = self.options.elastic.restarts;
+                let restarts = self.options.elastic.restarts && self.elastic.refused == 0;
                 let at = restarts.then(|| round + self.random.below(1000));
                 self.elastic.absences.insert(worker, Absence::Out(at));
+            }
+            Change::Joins(worker) if clock == NEVER => {
+                // All others that have a part in a shard had finished: the launcher ends the process.
+                if self.elastic.absences.get(&worker) == Some(&Absence::Begun(true)) {
+                    self.halted.push(PeerId::worker(worker));
+                    let lanes = 0..self.options.servers;
+                    lanes.for_each(|server| self.network.break_path(PeerId::worker(worker), PeerId::server(server, 0)));
+                    self.elastic.absences.insert(worker, Absence::Unnoticed(round));
+                    self.elastic.refused += 1;
+                }
             }
             Change::Joins(worker) if self.elastic.absences.get(&worker) == Some(&Absence::Begun(true)) => {
                 let at = round + 1 + self.random.below(100);

@@ -17,6 +17,9 @@ use crate::{
     program::{STEPS, gradient, model},
 };
 
+/// Every step is decided upon.
+const CLIP: f32 = 3.0;
+
 /// How a job went: the clocks from which on worker 1 was out and in again, and what it wrote.
 struct Told {
     out: Clock,
@@ -34,6 +37,11 @@ fn clock_of(output: &str, what: &str) -> Option<Clock> {
 fn lose(policy: OnWorkerLoss, fabric: Fabric, part: &str, signal: Option<Signal>, home: &std::path::Path) -> Told {
     for _ in 0..5 {
         let mut options = options(home, part);
+        if part == "nap" {
+            (options.config.heartbeat_ms, options.config.warn_ms) = (100, 300);
+            options.config.straggler_deadline_ms = 800;
+        }
+        options.config.optimizer.clip.global_norm = Some(CLIP);
         options.config.workers = 3;
         options.config.on_worker_loss = policy;
         options.config.transports = vec![fabric];
@@ -63,7 +71,8 @@ fn lose(policy: OnWorkerLoss, fabric: Fabric, part: &str, signal: Option<Signal>
 fn compare(told: &Told, home: &std::path::Path, how: &str) {
     let all = vec![model(); 3];
     let elastic = ElasticOptions { told: vec![(1, told.out, told.again)], ..ElasticOptions::default() };
-    let world = WorldOptions { elastic, ..world_options(all.clone()) };
+    let mut world = WorldOptions { elastic, ..world_options(all.clone()) };
+    world.optimizer.clip.global_norm = Some(CLIP);
     same(&simulate(world, gradient), &stored(home, &all), how);
     let digests = digests(&told.output);
     assert!(digests.len() >= 2 && digests.iter().all(|digest| *digest == digests[0]), "{}", told.output);
@@ -97,6 +106,30 @@ fn a_worker_that_ends_without_finishing_is_gone_on_without() {
     let told = lose(OnWorkerLoss::Continue, Fabric::Tcp, "forget", None, home.path());
     assert_eq!(told.out, 10, "{}", told.output);
     compare(&told, home.path(), "forgot");
+}
+
+/// It computes, and all others wait for it.
+#[test]
+fn a_straggler_is_dropped() {
+    let home = home();
+    let told = lose(OnWorkerLoss::Continue, Fabric::Shm, "nap", None, home.path());
+    assert_eq!(told.out, 10, "{}", told.output);
+    assert!(
+        told.output.contains("worker 1") && told.output.contains("kept the others waiting at clock 10"),
+        "{}",
+        told.output
+    );
+    compare(&told, home.path(), "straggler");
+}
+
+/// What had been said of the process before was held against the one that came after it.
+#[test]
+fn a_straggler_is_dropped_once_and_comes_again() {
+    let home = home();
+    let told = lose(OnWorkerLoss::Restart, Fabric::Tcp, "nap", None, home.path());
+    assert!(told.again.is_some(), "{}", told.output);
+    assert_eq!(told.output.matches("kept the others waiting").count(), 1, "{}", told.output);
+    compare(&told, home.path(), "straggler");
 }
 
 #[test]

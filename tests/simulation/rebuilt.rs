@@ -18,7 +18,7 @@ fn chaos(seed: u64) -> Chaos {
 }
 
 /// A loss scale that moves every few steps.
-const MOVING: LossScaleConfig = LossScaleConfig {
+pub const MOVING: LossScaleConfig = LossScaleConfig {
     mode: LossScaleMode::Dynamic,
     initial: 1024.0,
     growth_factor: 4.0,

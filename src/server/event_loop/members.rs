@@ -3,8 +3,19 @@
 //! Invariant: nothing is taken from a worker after it was expelled, and its slots are opened to nobody but a later process of it.
 
 use super::*;
+use crate::session::NEVER;
 
 impl<T: Transport> EventLoop<T> {
+    /// See [`Shard::prepare_change`]. A worker that is lost is expelled; [`NEVER`] for a change that this shard cannot make.
+    pub fn prepare_change(&mut self, number: u64, clock: Clock, change: Change) -> Clock {
+        match change {
+            Change::Lost(worker) => self.expel(worker),
+            Change::Joins(worker) if !self.shard.may_join(worker) => return NEVER,
+            Change::Joins(_) | Change::Settings(_) => {}
+        }
+        self.shard.prepare_change(number, clock)
+    }
+
     /// A worker is lost: its path is fenced, and nothing more is taken from it. Another process may build the path anew.
     pub fn expel(&mut self, worker: u16) {
         self.paths.expel(PeerId::worker(worker));

@@ -332,6 +332,15 @@ impl Shard {
         }
     }
 
+    /// Whether this shard has said that it measures nothing any more.
+    pub(super) fn has_left_decisions(&self) -> bool {
+        match &self.deciding {
+            Deciding::Nothing => false,
+            Deciding::Here(collector) => collector.finished[usize::from(self.config.shard.0)],
+            Deciding::There { told_finished, .. } => *told_finished,
+        }
+    }
+
     /// The first clock about which nothing has been decided here.
     pub(super) fn decided_here(&self) -> Clock {
         if let Deciding::Here(collector) = &self.deciding { collector.clock } else { 0 }
@@ -384,7 +393,13 @@ impl Shard {
             chunk.reduced.is_some_and(|(clock, _)| clock < begun)
                 || chunk.complete.iter().any(|position| position / chunks < begun)
         };
-        if !deserted || self.computing > 0 || !self.dirty.is_empty() || self.chunks.iter().any(owes) {
+        if !deserted
+            || self.held.is_some()
+            || self.somebody_joins()
+            || self.computing > 0
+            || !self.dirty.is_empty()
+            || self.chunks.iter().any(owes)
+        {
             return;
         }
         match &mut self.deciding {

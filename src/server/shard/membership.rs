@@ -129,6 +129,18 @@ impl Shard {
         self.regard_membership();
     }
 
+    /// Whether a worker may be of the job again: not where this shard has a part for it, and takes no part in decisions any more.
+    pub fn may_join(&self, worker: u16) -> bool {
+        self.contributors[usize::from(worker)].own == 0 || !self.has_left_decisions()
+    }
+
+    /// Whether a process that has a part in this shard waits for its first clock.
+    pub(super) fn somebody_joins(&self) -> bool {
+        self.contributors
+            .iter()
+            .any(|contributor| contributor.own > 0 && contributor.membership.presence == Presence::Joining)
+    }
+
     /// A worker is of the job again from a clock on that nobody has begun.
     pub fn joins(&mut self, worker: u16, clock: Clock) {
         self.turn(worker, clock, true);

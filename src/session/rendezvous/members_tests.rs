@@ -91,8 +91,8 @@ impl Stage {
     }
 }
 
-fn prepare(number: u64, expelled: Option<u16>) -> FromLauncher {
-    FromLauncher::Command(Command::Prepare { number, clock: 0, expelled })
+fn prepare(number: u64, change: Change) -> FromLauncher {
+    FromLauncher::Command(Command::Prepare { number, clock: 0, change })
 }
 
 fn change(number: u64, clock: Clock, change: Change) -> FromLauncher {
@@ -108,7 +108,7 @@ fn texts(messages: &[FromLauncher]) -> Vec<String> {
 fn a_worker_is_out_and_in_again_from_clocks_that_all_lanes_have_held() {
     let mut stage = Stage::running();
     stage.lose(WORKERS[1]);
-    assert_eq!(texts(&stage.told(SERVER)), texts(&[prepare(1, Some(1))]));
+    assert_eq!(texts(&stage.told(SERVER)), texts(&[prepare(1, Change::Lost(1))]));
     stage.join(AGAIN, Rank::worker(1)).unwrap();
     let early = stage.told(AGAIN);
     assert!(
@@ -123,7 +123,7 @@ fn a_worker_is_out_and_in_again_from_clocks_that_all_lanes_have_held() {
     stage.say(AGAIN, ToLauncher::Offer(Vec::new()));
     assert!(stage.told(SERVER).is_empty(), "it has not reached the lanes yet");
     stage.say(AGAIN, ToLauncher::Report(Report::Connected));
-    assert_eq!(texts(&stage.told(SERVER)), texts(&[prepare(2, None)]));
+    assert_eq!(texts(&stage.told(SERVER)), texts(&[prepare(2, Change::Joins(1))]));
     stage.prepared(2, 12);
     let begins = texts(&[change(2, 12, Change::Joins(1))]);
     assert!(texts(&stage.told(AGAIN)).ends_with(&begins));
@@ -152,9 +152,9 @@ fn two_losses_are_made_one_after_the_other_and_the_last_worker_is_not_gone_on_wi
     let mut stage = Stage::running();
     stage.lose(WORKERS[1]);
     stage.say(SERVER, ToLauncher::Report(Report::WorkerLost { worker: 2, text: "silent".into() }));
-    assert_eq!(texts(&stage.told(SERVER)), texts(&[prepare(1, Some(1))]));
+    assert_eq!(texts(&stage.told(SERVER)), texts(&[prepare(1, Change::Lost(1))]));
     stage.prepared(1, 7);
-    assert_eq!(texts(&stage.told(SERVER)), texts(&[change(1, 7, Change::Lost(1)), prepare(2, Some(2))]));
+    assert_eq!(texts(&stage.told(SERVER)), texts(&[change(1, 7, Change::Lost(1)), prepare(2, Change::Lost(2))]));
     stage.lose(WORKERS[0]);
     assert_eq!(stage.notices.last(), Some(&Notice::Deserted));
 }

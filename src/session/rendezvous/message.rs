@@ -282,9 +282,8 @@ pub enum Command {
         number: u64,
         /// From which clock on.
         clock: Clock,
-        /// A worker from whom nothing more is to be taken.
-        #[serde(default)]
-        expelled: Option<u16>,
+        /// What it is.
+        change: Change,
     },
     /// Every lane has prepared: go on.
     Change {

@@ -10,7 +10,7 @@ use std::{
 
 use crate::{
     session::{Finding, JobConfig, Verdict, Wait, judge},
-    types::{PeerId, Rank},
+    types::{PeerId, Rank, Role},
 };
 
 /// The same verdict is told again after this long at the latest.
@@ -127,6 +127,18 @@ impl Waiting {
     pub fn verdict(&self, now: Instant) -> Option<&Verdict> {
         let (_, verdict) = self.judged.as_ref().filter(|(at, _)| now < *at + self.warn + self.silent)?;
         Some(verdict)
+    }
+
+    /// What was said is old news: somebody who was waited for is waited for no more.
+    pub fn forget(&mut self) {
+        self.reports.clear();
+        (self.asked, self.judged, self.told) = (None, None, None);
+    }
+
+    /// How long the longest of the workers that wait has waited, by what they said last: servers wait while all compute, too.
+    pub fn workers_waited_ms(&self) -> u64 {
+        let workers = self.reports.iter().filter(|(from, _)| from.rank.role == Role::Worker);
+        workers.flat_map(|(_, waits)| waits).map(|wait| wait.since_ms).max().unwrap_or(0)
     }
 
     /// Keeps a verdict; gives it back if it is to be told. That all workers compute is no news, however long it takes.

@@ -3,17 +3,21 @@
 //! Invariant: a lane that was told to prepare is always told to go on, with the change or without it.
 
 use super::*;
-use crate::{optim::LiveChange, session::Change};
+use crate::{
+    optim::LiveChange,
+    session::{Change, NEVER},
+};
 
 impl Roster {
     /// Somebody wants settings changed; answered when every lane has prepared.
     pub(super) fn begin_change(&mut self, connection: ConnectionId, change: LiveChange) {
-        let begun =
-            self.may_change(&change).and_then(|()| self.changes.begin(Change::Settings(change), self.clock_reached()));
+        let allowed = self.may_change(&change);
+        let change = Change::Settings(change);
+        let begun = allowed.and_then(|()| self.changes.begin(change, self.clock_reached()));
         match begun {
             Ok((number, clock)) => {
                 self.changing_for = Some(connection);
-                let command = Command::Prepare { number, clock, expelled: None };
+                let command = Command::Prepare { number, clock, change };
                 self.send(self.everybody(), FromLauncher::Command(command));
             }
             Err(text) => self.send(vec![connection], FromLauncher::Refused(text)),
@@ -35,8 +39,12 @@ impl Roster {
     /// A lane begins nothing of `from` and later clocks.
     pub(super) fn on_prepared(&mut self, lane: PeerId, number: u64, from: Clock) {
         let Some((clock, change)) = self.changes.prepared(number, lane, from) else { return };
-        let command = Command::Change { number, change: Some((clock, change)) };
-        self.send(self.everybody(), FromLauncher::Command(command));
+        let settled = (clock != NEVER).then_some((clock, change));
+        self.send(self.everybody(), FromLauncher::Command(Command::Change { number, change: settled }));
+        if settled.is_none() {
+            self.cannot_join(change);
+            return self.make_changes();
+        }
         let asker = self.changing_for.take();
         self.send(asker.into_iter().collect(), FromLauncher::Changed { clock });
         self.notice(Notice::Changed { clock, change });

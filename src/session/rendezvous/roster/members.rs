@@ -7,7 +7,7 @@
 //! and came; the job does not end before all of them are made.
 
 use super::*;
-use crate::session::{Change, rendezvous::notice::Departure};
+use crate::session::{Change, Finding, Owed, rendezvous::notice::Departure};
 
 /// A worker that left a running job, or came again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -83,6 +83,26 @@ impl Roster {
         Ok(())
     }
 
+    /// Workers that compute while the others have waited for too long count as lost.
+    pub(super) fn drop_stragglers(&mut self, now: Instant) {
+        let (limit, waited) = (self.config.straggler_deadline_ms, self.waiting.workers_waited_ms());
+        let verdict = self.waiting.verdict(now).filter(|_| limit > 0 && waited >= limit && self.running);
+        let Some(verdict) = verdict.filter(|verdict| verdict.finding == Finding::Alive && verdict.owed == Owed::Push)
+        else {
+            return;
+        };
+        let (stragglers, clock) = (verdict.ranks.clone(), verdict.clock);
+        self.waiting.forget();
+        let at = clock.map_or(String::new(), |clock| format!(" at clock {clock}"));
+        for rank in stragglers.into_iter().filter(|rank| rank.role == Role::Worker) {
+            let why = format!(
+                "kept the others waiting{at} for {:.1} s, longer than `straggler_deadline_ms` allows",
+                waited as f64 / 1000.0
+            );
+            self.gone(rank, Some(why));
+        }
+    }
+
     /// Another process in a worker's seat has reached every lane.
     pub(super) fn on_connected(&mut self, rank: Rank) -> Result<(), String> {
         if self.seat(rank).presence != Presence::Admitted || rank.role != Role::Worker {
@@ -109,8 +129,16 @@ impl Roster {
         }
         let Some(change) = self.members.wanted.pop_front() else { return };
         if let Ok((number, clock)) = self.changes.begin(change, self.clock_reached()) {
-            let command = Command::Prepare { number, clock, expelled: change.expels() };
+            let command = Command::Prepare { number, clock, change };
             self.send(self.everybody(), FromLauncher::Command(command));
+        }
+    }
+
+    /// A worker has come again too late: some shard has nobody else for whom decisions are taken.
+    pub(super) fn cannot_join(&mut self, change: Change) {
+        if let Change::Joins(worker) = change {
+            let why = "came again when all others that have a part in a shard had finished";
+            self.gone(Rank::worker(worker), Some(why.into()));
         }
     }
 

@@ -70,6 +70,7 @@ impl Roster {
         });
         let verdict = self.waiting.poll(now, expected, &self.hosts());
         self.tell(verdict);
+        self.drop_stragglers(now);
     }
 
     /// When the silence of all ranks is to be looked at next.
