@@ -37,6 +37,7 @@ const SHARED: &[&str] = &["done", "poller", "region_table"];
 /// The only places where `unsafe` may stand; everything else is under `#![forbid(unsafe_code)]`.
 const UNSAFE_ALLOWED: &[&str] = &[
     "checkpoint::disk",
+    "checkpoint::stream",
     "cuda",
     "ffi",
     "launch::spawn",

@@ -1,16 +1,16 @@
 //! The disk as this module sees it: the few operations that change it, behind one trait so that a test can fail any of them,
 //! and the mapping through which files are read.
 //!
-//! Invariant: every change that checkpoint code makes to a file system goes through [`Disk`]; the only `unsafe` of the module
-//! is the mapping here.
+//! Invariant: every change that checkpoint code makes to a file system goes through [`Disk`].
 
 use std::{
     fs::{self, File},
-    io::{self, Write},
+    io,
     ops::Deref,
     path::Path,
 };
 
+use super::stream::StreamFile;
 use crate::{Error, Result};
 
 /// The operations that change a file system, and those that make changes durable.
@@ -49,7 +49,7 @@ impl Disk for SystemDisk {
     }
 
     fn create(&self, path: &Path) -> io::Result<Box<dyn DiskFile>> {
-        Ok(Box::new(File::create(path)?))
+        Ok(Box::new(StreamFile::new(File::create(path)?)?))
     }
 
     fn rename(&self, source: &Path, target: &Path) -> io::Result<()> {
@@ -66,16 +66,6 @@ impl Disk for SystemDisk {
 
     fn remove_dir(&self, path: &Path) -> io::Result<()> {
         fs::remove_dir(path)
-    }
-}
-
-impl DiskFile for File {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.write_all(bytes)
-    }
-
-    fn sync(&mut self) -> io::Result<()> {
-        self.sync_all()
     }
 }
 

@@ -15,6 +15,7 @@ mod import;
 mod manifest;
 mod paths;
 mod reader;
+mod stream;
 mod writer;
 
 pub use export::export;

@@ -87,6 +87,17 @@ ssize_t write(int fd, const void *bytes, size_t count) {
     return NEXT(write)(fd, bytes, count);
 }
 
+ssize_t pwrite64(int fd, const void *bytes, size_t count, off64_t offset) {
+    char buffer[4096];
+    if (fails("write", path_of(fd, buffer, sizeof buffer))) {
+        int error = errno;
+        NEXT(pwrite64)(fd, bytes, count / 2, offset);
+        errno = error;
+        return -1;
+    }
+    return NEXT(pwrite64)(fd, bytes, count, offset);
+}
+
 int fsync(int fd) {
     char buffer[4096];
     return fails("fsync", path_of(fd, buffer, sizeof buffer)) ? -1 : NEXT(fsync)(fd);

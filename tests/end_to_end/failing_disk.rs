@@ -53,13 +53,15 @@ fn calls(log: &Path, part: &str) -> BTreeMap<u64, Calls> {
 
 /// Asserts that every call of an undisturbed checkpoint has been refused. The names of those that were, counted.
 fn check_refused(part: &str, calls: &BTreeMap<u64, Calls>) -> BTreeMap<String, usize> {
-    let undisturbed = calls.values().filter(|calls| calls.iter().all(|(.., failed)| !failed));
-    let wanted: BTreeSet<i64> = undisturbed.flatten().map(|(number, ..)| *number).collect();
+    // The last one, when nothing is left to be cleared up after a failure.
+    let (_, undisturbed) = calls.last_key_value().expect("there are checkpoints");
+    assert!(undisturbed.iter().all(|(.., failed)| !failed), "{undisturbed:?}");
+    let wanted: BTreeSet<i64> = undisturbed.iter().map(|(number, ..)| *number).collect();
     let failed = || calls.values().flatten().filter(|(.., failed)| *failed);
     let refused: BTreeSet<i64> = failed().map(|(number, ..)| *number).collect();
     let mut names = BTreeMap::new();
     failed().for_each(|(_, name, _)| *names.entry(name.clone()).or_default() += 1);
-    assert!(wanted.len() > 10, "a checkpoint of the {part} takes {} calls only", wanted.len());
+    assert!(wanted.len() > 6, "a checkpoint of the {part} takes {} calls only", wanted.len());
     assert!(refused.is_superset(&wanted), "{part}: of the calls {wanted:?} these were refused: {refused:?}");
     println!("{part}: a checkpoint takes {} calls, each of them failed: {names:?}", wanted.len());
     names
@@ -107,5 +109,5 @@ fn every_call_of_a_checkpoint_fails_once_and_nothing_is_lost() {
         "{} calls were refused; the launcher told of {told} checkpoints that failed",
         refused.values().sum::<usize>()
     );
-    assert!(told > 20, "{}", printed(home.path()));
+    assert!(told > 9, "{}", printed(home.path()));
 }
