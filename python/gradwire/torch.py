@@ -17,8 +17,9 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +28,9 @@ from . import _gradwire
 from .errors import ConfigError
 from .worker import Tensor as Declared
 from .worker import Worker
+
+if TYPE_CHECKING:
+    from ._cuda import Copies
 
 __all__ = ["Optimizer"]
 
@@ -50,6 +54,11 @@ class _Parameter:
     node: torch.autograd.graph.Node | None = None
 
     @property
+    def on_gpu(self) -> bool:
+        """Whether gradient and values are copied off and onto a GPU."""
+        return self.tensor.device.type == "cuda"
+
+    @property
     def gradient_is_view(self) -> bool:
         """Whether autograd's gradient can be the registered memory itself: of the same format, on the host."""
         return self.gradient.dtype == self.tensor.dtype and self.tensor.device.type == "cpu"
@@ -59,12 +68,10 @@ class _Parameter:
         """The same of the parameter's own values."""
         return self.values.dtype == self.tensor.dtype and self.tensor.device.type == "cpu"
 
-    def stage(self) -> None:
-        """Brings the gradient to registered memory, unless it is there already."""
+    def checked(self) -> Tensor:
+        """The gradient, if it is one that servers take."""
         gradient = self.tensor.grad
         assert gradient is not None
-        if gradient is self.gradient:
-            return
         if gradient.is_sparse:
             raise ConfigError(f"the gradient of `{self.name}` is sparse, and servers take dense ones: use sparse=False")
         if gradient.requires_grad:
@@ -72,6 +79,13 @@ class _Parameter:
                 f"backward(create_graph=True) left a gradient of `{self.name}` that is to be differentiated again: take inner "
                 "gradients with torch.autograd.grad, and call backward() without a graph"
             )
+        return gradient
+
+    def stage(self) -> None:
+        """Brings the gradient to registered memory, unless it is there already; not off a GPU."""
+        gradient = self.checked()
+        if gradient is self.gradient:
+            return
         with torch.no_grad():
             self.gradient.copy_(gradient)
         if self.gradient_is_view:
@@ -83,7 +97,8 @@ class Optimizer(torch.optim.Optimizer):
 
     The servers hold the parameters in f32 and all optimizer state. Where the formats of a parameter and of the job agree and it
     lies on the host, ``p.data`` and ``p.grad`` are views into registered memory: gradients leave from there and parameters land
-    there. Others (bf16 parameters in a job of f32, a GPU's) are copied, once each way.
+    there. Others are copied, once each way: bf16 parameters in a job of f32 at once; a GPU's gradients on a stream of their own while
+    ``backward`` goes on, to page-locked memory, from where they leave by ``step`` at the latest.
 
     Each ``backward`` pushes gradients as they are complete, last layers first, so there is one ``backward`` a ``step``; others
     before it go into :meth:`no_sync`. Parameters of layers that ``backward`` has passed may change before ``step``.
@@ -159,6 +174,12 @@ class Optimizer(torch.optim.Optimizer):
             parameter.node = torch.autograd.graph.get_gradient_edge(tensor).node
             parameter.node.register_prehook(self._before(parameter))
             tensor.register_post_accumulate_grad_hook(self._after(parameter))
+        self._copies: Copies | None = None
+        if any(parameter.on_gpu for parameter in self._trained.values()):
+            from ._cuda import Copies
+
+            parameters = self._trained.values()
+            self._copies = Copies((p.gradient for p in parameters), (p.values for p in parameters))
         self._started = True
 
     def _before(self, parameter: _Parameter) -> Callable[[tuple[Tensor, ...]], None]:
@@ -177,17 +198,24 @@ class Optimizer(torch.optim.Optimizer):
         """After autograd has added to the gradient."""
 
         def push(_: Tensor) -> None:
-            parameter.stage()
             if self._sync:
                 self._push(parameter)
+            elif not parameter.on_gpu:
+                parameter.stage()
 
         return push
 
     def _push(self, parameter: _Parameter) -> None:
+        """Sends the gradient, or has it sent when it has come off its GPU."""
         self._begin_clock()
+        push = partial(self._inner.push_in_place, parameter.index, True)
+        if self._copies is not None and parameter.on_gpu:
+            self._copies.take(parameter.gradient, parameter.checked(), push)
+        else:
+            parameter.stage()
+            push()
         gradient = parameter.tensor.grad
         assert gradient is not None
-        self._inner.push_in_place(parameter.index, True)
         parameter.pushed, parameter.version = gradient, gradient._version
 
     def _begin_clock(self) -> None:
@@ -257,7 +285,9 @@ class Optimizer(torch.optim.Optimizer):
                 # They were written behind autograd's back: a graph of the last forward may not be used any more.
                 torch.autograd.graph.increment_version(tensor)
             else:
-                tensor.copy_(parameter.values)
+                # Off page-locked memory it is done in the stream's order: the servers write there again after the next gradients
+                # have come off that stream.
+                tensor.copy_(parameter.values, non_blocking=parameter.on_gpu)
         return loss
 
     def _push_rest(self) -> None:
@@ -274,7 +304,6 @@ class Optimizer(torch.optim.Optimizer):
         for parameter in self._trained.values():
             gradient = parameter.tensor.grad
             if parameter.pushed is None and gradient is not None:
-                parameter.stage()
                 self._push(parameter)
             elif parameter.pushed is not None and (gradient is not parameter.pushed or gradient._version != parameter.version):
                 raise RuntimeError(
@@ -282,6 +311,8 @@ class Optimizer(torch.optim.Optimizer):
                     "(`gradwire run --clip-norm`), or compute within `with optimizer.no_sync():`, so that step() sends it"
                 )
         self._begin_clock()
+        if self._copies is not None:
+            self._copies.push_all()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, as torch's; not between ``backward`` and ``step``, when they have left.
@@ -315,6 +346,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def finish(self) -> None:
         """This worker has done its part: leave the job in order. The model keeps its parameters."""
+        if self._copies is not None:
+            self._copies.close()
         self.worker.finish()
 
     def close(self) -> None:
