@@ -46,23 +46,25 @@ class Tensor:
         return (self.name, shape, rule, number, self.group)
 
 
-def join(tensors: Iterable[Tensor]) -> Worker:
+def join(tensors: Iterable[Tensor], device: int | None = None) -> Worker:
     """Take this process' place in the job that its environment names, and wait for the first parameters.
 
     ``gradwire run`` sets that environment. The call waits until all workers have joined, or the job's own deadlines pass.
 
     Args:
         tensors: what this worker has of the model, last layers last; they are numbered from 0 in this order.
+        device: a GPU, in whose memory gradients and parameters then lie (:meth:`Worker.gradient_buffer`), from where they leave
+            and to where they come without passing through the host's: over RDMA alone.
 
     Raises:
-        ConfigError: a tensor is wrong, another worker declares it differently, or the environment names no job.
+        ConfigError: there is no such GPU, or a server is reached over a fabric that does not reach its memory; a tensor is wrong, another worker declares it differently, or the environment names no job.
         RefusedError: the launcher refused.
         JobFailed: another part of the job failed first.
     """
     tensors = tuple(tensors)
     declarations = [tensor.declaration() for tensor in tensors]
     seat = _gradwire.Seat.take()
-    return Worker(seat, seat.join(declarations), tensors)
+    return Worker(seat, seat.join(declarations, device), tensors)
 
 
 class Worker:
@@ -214,8 +216,21 @@ class Worker:
         view.flags.writeable = False
         return view
 
+    def gradient_buffer(self, tensor: int | str) -> _gradwire.Buffer:
+        """The same memory as :meth:`gradient_view`, flat, for other libraries and on GPUs too: it speaks DLPack, and the buffer
+        protocol where it is the host's. ``torch.from_dlpack(worker.gradient_buffer("w")).view(shape)`` copies nothing, and has
+        bf16. On a GPU, push when what writes the gradient has ended: the worker knows no streams."""
+        return self._worker.gradient_buffer(self.index(tensor))
+
+    def parameter_buffer(self, tensor: int | str) -> _gradwire.Buffer:
+        """The same of :meth:`parameter_view`; not to be written to."""
+        return self._worker.parameter_buffer(self.index(tensor))
+
     def _array(self, index: int, buffer: _gradwire.Buffer) -> NDArray[Any]:
         tensor = self._tensors[index]
+        if buffer.device is not None:
+            raise ConfigError(f"`{tensor.name}` lies on GPU {buffer.device}, which NumPy does not reach: use gradient_buffer and "
+                              "parameter_buffer, which speak DLPack")  # fmt: skip
         if buffer.dtype not in NUMPY_DTYPES:
             raise ConfigError(
                 f"`{tensor.name}` lies in registered memory as {buffer.dtype}, which NumPy does not have: use push_pull(tensor, "

@@ -4,6 +4,7 @@
 //! Invariant: nothing of Python is touched without the interpreter's lock, and every wait gives it up and minds signals.
 
 mod buffer;
+mod dlpack;
 mod error;
 mod file;
 mod wait;

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use gradwire::{Init, TensorSpec, session::Member};
+use gradwire::{Init, TensorSpec, cuda::Context, session::Member};
 use pyo3::{buffer::PyBuffer, prelude::*};
 
 use crate::{
@@ -106,8 +106,15 @@ impl Seat {
         &self.config
     }
 
-    /// Declares the tensors (name, shape, rule, the rule's number, group) and waits for the first parameters.
-    fn join(&self, py: Python<'_>, tensors: Vec<(String, Vec<u64>, String, f32, u16)>) -> PyResult<Worker> {
+    /// Declares the tensors (name, shape, rule, the rule's number, group) and waits for the first parameters. `device`: the GPU that
+    /// has gradients and parameters.
+    #[pyo3(signature = (tensors, device=None))]
+    fn join(
+        &self,
+        py: Python<'_>,
+        tensors: Vec<(String, Vec<u64>, String, f32, u16)>,
+        device: Option<u32>,
+    ) -> PyResult<Worker> {
         let specs = tensors.into_iter().map(|(name, shape, rule, number, group)| {
             let init = match rule.as_str() {
                 "zeros" => Init::Zeros,
@@ -128,8 +135,12 @@ impl Seat {
             Ok(TensorSpec::new(name, shape).init(init).group(group))
         });
         let specs: Vec<TensorSpec> = specs.collect::<PyResult<_>>()?;
+        let context = device.map(Context::open).transpose().map_err(|error| raised(py, &error))?;
         let member = self.slot.take(py)?;
-        let worker = on_a_thread(py, move || gradwire::Worker::with_member(member, specs))?;
+        let worker = on_a_thread(py, move || match context {
+            Some(context) => gradwire::Worker::on_gpu(member, specs, &context),
+            None => gradwire::Worker::with_member(member, specs),
+        })?;
         Ok(Worker { slot: Slot::new("worker", worker) })
     }
 }

@@ -154,3 +154,21 @@ with Optimizer(model.named_parameters()) as optimizer:
         *("--optimizer", "sgd", "--lr", "0.1", *INITIAL),
         workers=1,
     )
+
+
+def test_registered_memory_as_torch_tensors(run: Any) -> None:
+    """By DLPack, without a copy, in bf16 too, which NumPy does not have."""
+    run(
+        """
+import torch
+with gradwire.join([gradwire.Tensor("w", (2, 4), init=("constant", 1.0))]) as worker:
+    gradient = torch.from_dlpack(worker.gradient_buffer("w")).view(2, 4)
+    landed = torch.from_dlpack(worker.parameter_buffer("w")).view(2, 4)
+    assert gradient.dtype == landed.dtype == torch.bfloat16 and bool((landed == 1).all())
+    gradient.copy_(torch.arange(8.0).view(2, 4))
+    worker.push_pull("w")
+    worker.wait()
+    assert bool((landed == 1 - torch.arange(8.0).view(2, 4)).all()), landed
+""",
+        *("--optimizer", "sgd", "--lr", "1", "--gradient-dtype", "bf16", "--parameter-dtype", "bf16"),
+    )

@@ -69,6 +69,52 @@ def test_views_are_the_registered_memory(run: Any) -> None:
     )
 
 
+def test_other_libraries_take_registered_memory_by_dlpack(run: Any) -> None:
+    """Zero-copy both ways, in the form with a version and the one before; the memory outlives the worker for whoever took it."""
+    outcome = run(
+        """
+        import ctypes, gc
+
+        def refused(kind, call, *arguments, **keywords):
+            try:
+                call(*arguments, **keywords)
+            except kind as error:
+                return str(error)
+            raise AssertionError(f"{call} went well")
+
+        with gradwire.join([gradwire.Tensor("a", (2, 3), init=("constant", 1.0))]) as worker:
+            buffer = worker.gradient_buffer("a")
+            assert buffer.__dlpack_device__() == (1, 0) and buffer.device is None
+            gradient, seen = np.from_dlpack(buffer), worker.gradient_view("a")
+            assert gradient.shape == (6,) and gradient.dtype == np.float32 and gradient.ctypes.data == seen.ctypes.data
+            gradient[:] = np.arange(6)
+            assert (seen.ravel() == np.arange(6)).all()
+            name = ctypes.pythonapi.PyCapsule_GetName
+            name.argtypes, name.restype = [ctypes.py_object], ctypes.c_char_p
+            assert name(buffer.__dlpack__()) == b"dltensor"
+            assert name(buffer.__dlpack__(max_version=(1, 1))) == b"dltensor_versioned"
+            assert "copy what you have taken" in refused(BufferError, buffer.__dlpack__, copy=True)
+            assert "where it lies" in refused(BufferError, buffer.__dlpack__, dl_device=(2, 0))
+            # Capsules that nobody takes give their memory back.
+            for _ in range(1000):
+                buffer.__dlpack__(max_version=(1, 0))
+            worker.push_pull("a")
+            worker.wait()
+            landed = np.from_dlpack(worker.parameter_buffer("a"))
+        del worker, buffer, seen
+        gc.collect()
+        print("landed:", (landed == 1 - 0.5 * np.arange(6)).all() and (gradient == np.arange(6)).all())
+        """,
+        *("--optimizer", "sgd", "--lr", "0.5"),
+    )
+    assert outcome.values("landed") == ["True", "True"]
+
+
+def test_a_gpu_that_is_not_there_is_refused_by_name(run: Any) -> None:
+    outcome = run('gradwire.join([gradwire.Tensor("a", (2,))], device=4000000)', workers=1, code=1)
+    assert "GPU" in outcome.output and "ConfigError" in outcome.output, outcome.output
+
+
 def test_what_a_gradient_may_be(run: Any) -> None:
     """Arrays of other formats and strides are converted; DLPack and the buffer protocol are taken; wrong ones are refused by name."""
     run(
@@ -366,7 +412,7 @@ def test_without_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_stubs_say_what_the_extension_has() -> None:
     """Every class, function and method of the extension stands in its stub, with its parameters, and nothing else does."""
     stub = ast.parse(Path(gradwire.__file__).with_name("_gradwire.pyi").read_text())
-    special = {"__buffer__"}
+    special = {"__buffer__", "__dlpack__", "__dlpack_device__"}
 
     def described(node: ast.ClassDef) -> set[str]:
         functions = (item for item in node.body if isinstance(item, ast.FunctionDef))

@@ -19,6 +19,8 @@ use crate::{
 pub struct DeviceRange<'a> {
     /// The dma-buf of the allocation that holds the region, and where in it the region begins; none where the device exports none.
     pub dma_buf: Option<(BorrowedFd<'a>, u64)>,
+    /// The device's number.
+    pub ordinal: u32,
     /// The device's address of the first byte.
     pub address: u64,
     /// Bytes.
@@ -135,7 +137,8 @@ impl Region {
         match self.mapping().backing() {
             Backing::File(_) => None,
             Backing::Device(buffer) => {
-                Some(DeviceRange { dma_buf: buffer.dma_buf(), address: buffer.address(), len: buffer.len() })
+                let ordinal = buffer.context().info().ordinal;
+                Some(DeviceRange { dma_buf: buffer.dma_buf(), ordinal, address: buffer.address(), len: buffer.len() })
             }
         }
     }

@@ -104,7 +104,7 @@ mod tests {
     }
 
     fn range(file: &File) -> DeviceRange<'_> {
-        DeviceRange { dma_buf: Some((file.as_fd(), 65536)), address: ADDRESS, len: LEN }
+        DeviceRange { dma_buf: Some((file.as_fd(), 65536)), ordinal: 0, address: ADDRESS, len: LEN }
     }
 
     fn try_fake(fake: &Fake, range: &DeviceRange<'_>) -> Result<(Keys, Way)> {

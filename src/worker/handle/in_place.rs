@@ -45,6 +45,11 @@ impl FlatView {
         self.region.device_range().map(|range| range.address + self.start_bytes as u64)
     }
 
+    /// The GPU that has the bytes; none for host memory.
+    pub fn device(&self) -> Option<u32> {
+        self.region.device_range().map(|range| range.ordinal)
+    }
+
     /// How many elements.
     pub fn elements(&self) -> usize {
         self.elements
