@@ -383,9 +383,16 @@ fn observe_memory(plan: &Plan, rank: Rank, observation: &Observation) -> Result<
     for lane in 0..plan.config.lanes_per_server() {
         let shard = shard_of(PeerId { rank, lane }, plan.config.servers, plan.config.shards_per_server);
         let memory = plan.config.shard_memory(&ShardShape::of(&plan.layout, shard))?;
-        let kinds = [memory.master, memory.state, memory.accumulator, memory.replies, memory.landing, memory.replica];
-        for (kind, bytes) in ["master", "state", "accumulator", "replies", "landing", "replica"].into_iter().zip(kinds)
-        {
+        let kinds = [
+            ("master", memory.master),
+            ("state", memory.state),
+            ("accumulator", memory.accumulator),
+            ("replies", memory.replies),
+            ("landing", memory.landing),
+            ("replica", memory.replica),
+            ("snapshot", memory.snapshot),
+        ];
+        for (kind, bytes) in kinds {
             observation.add_memory(kind, bytes);
         }
     }

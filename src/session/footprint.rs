@@ -46,6 +46,8 @@ pub struct ShardMemory {
     pub landing: u64,
     /// Slots for what the other copy of the shard sends, where there are two.
     pub replica: u64,
+    /// The copy of parameters and state that a checkpoint is written from, in a job that has checkpoints; from the first one on.
+    pub snapshot: u64,
     /// Landing slots of each worker.
     pub slots: u32,
 }
@@ -73,12 +75,15 @@ impl ShardShape {
 impl ShardMemory {
     /// All of it.
     pub fn total(&self) -> u64 {
-        self.master + self.state + self.accumulator + self.replies + self.landing + self.replica
+        self.master + self.state + self.accumulator + self.replies + self.landing + self.replica + self.snapshot
     }
 
     /// What of it lies in the host's memory for certain: of a shard on a GPU only what peers write and read.
     pub fn on_host(&self, device: &DeviceChoice) -> u64 {
-        if *device == DeviceChoice::Cpu { self.total() } else { self.replies + self.landing }
+        match device {
+            DeviceChoice::Cpu => self.total(),
+            _ => self.replies + self.landing + self.snapshot,
+        }
     }
 }
 
@@ -112,16 +117,18 @@ impl JobConfig {
         let slots = self.slots(shape)?;
         let accumulates = self.is_two_step() || ChunkStep::needs_accumulator(&self.optimizer);
         let array = 4 * shape.elements;
+        let state = array * self.optimizer.kind.state_slots() as u64;
         let [gradient, parameter] =
             [self.gradient_dtype, self.parameter_dtype].map(|dtype| shape.chunk_elements_max * dtype.size() as u64);
         Ok(ShardMemory {
             master: array,
-            state: array * self.optimizer.kind.state_slots() as u64,
+            state,
             accumulator: if accumulates { array } else { 0 },
             replies: (2 * shape.chunks).max(1) * parameter,
             landing: u64::from(self.workers) * u64::from(slots) * gradient,
             // For what is sent, and for what comes: a lane does one of the two and is ready for the other.
             replica: 2 * u64::from(self.replica_slots()) * 4 * shape.chunk_elements_max,
+            snapshot: if self.checkpoint.dir.is_some() { array + state } else { 0 },
             slots,
         })
     }
@@ -166,7 +173,7 @@ impl JobConfig {
         Err(Error::Config(format!(
             "the job does not fit into this host's memory: {} servers take {} bytes and {} workers {}, together {}, and {available} \
              are available; shard 0 has {} for master parameters, {} for optimizer state, {} for sums, {} for replies and {} for {} \
-             landing slots of each of {} workers{}: use more hosts, or lower landing_bytes",
+             landing slots of each of {} workers{}{}: use more hosts, or lower landing_bytes",
             servers.0,
             servers.1,
             workers.0,
@@ -179,7 +186,11 @@ impl JobConfig {
             first.landing,
             first.slots,
             self.workers,
-            if self.has_replicas() { ", and every shard is held twice" } else { "" }
+            if self.has_replicas() { ", and every shard is held twice" } else { "" },
+            match first.snapshot {
+                0 => String::new(),
+                bytes => format!(", and {bytes} to write checkpoints from"),
+            }
         )))
     }
 }
@@ -243,12 +254,18 @@ mod tests {
             replies: 6 * 2048,
             landing: 2 * 3 * 2048,
             replica: 0,
+            snapshot: 0,
             slots: 3,
         };
         assert_eq!((memory, memory.total()), (wanted, 12_288 + 24_576 + 12_288 + 12_288));
         assert_eq!(config.worker_memory(10_256), 10_256 * 4);
         let two_step = JobConfig { two_step: true, ..config.clone() };
         assert_eq!(two_step.shard_memory(&shape).unwrap().accumulator, 12_288);
+        let mut stored = config.clone();
+        stored.checkpoint.dir = Some("/checkpoints".into());
+        assert_eq!(stored.shard_memory(&shape).unwrap(), ShardMemory { snapshot: 12_288 + 24_576, ..memory });
+        let gpu = DeviceChoice::Gpu(Vec::new());
+        assert_eq!(stored.shard_memory(&shape).unwrap().on_host(&gpu), memory.on_host(&gpu) + 12_288 + 24_576);
         let decided = JobConfig { skip_nonfinite: true, ..config.clone() };
         assert_eq!(decided.shard_memory(&shape).unwrap().accumulator, 12_288);
         assert_eq!(memory.on_host(&DeviceChoice::Cpu), memory.total());

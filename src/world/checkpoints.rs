@@ -20,7 +20,7 @@ pub(super) fn store(node: &mut Node, seed: u64, stored: &mut [Vec<Snapshot>]) {
         assert!(node.storing.is_none(), "a second copy of the state, before the first was stored");
         // Dice of its own: the same seed gives the same world, with checkpoints and without.
         let mut random = SimRandom::new(seed ^ snapshot.clock << 8 ^ node.shard as u64);
-        let turns = if random.once_in(2) { 1 } else { 1 + random.below(10) };
+        let turns = if random.once_in(2) { 1 } else { 1 + random.below(40) };
         node.storing = Some((turns, snapshot.chunks.clone()));
         stored[node.shard].push(snapshot);
     }

@@ -25,17 +25,19 @@ fn time(seconds: f64) -> String {
 /// A plan as a page.
 pub fn text(plan: &Plan) -> String {
     let memory = &plan.shard_memory;
+    let also = |what: &str, of: u64| if of > 0 { format!(", {what} {}", bytes(of)) } else { String::new() };
     let mut lines = vec![
         format!("model      {} parameters in {} chunks on {} shards", plan.parameters, plan.chunks, plan.shards),
         format!(
-            "shard      {}: master {}, optimizer state {}, sums {}, replies {}, landing {}{}",
+            "shard      {}: master {}, optimizer state {}, sums {}, replies {}, landing {}{}{}",
             bytes(memory.total()),
             bytes(memory.master),
             bytes(memory.state),
             bytes(memory.accumulator),
             bytes(memory.replies),
             bytes(memory.landing),
-            if memory.replica > 0 { format!(", from its other copy {}", bytes(memory.replica)) } else { String::new() }
+            also("from its other copy", memory.replica),
+            also("for checkpoints", memory.snapshot)
         ),
         format!(
             "landing    {} slots for each worker on each shard, of a budget of {} a server",
