@@ -135,6 +135,7 @@ fn disturbed(fabric: Fabric, count: u64, seed: u64, steps: u64, prepare: impl Fn
         assert!(Instant::now() < until, "{hits} of {count} hits\n{}", job.output());
         std::thread::sleep(Duration::from_millis(5 + random.below(30)));
         let ranks = ranks(home_of.path());
+        assert!(!ranks.is_empty(), "the job was over after {hits} of {count} hits: give it more steps");
         let victim = &ranks[random.below(ranks.len() as u64) as usize];
         let sockets = sockets(victim, fabric, job.address().to_string().rsplit(':').next().unwrap().parse().unwrap());
         if sockets.is_empty() {
@@ -184,20 +185,21 @@ pub fn faults() -> (u64, u64) {
 #[test]
 fn broken_tcp_connections_change_no_bit() {
     let (count, seed) = faults();
-    disturbed(Fabric::Tcp, count, seed, 100 + 60 * count, |_| ());
+    disturbed(Fabric::Tcp, count, seed, 100 + 120 * count, |_| ());
 }
 
 #[test]
 fn broken_shm_connections_change_no_bit() {
     let (count, seed) = faults();
-    disturbed(Fabric::Shm, count, seed, 100 + 60 * count, |_| ());
+    // A step takes a third of a millisecond, and a fault comes every twenty.
+    disturbed(Fabric::Shm, count, seed, 100 + 300 * count, |_| ());
 }
 
 /// The same where servers have paths to each other, and every payload carries a checksum.
 #[test]
 fn broken_connections_change_no_decision() {
     let (count, seed) = faults();
-    disturbed(Fabric::Tcp, count.min(20), seed + 1, 100 + 60 * count, |options| {
+    disturbed(Fabric::Tcp, count.min(20), seed + 1, 100 + 120 * count, |options| {
         options.config.payload_checksums = PayloadChecksums::On;
         options.config.optimizer.clip.global_norm = Some(0.5);
     });
