@@ -29,13 +29,14 @@ class Copies:
     """
 
     def __init__(self, gradients: Iterable[Tensor], parameters: Iterable[Tensor]) -> None:
-        ranges = [_pages(list(gradients)), _pages(list(parameters))]
+        views = [list(gradients), list(parameters)]
+        ranges = [_pages(same) for same in views]
         cudart = torch.cuda.cudart()
         for start, length in ranges:
             torch.cuda.check_error(cudart.cudaHostRegister(start, length, _PORTABLE))
-        # The views keep the memory mapped for at least as long as this object.
-        self._unlock = weakref.finalize(self, _unlock, [start for start, _ in ranges])
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        # The memory stays mapped until then: the views go with this call's arguments.
+        weakref.finalize(self, _unlock, [start for start, _ in ranges], self._streams, views)
         self._under_way: deque[tuple[torch.cuda.Event, Callable[[], None]]] = deque()
 
     def take(self, target: Tensor, gradient: Tensor, push: Callable[[], None]) -> None:
@@ -62,13 +63,6 @@ class Copies:
             self._under_way[0][0].synchronize()
             self._under_way.popleft()[1]()
 
-    def close(self) -> None:
-        """Waits for copies that are under way, and lets go of the memory."""
-        for stream in self._streams.values():
-            stream.synchronize()
-        self._under_way.clear()
-        self._unlock()
-
 
 def _pages(views: list[Tensor]) -> tuple[int, int]:
     """First byte and length of the pages that hold all of the views, which lie in one flat buffer."""
@@ -77,7 +71,10 @@ def _pages(views: list[Tensor]) -> tuple[int, int]:
     return start, -(-(end - start) // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
-def _unlock(starts: list[int]) -> None:
+def _unlock(starts: list[int], devices: Iterable[torch.device], _views: list[list[Tensor]]) -> None:
+    """When nobody has the optimizer any more: waits for what the devices still copy, both ways, and lets go of the memory."""
+    for device in devices:
+        torch.cuda.synchronize(device)
     cudart = torch.cuda.cudart()
     for start in starts:
         cudart.cudaHostUnregister(start)

@@ -346,8 +346,6 @@ class Optimizer(torch.optim.Optimizer):
 
     def finish(self) -> None:
         """This worker has done its part: leave the job in order. The model keeps its parameters."""
-        if self._copies is not None:
-            self._copies.close()
         self.worker.finish()
 
     def close(self) -> None:

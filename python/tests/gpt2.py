@@ -24,6 +24,10 @@ def refused(kind, text, call, *arguments):
     raise AssertionError(f"{call} went well")
 """
 
+STEPS = 10
+"""Of the jobs that :func:`alone` repeats."""
+MOMENTUM = ("--optimizer", "sgd", "--lr", "0.1", "--set", "optimizer.momentum=0.9")
+
 VOCABULARY, CONTEXT, WIDTH, HEADS, BATCH = 61, 16, 32, 4, 4
 
 
@@ -80,6 +84,22 @@ def groups(model: nn.Module) -> list[dict[str, object]]:
         {"params": [(name, parameter) for name, parameter in named if parameter.dim() > 1]},
         {"params": [(name, parameter) for name, parameter in named if parameter.dim() == 1]},
     ]
+
+
+def alone(loss_of: Any, clip: float | None = None, device: str = "cpu") -> tuple[dict[str, Any], list[float]]:
+    """Parameters, on the host, of one process that adds up the halves of each batch that two workers have under MOMENTUM; and the norms
+    of its gradients."""
+    torch.set_num_threads(1)
+    model = Gpt2(7).to(device)
+    stepper = torch.optim.SGD(groups(model), lr=0.1, momentum=0.9)
+    norms = []
+    for step in range(STEPS):
+        stepper.zero_grad()
+        for rank in range(2):
+            (loss_of(model, batch(step)[rank::2].to(device)) / 2).backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip or float("inf"))))
+        stepper.step()
+    return {name: value.cpu() for name, value in model.state_dict().items()}, norms
 
 
 def far(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:

@@ -11,10 +11,7 @@ if not torch.cuda.is_available():
     pytest.skip("torch sees no GPU here", allow_module_level=True)
 
 import gpt2  # noqa: E402
-from gpt2 import BEGIN, INITIAL, NO_DECAY, far  # noqa: E402
-
-STEPS = 10
-MOMENTUM = ("--optimizer", "sgd", "--lr", "0.1", "--set", "optimizer.momentum=0.9")
+from gpt2 import BEGIN, INITIAL, MOMENTUM, NO_DECAY, STEPS, alone, far  # noqa: E402
 
 TRAIN = (
     BEGIN
@@ -34,18 +31,6 @@ torch.save({name: value.cpu() for name, value in model.state_dict().items()}, f"
 ).replace("STEPS", str(STEPS))
 
 
-def alone() -> dict[str, Any]:
-    """Parameters of one process that adds up the workers' halves of each batch, on the GPU too."""
-    model = gpt2.Gpt2(7).cuda()
-    stepper = torch.optim.SGD(gpt2.groups(model), lr=0.1, momentum=0.9)
-    for step in range(STEPS):
-        stepper.zero_grad()
-        for rank in range(2):
-            (model.loss(gpt2.batch(step)[rank::2].cuda()) / 2).backward()
-        stepper.step()
-    return {name: value.cpu() for name, value in model.state_dict().items()}
-
-
 @pytest.mark.parametrize(
     "passes",
     [
@@ -61,7 +46,7 @@ def test_a_model_on_a_gpu_trains_as_alone(run: Any, tmp_path: Path, passes: str,
     run(TRAIN.replace("PASSES", passes), *MOMENTUM, *NO_DECAY, *INITIAL, "--device", device, "--set", "chunk_bytes=4096")
     ours, other = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
     assert all(torch.equal(ours[name], other[name]) for name in ours), "both workers have the servers' parameters"
-    theirs = alone()
+    theirs, _ = alone(lambda model, batch: model.loss(batch), device="cuda")
     assert far(gpt2.Gpt2(7).state_dict(), theirs)["tokens.weight"] > 1e-2
     assert max(far(ours, theirs).values()) < 1e-5, far(ours, theirs)
 

@@ -9,10 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import gpt2  # noqa: E402
-from gpt2 import BEGIN, INITIAL, NO_DECAY, far  # noqa: E402
-
-STEPS = 10
-MOMENTUM = ("--optimizer", "sgd", "--lr", "0.1", "--set", "optimizer.momentum=0.9")
+from gpt2 import BEGIN, INITIAL, MOMENTUM, NO_DECAY, STEPS, alone, far  # noqa: E402
 
 TRAIN = (
     BEGIN
@@ -28,21 +25,6 @@ with Optimizer(gpt2.groups(model)) as optimizer:
 torch.save(model.state_dict(), f"rank{rank}.pt")
 """
 ).replace("STEPS", str(STEPS))
-
-
-def alone(loss_of: Any, clip: float | None = None) -> tuple[dict[str, Any], list[float]]:
-    """Parameters of one process that adds up the workers' halves of each batch; and the norms of its gradients."""
-    torch.set_num_threads(1)
-    model = gpt2.Gpt2(7)
-    stepper = torch.optim.SGD(gpt2.groups(model), lr=0.1, momentum=0.9)
-    norms = []
-    for step in range(STEPS):
-        stepper.zero_grad()
-        for rank in range(2):
-            (loss_of(model, gpt2.batch(step)[rank::2]) / 2).backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip or float("inf"))))
-        stepper.step()
-    return model.state_dict(), norms
 
 
 def moved(state: dict[str, Any]) -> float:
