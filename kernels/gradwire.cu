@@ -105,11 +105,14 @@ struct Encode {
 };
 
 #define PARAMETERS u64 table, u32 segments, u32 tiles
-// Blocks that are to fit on a multiprocessor at once, which bounds the registers of a thread: as many as measured best on an H100.
+// Blocks that are to fit on a multiprocessor at once, which bounds the registers of a thread: as many as measured best on an
+// H100.
 #define BOUNDS_AT(blocks) __attribute__((launch_bounds(THREADS, blocks)))
 #define BOUNDS BOUNDS_AT(4)
 #define UPDATE(rule, Rule, format, Format)                                                                                    \
-    KERNEL BOUNDS_AT(Rule::BLOCKS<Format>) gradwire_##rule##_##format(PARAMETERS) { for_each_element<Update<Rule, Format>>(table, segments, tiles); }
+    KERNEL BOUNDS_AT(Rule::BLOCKS<Format>) gradwire_##rule##_##format(PARAMETERS) {                                           \
+        for_each_element<Update<Rule, Format>>(table, segments, tiles);                                                       \
+    }
 #define FOR_EACH_RULE(format, Format)                                                                                         \
     UPDATE(sgd, Sgd, format, Format)                                                                                          \
     UPDATE(momentum, Momentum, format, Format)                                                                                \
@@ -144,7 +147,8 @@ KERNEL BOUNDS gradwire_count_nonfinite(PARAMETERS) {
     }
 }
 
-// The order of src/optim/norm.rs, a warp's threads being its lanes: the upper half of the lanes onto the lower, until there is one.
+// The order of src/optim/norm.rs, a warp's threads being its lanes: the upper half of the lanes onto the lower, until there is
+// one.
 DEVICE double fold(double lane) {
     for (u32 width = 16; width > 0; width /= 2) {
         u64 bits = __builtin_bit_cast(u64, lane);
