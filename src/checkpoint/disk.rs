@@ -33,7 +33,7 @@ pub trait Disk: Sync {
 pub trait DiskFile: Send {
     /// Appends bytes.
     fn write(&mut self, bytes: &[u8]) -> io::Result<()>;
-    /// Makes what was written durable.
+    /// Makes what was written durable; nothing is written after it.
     fn sync(&mut self) -> io::Result<()>;
 }
 

@@ -3,7 +3,7 @@
 //! Invariant: the first failure is told by its cause, not by what followed from it; every way out of `run` passes `clear_up`.
 #![forbid(unsafe_code)]
 
-mod replicas;
+mod losses;
 mod telling;
 
 use std::{
@@ -98,7 +98,7 @@ pub(super) struct Supervisor {
     checkpoint: Option<u64>,
     stopped_with_checkpoint: bool,
     timeline: Timeline,
-    replicas: replicas::Replicas,
+    losses: losses::Losses,
 }
 
 impl Supervisor {
@@ -130,7 +130,7 @@ impl Supervisor {
             checkpoint: None,
             stopped_with_checkpoint: false,
             timeline: Timeline::default(),
-            replicas: replicas::Replicas::default(),
+            losses: losses::Losses::default(),
         }
     }
 
@@ -444,7 +444,7 @@ impl Supervisor {
         if let Some(keeper) = keeper {
             keeper.dismiss();
         }
-        let missing = self.replicas.missing;
+        let missing = self.losses.missing;
         let (code, reason) = match self.ending.map(|ending| ending.end) {
             Some(End::Finished) if !missing.is_empty() => (EXIT_WITHOUT_WORKERS, None),
             None | Some(End::Finished) => (0, None),

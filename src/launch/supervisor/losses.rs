@@ -26,18 +26,18 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// So often a rank is started in a row without a shard's getting its second copy back, or without its taking part again.
 const TRIES_MAX: u32 = 6;
 
-/// A server whose process has ended, or is to.
+/// A rank whose process has ended, or is to.
 #[derive(Debug, Default)]
 struct Loss {
     departure: Option<Departure>,
     exit: Option<Exit>,
 }
 
-/// What is known of servers that were lost.
+/// What is known of ranks that were lost.
 #[derive(Debug, Default)]
-pub(super) struct Replicas {
-    losses: BTreeMap<Rank, Loss>,
-    /// How each server ended last, and whether it was killed.
+pub(super) struct Losses {
+    open: BTreeMap<Rank, Loss>,
+    /// How each ended last, and whether it was killed.
     ends: BTreeMap<Rank, (String, bool)>,
     /// When to start one again.
     restarts: BTreeMap<Rank, Instant>,
@@ -51,10 +51,10 @@ pub(super) struct Replicas {
     pub missing: BTreeMap<Rank, Clock>,
 }
 
-impl Replicas {
-    /// How a server's process ended, the last one that did, and whether it was killed.
+impl Losses {
+    /// How a rank's process ended, the last one that did, and whether it was killed.
     fn end_of(&self, rank: Rank) -> (String, bool) {
-        let loss = self.losses.get(&rank);
+        let loss = self.open.get(&rank);
         let why = loss.and_then(|loss| loss.departure.as_ref()?.why.clone()).map(|why| (why, false));
         let exit = || loss?.exit.map(|exit| (exit.to_string(), matches!(exit, Exit::Signal(_))));
         let before = || self.ends.get(&rank).cloned();
@@ -82,12 +82,12 @@ impl Supervisor {
 
     /// Whether a worker was lost, and takes no part.
     pub(super) fn has_departed(&self, rank: Rank) -> bool {
-        self.replicas.departed.contains(&rank)
+        self.losses.departed.contains(&rank)
     }
 
     /// Whether a rank is gone, and only the end of its process is not known yet.
     pub(super) fn awaits_end_of(&self, rank: Rank) -> bool {
-        self.replicas.losses.get(&rank).is_some_and(|loss| loss.departure.is_some())
+        self.losses.open.get(&rank).is_some_and(|loss| loss.departure.is_some())
     }
 
     /// Who is of the job has changed from a clock on.
@@ -95,14 +95,14 @@ impl Supervisor {
         match change {
             Change::Settings(_) => {}
             Change::Lost(worker) if self.has_departed(Rank::worker(worker)) => {
-                self.replicas.missing.entry(Rank::worker(worker)).or_insert(clock);
+                self.losses.missing.entry(Rank::worker(worker)).or_insert(clock);
             }
             Change::Lost(_) => {}
             Change::Joins(worker) => {
                 let rank = Rank::worker(worker);
-                self.replicas.missing.remove(&rank);
-                self.replicas.departed.remove(&rank);
-                self.replicas.tries.remove(&rank);
+                self.losses.missing.remove(&rank);
+                self.losses.departed.remove(&rank);
+                self.losses.tries.remove(&rank);
             }
         }
         self.check_finished();
@@ -110,7 +110,7 @@ impl Supervisor {
 
     /// A worker that has finished may have ended badly before that was known.
     pub(super) fn look_at_end_of(&mut self, rank: Rank) {
-        if let Some(Loss { exit: Some(exit), .. }) = self.replicas.losses.remove(&rank) {
+        if let Some(Loss { exit: Some(exit), .. }) = self.losses.open.remove(&rank) {
             self.see(Sight::Exited(rank, exit));
         }
     }
@@ -121,7 +121,7 @@ impl Supervisor {
 
     /// The process of such a server has ended.
     pub(super) fn backed_exited(&mut self, rank: Rank, exit: Exit) {
-        self.replicas.losses.entry(rank).or_default().exit = Some(exit);
+        self.losses.open.entry(rank).or_default().exit = Some(exit);
         self.rendezvous.order(Order::Gone(rank, exit.to_string()));
         self.conclude(rank);
     }
@@ -130,10 +130,10 @@ impl Supervisor {
     pub(super) fn gone(&mut self, departure: Departure) {
         let rank = departure.rank;
         self.lost.insert(rank);
-        let loss = self.replicas.losses.entry(rank).or_default();
+        let loss = self.losses.open.entry(rank).or_default();
         loss.departure = Some(departure);
         if rank.role == Role::Worker {
-            self.replicas.departed.insert(rank);
+            self.losses.departed.insert(rank);
             loss.exit = loss.exit.or(self.processes.exit(rank)); // it may have ended well, and yet not have finished
         }
         // Whatever it was that kept it silent: it is of the job no more.
@@ -143,17 +143,17 @@ impl Supervisor {
 
     /// Tells a loss once all is known of it, and starts the server again.
     fn conclude(&mut self, rank: Rank) {
-        let Some(loss) = self.replicas.losses.get(&rank) else { return };
+        let Some(loss) = self.losses.open.get(&rank) else { return };
         let ours = self.processes.has_started(rank);
         let joined = self.joined.contains(&rank);
         if ours && loss.exit.is_none() || joined && loss.departure.is_none() {
             return;
         }
-        let (end, killed) = self.replicas.end_of(rank);
-        let Loss { departure, .. } = self.replicas.losses.remove(&rank).unwrap_or_default();
-        self.replicas.ends.insert(rank, (end.clone(), killed));
+        let (end, killed) = self.losses.end_of(rank);
+        let Loss { departure, .. } = self.losses.open.remove(&rank).unwrap_or_default();
+        self.losses.ends.insert(rank, (end.clone(), killed));
         self.joined.remove(&rank);
-        if self.ending.is_some() || self.replicas.lost.is_some() {
+        if self.ending.is_some() || self.losses.lost.is_some() {
             return;
         }
         let text = departure.map_or(format!("{rank} {end} before it had joined"), |departure| words(&departure, &end));
@@ -166,7 +166,7 @@ impl Supervisor {
             Role::Server => "its shards stay without a backup",
             Role::Worker => "the job goes on without it",
         };
-        let tries = self.replicas.tries.get(&rank).copied().unwrap_or_default();
+        let tries = self.losses.tries.get(&rank).copied().unwrap_or_default();
         match self.processes.hindrance(rank) {
             Some(why) => self.tell(&format!("{rank} is not started again ({why}): {stays}")),
             None if tries >= TRIES_MAX => {
@@ -179,25 +179,25 @@ impl Supervisor {
                 ));
             }
             None => {
-                self.replicas.restarts.insert(rank, Instant::now() + PAUSE * 2u32.pow(tries));
+                self.losses.restarts.insert(rank, Instant::now() + PAUSE * 2u32.pow(tries));
             }
         }
         self.check_finished();
     }
 
     pub(super) fn next_restart(&self) -> Option<Instant> {
-        self.replicas.restarts.values().min().copied()
+        self.losses.restarts.values().min().copied()
     }
 
     /// Starts servers again whose pause is over.
     pub(super) fn restart(&mut self, now: Instant) {
-        let due = self.replicas.restarts.iter().filter(|(_, at)| **at <= now);
+        let due = self.losses.restarts.iter().filter(|(_, at)| **at <= now);
         for rank in due.map(|(rank, _)| *rank).collect::<Vec<_>>() {
-            self.replicas.restarts.remove(&rank);
+            self.losses.restarts.remove(&rank);
             if self.ending.is_some() || self.settle_at.is_some() {
                 continue;
             }
-            *self.replicas.tries.entry(rank).or_default() += 1;
+            *self.losses.tries.entry(rank).or_default() += 1;
             self.lost.remove(&rank);
             let context = Context {
                 directory: &self.directory,
@@ -218,12 +218,12 @@ impl Supervisor {
         if is_paired {
             let config = &self.options.config;
             for lane in pair(shard, config.servers, config.shards_per_server) {
-                self.replicas.tries.remove(&lane.rank);
+                self.losses.tries.remove(&lane.rank);
             }
         }
         let backup = if is_paired { "with a complete backup" } else { "without a backup" };
         self.tell(&format!("shard {}: {} serves since epoch {epoch}, {backup}", shard.0, primary.rank));
-        let was_alone = std::mem::replace(&mut self.replicas.was_alone, !alone.is_empty());
+        let was_alone = std::mem::replace(&mut self.losses.was_alone, !alone.is_empty());
         if was_alone && alone.is_empty() {
             self.tell("redundancy is full again");
         }
@@ -238,14 +238,14 @@ impl Supervisor {
         if matches!(&self.ending, Some(Ending { end: End::Failed(_) | End::Interrupted(_), .. })) {
             return;
         }
-        self.replicas.lost = Some((shard, servers));
+        self.losses.lost = Some((shard, servers));
         self.settle(SETTLE_TIME);
     }
 
     /// Adds to what was seen how the servers ended whose shard is lost.
     pub(super) fn tell_copies_lost(&mut self) {
-        let Some((shard, servers)) = self.replicas.lost.take() else { return };
-        let ends = servers.map(|rank| self.replicas.end_of(rank));
+        let Some((shard, servers)) = self.losses.lost.take() else { return };
+        let ends = servers.map(|rank| self.losses.end_of(rank));
         let texts = [0, 1].map(|index| format!("{} {}", servers[index], ends[index].0));
         let text = format!("shard {} has lost both copies: {}", shard.0, texts.join(", "));
         self.sights.push(Sight::CopiesLost { text, killed: ends.iter().any(|(_, killed)| *killed) });
