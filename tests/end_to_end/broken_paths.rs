@@ -50,8 +50,8 @@ pub fn ranks(home: &Path) -> Vec<Process> {
     pids.filter_map(rank).collect()
 }
 
-/// Our own copies of the sockets over which a process has paths.
-fn sockets(process: &Process, fabric: Fabric, rendezvous: u16) -> Vec<OwnedFd> {
+/// Our own copies of those descriptors of a process that lead to what begins with `kind`.
+pub fn descriptors(process: &Process, kind: &str) -> Vec<OwnedFd> {
     // SAFETY: no memory is passed; the answer is a new descriptor or -1.
     let pidfd = unsafe { libc::syscall(libc::SYS_pidfd_open, process.pid, 0) };
     if pidfd < 0 {
@@ -60,18 +60,23 @@ fn sockets(process: &Process, fabric: Fabric, rendezvous: u16) -> Vec<OwnedFd> {
     // SAFETY: the kernel has just made it for us.
     let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd as i32) };
     let entries = fs::read_dir(format!("/proc/{}/fd", process.pid)).into_iter().flatten().flatten();
-    let is_socket = |entry: &fs::DirEntry| {
-        fs::read_link(entry.path()).is_ok_and(|link| link.to_string_lossy().starts_with("socket:"))
-    };
+    let is_wanted =
+        |entry: &fs::DirEntry| fs::read_link(entry.path()).is_ok_and(|link| link.to_string_lossy().starts_with(kind));
     let numbers: Vec<i32> =
-        entries.filter(is_socket).filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
+        entries.filter(is_wanted).filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
     let copies = numbers.into_iter().filter_map(|number| {
         // SAFETY: as above.
         let copy = unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), number, 0) };
         // SAFETY: as above.
         (copy >= 0).then(|| unsafe { OwnedFd::from_raw_fd(copy as i32) })
     });
-    copies.filter(|socket| carries_a_path(socket, fabric, rendezvous)).collect()
+    copies.collect()
+}
+
+/// Our own copies of the sockets over which a process has paths.
+fn sockets(process: &Process, fabric: Fabric, rendezvous: u16) -> Vec<OwnedFd> {
+    let sockets = descriptors(process, "socket:").into_iter();
+    sockets.filter(|socket| carries_a_path(socket, fabric, rendezvous)).collect()
 }
 
 fn carries_a_path(socket: &OwnedFd, fabric: Fabric, rendezvous: u16) -> bool {

@@ -35,6 +35,7 @@ mod surface;
 mod together;
 mod verbs_hosts;
 mod verbs_links;
+mod verbs_pairs;
 mod verdicts;
 mod wire;
 

@@ -1,5 +1,5 @@
 //! Jobs over verbs across a real link, which loses packets, is cut for a while or for good, or has one of its ends killed; and over
-//! two rails, of which one dies: in virtual machines with a veth pair or with two devices (`scripts/test-rdma`); elsewhere these
+//! two rails, of which one dies or whose network carries nothing any more: in virtual machines with a veth pair or with two devices (`scripts/test-rdma`); elsewhere these
 //! tests say that they do nothing.
 //!
 //! Invariant: what a fault has hit is counted, so that one which hit nothing does not pass.
@@ -23,7 +23,7 @@ use crate::{
     program::{STEPS, model},
 };
 
-/// Whether the soft-RDMA devices rxa and rxb are the two ends of a veth pair here.
+/// Whether the soft-RDMA devices rxa and rxb, and rxc and rxd, are the ends of a veth pair each here.
 fn is_there() -> bool {
     let there = std::env::var("RDMA_VM").is_ok_and(|network| network == "veth");
     if !there {
@@ -38,7 +38,7 @@ fn across(home: &std::path::Path) -> JobOptions {
 }
 
 /// A job whose servers and workers use these devices.
-fn over(home: &std::path::Path, of_servers: &str, of_workers: &str) -> JobOptions {
+pub fn over(home: &std::path::Path, of_servers: &str, of_workers: &str) -> JobOptions {
     let mut options = options(home, "train");
     options.config.transports = vec![Fabric::Verbs];
     with_variable(&mut options, "GRADWIRE_HCA", of_workers);
@@ -55,12 +55,13 @@ fn output(program: &str, arguments: &[&str]) -> String {
 
 /// Packets that the link has lost so far.
 fn dropped() -> u64 {
-    let count = |device: &str| {
-        let text = output("tc", &["-s", "qdisc", "show", "dev", device]);
-        let number = text.split("dropped ").nth(1).and_then(|rest| rest.split(',').next()).expect("netem's count");
-        number.parse::<u64>().unwrap()
-    };
-    count("va") + count("vb")
+    dropped_by("va") + dropped_by("vb")
+}
+
+fn dropped_by(device: &str) -> u64 {
+    let text = output("tc", &["-s", "qdisc", "show", "dev", device]);
+    let number = text.split("dropped ").nth(1).and_then(|rest| rest.split(',').next()).expect("netem's count");
+    number.parse().unwrap()
 }
 
 #[test]
@@ -122,19 +123,19 @@ fn mend() {
 }
 
 /// How often an end says that its path was rebuilt.
-fn rebuilt(job: &Job) -> usize {
+pub fn rebuilt(job: &Job) -> usize {
     job.output().matches("and was rebuilt after").count()
 }
 
 /// The last clock that a worker has said to begin.
-fn clock(job: &Job) -> u64 {
+pub fn clock(job: &Job) -> u64 {
     let output = job.output();
     let last = output.rsplit("begins clock ").next().and_then(|rest| rest.split_whitespace().next());
     last.and_then(|number| number.parse().ok()).unwrap_or(0)
 }
 
 /// Waits until `count` ends have said that their path was rebuilt, and the workers get on.
-fn until_rebuilt(job: &Job, count: usize) {
+pub fn until_rebuilt(job: &Job, count: usize) {
     let (since, begun) = (Instant::now(), clock(job));
     while rebuilt(job) < count || clock(job) < begun + 2 {
         assert!(since.elapsed() < PATIENCE, "{} ends, clock {}\n{}", rebuilt(job), clock(job), job.output());
@@ -227,6 +228,54 @@ fn verbs_one_of_whose_rails_dies_go_on_over_the_other() {
     let all = vec![model(); 2];
     same(&simulated(all.clone(), false), &stored(home.path(), &all), "verbs after a rail has died");
     text.lines().filter(|line| line.contains("rail rxe1:1")).for_each(|line| println!("{line}"));
+}
+
+/// The network between the second rail's ports loses everything, and the ports stay up.
+#[test]
+fn verbs_one_of_whose_rails_carries_nothing_go_on_over_the_other() {
+    if !is_there() {
+        return;
+    }
+    let home = home();
+    let mut options = over(home.path(), "rxa,rxc", "rxb,rxd");
+    with_variable(&mut options, "WORKER_TELLS", 1);
+    (options.config.rebuild_ms, options.config.deadline_ms) = (60_000, 30_000);
+    let mut job = Job::start(options).unwrap();
+    wait_for_text(&job, "begins clock 10");
+    let at_clock = clock(&job);
+    assert!(at_clock + 10 < STEPS, "the job is nearly over: nothing would be hit\n{}", job.output());
+    let lose = |share| {
+        for device in ["vc", "vd"] {
+            output("tc", &["qdisc", "replace", "dev", device, "root", "netem", "loss", share]);
+        }
+    };
+    lose("100%");
+    let since = Instant::now();
+    until_rebuilt(&job, 4);
+    let (took, over_at) = (since.elapsed(), clock(&job));
+    assert!(
+        took < Duration::from_secs(25),
+        "it took {took:?}: the rail was found out by the hellos only\n{}",
+        job.output()
+    );
+    println!(
+        "the network of rail 1 was cut at clock {at_clock}; all four paths were there again {took:.1?} later, at clock {over_at}"
+    );
+    let outcome = end(&mut job);
+    let lost = dropped_by("vc") + dropped_by("vd");
+    lose("1%");
+    let text = job.output();
+    text.lines().filter(|line| line.contains("rails: ")).for_each(|line| println!("{line}"));
+    assert_eq!(outcome.code, 0, "{:?}\n{text}", outcome.reason);
+    assert!(lost > 5, "the rail lost only {lost} packets: nothing was tried");
+    let told = text.matches("goes over 1 of 2 rails: RoCE v2 from 10.8.0.").count();
+    assert!(
+        told >= 4 && text.contains("; not rail 1: one end does not offer it"),
+        "{told} paths are said to go over rail 0\n{text}"
+    );
+    assert!(!text.contains("not rail 0"), "the other rail was doubted too\n{text}");
+    let all = vec![model(); 2];
+    same(&simulated(all.clone(), false), &stored(home.path(), &all), "verbs after a rail has carried nothing");
 }
 
 fn address(device: &str) -> String {

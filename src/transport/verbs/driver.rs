@@ -67,8 +67,13 @@ impl Transport for VerbsTransport {
         };
         let own =
             self.paths[index].as_ref().map(|path| self.offer_of(path)).expect("a path that has an index is there");
-        let meeting =
-            own.meet(&remote).map_err(|why| Error::Config(format!("{peer} cannot be reached over verbs: {why}")))?;
+        let meeting = own.meet(&remote).map_err(|why| {
+            self.doubts.forget(peer);
+            Error::Config(format!("{peer} cannot be reached over verbs: {why}"))
+        })?;
+        if own.rails.iter().chain(&remote.rails).any(Option::is_none) {
+            tracing::warn!("the path to {peer} goes over {}", meeting.reason);
+        }
         let calls = self.options.identity.me > peer;
         let path = self.paths[index].as_mut().expect("looked at above");
         path.connect(&remote, &meeting, calls, deadline)?;

@@ -8,7 +8,7 @@
 //! A transport has one to four *rails*, ports of devices that are used together. A path has a queue pair and a note ring on each
 //! rail that both ends have; every write goes whole on one of them, and the layers above see one path, in order.
 //!
-//! The parts: `choice`, `address`, `offer` and `order` are pure, `device`, `thread_domain`, `completion`, `memory`, `device_memory`
+//! The parts: `choice`, `address`, `offer`, `doubt` and `order` are pure, `device`, `thread_domain`, `completion`, `memory`, `device_memory`
 //! and `queue_pair` own libibverbs' objects, one a file, `chain` builds lists of requests, `rail` and `path` are one peer's
 //! protocol, this file keeps the paths, and `driver` is the trait.
 //!
@@ -29,6 +29,7 @@ mod choice;
 mod completion;
 mod device;
 mod device_memory;
+mod doubt;
 mod driver;
 #[cfg(test)]
 mod fake;
@@ -53,6 +54,7 @@ use chain::Chain;
 pub use choice::numa_node_of;
 use completion::{BATCH, Batch, CompletionQueue};
 use device::{Device, Event};
+use doubt::Doubts;
 use memory::{NoteRing, Registration};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 pub use options::{PortName, RETRY_COUNT_MAX, VerbsOptions};
@@ -94,6 +96,7 @@ pub struct VerbsTransport {
     index_of: HashMap<PeerId, usize>,
     dirty: Vec<usize>,
     done: Done,
+    doubts: Doubts,
     /// What one look at a queue brings: kept, for most looks bring nothing.
     batch: Batch,
     /// When `poll` was called last.
@@ -172,6 +175,7 @@ impl VerbsTransport {
             index_of: HashMap::new(),
             dirty: Vec::new(),
             done: Done::default(),
+            doubts: Doubts::default(),
             batch: Batch::default(),
             polled: Instant::now(),
             lives: 0,
@@ -204,7 +208,7 @@ impl VerbsTransport {
         u32::from(self.options.ring_entries) + WORDS_MAX
     }
 
-    /// A path for `peer`, prepared on all rails that are up, and not connected.
+    /// A path for `peer`, prepared on all rails that are up and not in doubt, and not connected.
     fn prepare(&mut self, peer: PeerId) -> Result<usize> {
         // A pair that was destroyed may have left completions behind, in the room of the one that comes.
         self.collect(Instant::now(), usize::MAX)?;
@@ -218,8 +222,17 @@ impl VerbsTransport {
             let rails: Vec<String> = self.ports.iter().zip(&defects).map(port).collect();
             return Err(Error::Config(format!("no rail to reach {peer} on: {}", rails.join("; "))));
         }
-        for (number, defect) in defects.into_iter().enumerate() {
-            let prepared = defect.is_none().then(|| self.prepare_rail(number, index)).transpose()?;
+        let usable: Vec<bool> = defects.iter().map(Option::is_none).collect();
+        let doubted = self.doubts.of(peer, &usable, Instant::now());
+        for (number, is_usable) in usable.into_iter().enumerate() {
+            let is_offered = is_usable && !doubted[number];
+            if is_usable && !is_offered {
+                let port = &self.ports[number].carried.port;
+                tracing::warn!(
+                    "rail {port}: nothing came through to {peer} on it; paths to it go without it for a while"
+                );
+            }
+            let prepared = is_offered.then(|| self.prepare_rail(number, index)).transpose()?;
             let (address, rail) = prepared.unzip();
             offered.push(address);
             rails.extend(rail);
@@ -327,6 +340,10 @@ impl VerbsTransport {
             true => path.silence(),
             false => path.blame(rail, words::status(completion.status, completion.vendor_err, patience)),
         };
+        // Nothing was heard of a peer that is gone for as long as the device tried; of one that is there, a probe's answer was.
+        if completion.status == v::WC_RETRY_EXC_ERR && path.hears_elsewhere(rail, now, patience * 7 / 8) {
+            self.doubts.add(path.peer, path.number_of(rail), now);
+        }
         if completion.status == v::WC_WR_FLUSH_ERR {
             // A consequence; the device may have told the cause.
             self.on_events();
@@ -389,9 +406,10 @@ impl VerbsTransport {
         }
         let is_due = |path: &&Path| path.deadline().is_some_and(|deadline| now >= deadline);
         for index in 0..self.paths.len() {
-            if let Some(reason) = self.paths[index].as_ref().filter(is_due).map(Path::silence) {
-                self.break_path(index, &reason);
-            }
+            let Some(path) = self.paths[index].as_ref().filter(is_due) else { continue };
+            path.silent().for_each(|rail| self.doubts.add(path.peer, rail, now));
+            let reason = path.silence();
+            self.break_path(index, &reason);
         }
         self.on_events();
         for index in 0..self.paths.len() {

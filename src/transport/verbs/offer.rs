@@ -1,7 +1,7 @@
 //! What one end offers a peer: a queue pair on each of its rails, and each region's keys on them.
 //!
 //! Rail i here meets rail i there, or neither is used. Both ends see both offers, so both use the same rails without a message. A
-//! rail whose port is down keeps its place, and is offered as what it is.
+//! rail whose port is down, or that is in doubt, keeps its place, and is not offered.
 //!
 //! Invariant: `Offer::parse(offer.to_string()) == offer`; two ends that meet each other's offers come to one answer.
 #![forbid(unsafe_code)]
@@ -19,7 +19,7 @@ const REGIONS_MAX: usize = 256;
 /// A region's key on each rail. The first is its name: notes carry it, whatever rail the payload goes on. 0 means none.
 pub(super) type Keys = [u32; RAILS_MAX];
 
-/// In the place of a rail: its port is down.
+/// In the place of a rail: its port is down, or nothing came through on it.
 const DOWN: &str = "down";
 
 /// One end of a path that is to be.
@@ -98,7 +98,7 @@ impl Offer {
         for (number, (ours, theirs)) in self.rails.iter().zip(&remote.rails).enumerate() {
             let judged = match (ours, theirs) {
                 (Some(ours), Some(theirs)) => ours.judge(theirs),
-                _ => Err("its port is down at one end".into()),
+                _ => Err("one end does not offer it: its port is down, or nothing came through on it".into()),
             };
             match judged {
                 Ok(why) => {

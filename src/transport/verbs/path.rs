@@ -8,7 +8,7 @@
 
 use std::{
     collections::{HashMap, VecDeque},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use super::{
@@ -115,6 +115,23 @@ impl Path {
     /// The rail on that one of our ports.
     pub(super) fn rail_on(&self, port: usize) -> Option<usize> {
         self.rails.iter().position(|rail| rail.number == port)
+    }
+
+    /// The number of a rail among our ports.
+    pub(super) fn number_of(&self, rail: usize) -> usize {
+        self.rails[rail].number
+    }
+
+    /// Whether another rail has had a sign of life of the peer within `time`: then the peer is there, and it is the rail that fails.
+    pub(super) fn hears_elsewhere(&self, rail: usize, now: Instant, time: Duration) -> bool {
+        let others = self.rails.iter().enumerate().filter(|(at, _)| *at != rail);
+        others.into_iter().any(|(_, other)| other.is_open() && now.saturating_duration_since(other.heard_at()) < time)
+    }
+
+    /// The numbers of the rails that have not heard the peer, if others have.
+    pub(super) fn silent(&self) -> impl Iterator<Item = usize> {
+        let any_is_open = self.rails.iter().any(Rail::is_open);
+        self.rails.iter().filter(move |rail| any_is_open && !rail.is_open()).map(|rail| rail.number)
     }
 
     /// What went wrong, and on which rail.

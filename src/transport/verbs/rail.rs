@@ -186,6 +186,11 @@ impl Rail {
         matches!(self.stage, Stage::Open(_))
     }
 
+    /// When the peer's device last acknowledged anything, or the peer said something.
+    pub(super) fn heard_at(&self) -> Instant {
+        self.heard
+    }
+
     /// Entries of our ring.
     pub(super) fn ring_entries(&self) -> u16 {
         self.ring.entries()
