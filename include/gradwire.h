@@ -62,6 +62,10 @@ typedef enum gw_status {
    A bug in gradwire, which was kept from spreading. The handle, if there was one, can only be closed.
    */
   GW_PANIC = 10,
+  /*
+   This worker was told to leave, and is of the job no more: call gw_finish and end.
+   */
+  GW_LEFT = 11,
 } gw_status;
 
 /*
@@ -345,7 +349,7 @@ enum gw_status gw_close(gw_worker worker);
 enum gw_status gw_rank(gw_worker worker, size_t *rank);
 
 /*
- How many workers the job has.
+ How many workers the job began with.
 
  # Safety
 
@@ -361,6 +365,17 @@ enum gw_status gw_workers(gw_worker worker, size_t *workers);
  `clock` is null or room for a number that nobody else uses during the call.
  */
 enum gw_status gw_clock(gw_worker worker, uint64_t *clock);
+
+/*
+ Whether this worker was told to leave (`gradwire remove-worker`) and has no clock before it: 1, it is to call gw_finish; else 0.
+ To be asked between two clocks; never waits. What it has pushed in earlier clocks counts.
+
+ # Safety
+
+ `leaves` is null or room for a number that nobody else uses during the call.
+ */
+enum gw_status gw_should_leave(gw_worker worker,
+                               int32_t *leaves);
 
 /*
  The version of the parameters at hand: that of the oldest chunk. Under `bsp` it is the number of clocks applied.

@@ -131,6 +131,12 @@ pub enum Error {
         /// The clock whose checkpoint was written.
         clock: Clock,
     },
+    /// This worker was told to leave, and has done all that it had to do.
+    #[error("this worker is of the job no more from clock {clock} on, as was asked: it has only to finish")]
+    Left {
+        /// The first clock at which nothing of it counts.
+        clock: Clock,
+    },
 }
 
 /// The crate's result.

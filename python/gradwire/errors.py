@@ -33,6 +33,10 @@ class Preempted(Error):
     """The job was told to stop and has written its checkpoint: end with exit code :data:`EXIT_PREEMPTED`."""
 
 
+class Left(Error):
+    """This worker was told to leave and is of the job no more: call :meth:`~gradwire.Worker.finish` and end."""
+
+
 class SystemFailure(Error, OSError):
     """The operating system or a device refused: memory, descriptors, files, the network."""
 

@@ -109,6 +109,11 @@ class Worker:
         """The clock (step) that the next push belongs to; not 0 at first in a job that was resumed."""
         return self._worker.clock
 
+    def should_leave(self) -> bool:
+        """Whether this worker was told to leave (``gradwire remove-worker``) and has no clock before it: it is to :meth:`finish`.
+        To be asked between two clocks; never waits. What it has pushed in earlier clocks counts."""
+        return self._worker.should_leave()
+
     @property
     def loss_scale(self) -> float:
         """What the loss of this clock is to be multiplied by: the servers divide gradients by it. 1 unless the job has `loss_scale`."""
@@ -159,6 +164,7 @@ class Worker:
             DeadlineError: naming the server, the chunk and the clock that were waited for. It may be called again.
             JobFailed: the job has failed.
             Preempted: the job was told to stop and has written its checkpoint.
+            Left: this worker was told to leave, and is not of the job at this clock any more; it has only to :meth:`finish`.
             KeyboardInterrupt: by Ctrl-C. It may be called again.
         """
         self._worker.wait(timeout)

@@ -22,6 +22,7 @@ pub fn raised(py: Python<'_>, error: &Error) -> PyErr {
         Error::Deadline { .. } => "DeadlineError",
         Error::Refused { .. } => "RefusedError",
         Error::Preempted { .. } => "Preempted",
+        Error::Left { .. } => "Left",
         Error::Broken { .. } | Error::Protocol { .. } | Error::Checkpoint { .. } | Error::JobFailed(_) => "JobFailed",
     };
     exception(py, class, &error.to_string())

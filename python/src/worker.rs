@@ -159,6 +159,11 @@ impl Worker {
         self.slot.with(py, |worker| Ok(worker.clock()))
     }
 
+    /// Whether it was told to leave and has no clock before it.
+    fn should_leave(&self, py: Python<'_>) -> PyResult<bool> {
+        self.slot.with(py, |worker| Ok(worker.should_leave()))
+    }
+
     /// What the loss of this clock is to be multiplied by, since the servers divide gradients by it; 1 unless the job has `loss_scale`.
     #[getter]
     fn loss_scale(&self, py: Python<'_>) -> PyResult<f32> {

@@ -1,4 +1,4 @@
-//! The command line: `gradwire run`, `node`, `status`, `top`, `set`, `checkpoint`, `bench`, `plan`, `info`, `doctor`.
+//! The command line: `gradwire run`, `node`, `status`, `top`, `set`, `remove-worker`, `add-worker`, `checkpoint`, `bench`, `plan`, `info`, `doctor`.
 //!
 //! Invariant: what a command prints for machines goes to standard output, everything else to standard error; a failure ends with
 //! one line that says what happened, to whom, and what to do.
@@ -18,6 +18,7 @@ mod set;
 mod settings;
 mod status;
 mod top;
+mod workers;
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -38,6 +39,7 @@ use crate::Result;
   gradwire status myjob                             who has joined, and how far they are
   gradwire top myjob                                rates, each second
   gradwire set myjob lr=0.0003                      change a setting while it runs
+  gradwire remove-worker myjob 3                    go on without worker 3; add-worker: with another one
   gradwire checkpoint now myjob                     write a checkpoint now
   gradwire checkpoint export ckpt model.safetensors the parameters, for other tools
   gradwire bench push-pull --bytes 64..64M          how fast it is here, beside what the machine can do
@@ -69,6 +71,10 @@ enum Command {
     Top(top::TopArguments),
     /// Change settings of a running job, at one clock on every server.
     Set(set::SetArguments),
+    /// Have a worker leave a running job, from one clock on.
+    RemoveWorker(workers::RemoveArguments),
+    /// Have another worker take part in a running job, from one clock on.
+    AddWorker(workers::AddArguments),
     /// Have a running job write a checkpoint; list, verify and export what has been written.
     Checkpoint(checkpoint::CheckpointArguments),
     /// Measure, beside what the machine itself reaches in the same run.
@@ -105,6 +111,8 @@ pub fn main() -> ExitCode {
         Command::Status(arguments) => status::status(&arguments),
         Command::Top(arguments) => top::top(&arguments),
         Command::Set(arguments) => set::set(&arguments),
+        Command::RemoveWorker(arguments) => workers::remove(&arguments),
+        Command::AddWorker(arguments) => workers::add(&arguments),
         Command::Checkpoint(arguments) => checkpoint::run(&arguments),
         Command::Bench(arguments) => bench::run(arguments),
         Command::Gpu(arguments) => gpu::run(&arguments),

@@ -20,6 +20,9 @@ pub(super) struct SettingArguments {
     /// Number of workers.
     #[arg(short = 'n', long, value_name = "N")]
     workers: Option<String>,
+    /// Seats for workers, if others are to come while the job runs (gradwire add-worker) [default: as many as workers].
+    #[arg(long, value_name = "N")]
+    max_workers: Option<String>,
     /// The job's name [default: made up].
     #[arg(long)]
     name: Option<String>,
@@ -164,6 +167,7 @@ impl SettingArguments {
             ("loss_scale.mode", &self.loss_scale),
             ("servers", &self.servers),
             ("workers", &self.workers),
+            ("max_workers", &self.max_workers),
             ("name", &self.name),
             ("shards_per_server", &self.shards_per_server),
             ("replicas", &self.replicas),

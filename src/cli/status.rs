@@ -10,7 +10,7 @@ use clap::Args;
 use crate::{
     Error, Result,
     launch::JobDirectory,
-    session::{Control, ControlAnswer, PathCounts, ShardStatus, Status, WorkerTurn, control},
+    session::{Control, ControlAnswer, PathCounts, ShardStatus, Status, control},
 };
 
 /// How long a launcher may take to say how things stand.
@@ -88,9 +88,8 @@ fn table(status: &Status) -> String {
         text += &format!("{:<12} {:<11} {clock:>9} {pid:>9}  {}\n", rank.rank.to_string(), rank.state, rank.host);
     }
     text += &redundancy(status);
-    for WorkerTurn { worker, clock, is_in } in &status.turns {
-        let how = if *is_in { "in again" } else { "out" };
-        text += &format!("worker {worker}: {how} from clock {clock} on\n");
+    for turn in &status.turns {
+        text += &format!("{turn}\n");
     }
     if status.lacked > 0 {
         text += &format!("steps of a chunk without what a lost worker had not given in whole: {}\n", status.lacked);

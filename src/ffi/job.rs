@@ -132,7 +132,7 @@ pub unsafe extern "C" fn gw_rank(worker: WorkerHandle, rank: *mut usize) -> Stat
     unsafe { tell("gw_rank", worker, rank, |worker| Ok(worker.rank())) }
 }
 
-/// How many workers the job has.
+/// How many workers the job began with.
 ///
 /// # Safety
 ///
@@ -152,6 +152,22 @@ pub unsafe extern "C" fn gw_workers(worker: WorkerHandle, workers: *mut usize) -
 pub unsafe extern "C" fn gw_clock(worker: WorkerHandle, clock: *mut u64) -> Status {
     // SAFETY: the caller answers for it.
     unsafe { tell("gw_clock", worker, clock, |worker| Ok(worker.clock())) }
+}
+
+/// Whether this worker was told to leave (`gradwire remove-worker`) and has no clock before it: 1, it is to call gw_finish; else 0.
+/// To be asked between two clocks; never waits. What it has pushed in earlier clocks counts.
+///
+/// # Safety
+///
+/// `leaves` is null or room for a number that nobody else uses during the call.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn gw_should_leave(worker: WorkerHandle, leaves: *mut i32) -> Status {
+    guard("gw_should_leave", || {
+        // SAFETY: the caller answers for it.
+        let out = unsafe { place(leaves, "the place for the answer") }?;
+        *out = with(worker, |entry| Ok(i32::from(entry.worker.should_leave())))?;
+        Ok(())
+    })
 }
 
 /// The version of the parameters at hand: that of the oldest chunk. Under `bsp` it is the number of clocks applied.

@@ -38,6 +38,8 @@ pub enum Status {
     GwSystem = 9,
     /// A bug in gradwire, which was kept from spreading. The handle, if there was one, can only be closed.
     GwPanic = 10,
+    /// This worker was told to leave, and is of the job no more: call gw_finish and end.
+    GwLeft = 11,
 }
 
 /// Why a call fails.
@@ -68,6 +70,7 @@ impl From<Error> for Fault {
             Error::Deadline { .. } => Status::GwTimeout,
             Error::Refused { .. } => Status::GwRefused,
             Error::Preempted { .. } => Status::GwPreempted,
+            Error::Left { .. } => Status::GwLeft,
             Error::Broken { .. } | Error::Protocol { .. } | Error::Checkpoint { .. } | Error::JobFailed(_) => {
                 Status::GwFailed
             }

@@ -281,13 +281,21 @@ impl Fleet {
         }
     }
 
-    /// Starts a rank again, where its process ran that has ended.
+    /// Starts a rank again, where its process ran that has ended; a worker that has had none where there are fewest.
     ///
     /// # Errors
     ///
     /// What kept it from starting here; an agent tells its own later.
     pub fn restart(&mut self, rank: Rank, context: &Context<'_>) -> Result<()> {
-        let Some((host, exit)) = self.ranks.get_mut(&rank) else { return Ok(()) };
+        let fewest = || {
+            let workers = |host: &usize| {
+                let on_it = |(other, (at, _)): &(&Rank, &(usize, _))| other.role == rank.role && at == host;
+                self.ranks.iter().filter(on_it).count()
+            };
+            (0..self.members.len()).filter(|host| !self.members[*host].lost).min_by_key(workers)
+        };
+        let Some(host) = self.ranks.get(&rank).map(|(host, _)| *host).or_else(fewest) else { return Ok(()) };
+        let (host, exit) = self.ranks.entry(rank).or_insert((host, None));
         match &self.members[*host].remote {
             Some(remote) => remote.say(ToAgent::Restart { rank }),
             None => self.here.restart(rank, context.directory)?,

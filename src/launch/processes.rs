@@ -82,15 +82,17 @@ impl Processes {
         self.write_pids(directory)
     }
 
-    /// Starts a rank again whose process has been reaped.
+    /// Starts a rank again whose process has been reaped, or one that has had none.
     ///
     /// # Errors
     ///
     /// As [`Processes::start`].
     pub fn restart(&mut self, rank: Rank, directory: &JobDirectory) -> Result<()> {
-        let started =
-            self.crew.as_ref().filter(|_| self.ranks.get(&rank).is_some_and(|process| process.exit.is_some()));
-        let Some(crew) = started else { return Ok(()) };
+        let has_ended = self.ranks.get(&rank).is_none_or(|process| process.exit.is_some());
+        let Some(crew) = self.crew.as_mut().filter(|_| has_ended) else { return Ok(()) };
+        if !crew.ranks.contains(&rank) {
+            crew.ranks.push(rank);
+        }
         let (pass_output, (prepared, _)) = (crew.pass_output, crew.prepare(directory, &self.mark)?);
         for prepared in prepared.into_iter().filter(|prepared| prepared.rank == rank) {
             self.start_one(prepared, pass_output)?;

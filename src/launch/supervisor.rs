@@ -232,6 +232,7 @@ impl Supervisor {
                 self.tell(&format!("{change} from clock {clock} on"));
                 self.member_turned(clock, change);
             }
+            Notice::Wanted(rank) => self.wanted(rank),
             Notice::Deserted => self.see(Sight::General("no worker is left".into())),
             Notice::NotFinite { clock, worker, tensor, count } => self.not_finite(clock, worker, &tensor, count),
             Notice::Failed { rank, text, elsewhere } => self.see(Sight::Reported { rank, text, elsewhere }),
@@ -292,7 +293,8 @@ impl Supervisor {
     }
 
     fn workers(&self) -> impl Iterator<Item = Rank> + use<> {
-        (0..self.options.config.workers).map(Rank::worker)
+        let first = (0..self.options.config.workers).map(Rank::worker);
+        first.chain(self.losses.added.clone())
     }
 
     fn workers_reported(&self) -> bool {
@@ -321,7 +323,8 @@ impl Supervisor {
     }
 
     pub(super) fn check_finished(&mut self) {
-        let done = |rank: Rank| match self.options.by_hand.contains(&rank) {
+        let is_elsewhere = |rank: &Rank| self.options.by_hand.contains(rank) || !self.processes.has_started(*rank);
+        let done = |rank: Rank| match is_elsewhere(&rank) && !self.has_departed(rank) {
             true => self.summaries.contains_key(&rank),
             false => {
                 let through = !self.joined.contains(&rank) || self.summaries.contains_key(&rank);
@@ -336,6 +339,7 @@ impl Supervisor {
         if !self.workers_reported() {
             self.rendezvous.order(Order::Stop("all workers have ended".into()));
         }
+        self.end_departed();
         self.end(End::Finished, self.patience());
     }
 

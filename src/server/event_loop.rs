@@ -218,7 +218,9 @@ impl<T: Transport> EventLoop<T> {
     pub fn settle_change(&mut self, number: u64, change: Option<(Clock, Change)>) -> Result<()> {
         match change {
             Some((clock, Change::Settings(change))) => self.change_from(clock, change)?,
-            Some((clock, Change::Lost(worker))) => self.shard.leaves(worker, clock),
+            Some((clock, Change::Lost(worker) | Change::Leaves(worker) | Change::Opens(worker))) => {
+                self.shard.leaves(worker, clock);
+            }
             Some((clock, Change::Joins(worker))) => self.shard.joins(worker, clock),
             None => {}
         }

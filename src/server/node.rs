@@ -291,7 +291,7 @@ impl LaneThread {
         tracing::info!("shard {} computes on {info}, CUDA {}", self.shard().0, driver_version()?);
         Ok(OnDevice {
             context,
-            workers: config.workers,
+            workers: config.seats(),
             patience: Duration::from_millis(config.gpu_ms),
             direct: config.gpu_direct,
         })
@@ -335,7 +335,7 @@ impl LaneThread {
         let shard_config = ShardConfig {
             me: self.me,
             shard,
-            workers: config.workers,
+            workers: config.seats(),
             consistency: config.consistency,
             slots: config.slots(&ShardShape::of(&plan.layout, shard))?,
             two_step: config.is_two_step(),
@@ -356,6 +356,7 @@ impl LaneThread {
             if let Some(at) = &resumed_at {
                 event_loop.resume_clocks(&at.clocks);
             }
+            (config.workers..config.seats()).for_each(|worker| event_loop.leave_empty(worker));
             Replica::serving(self.me, tenure, event_loop)
         } else {
             let options = StandbyOptions { shard: shard_config, region, tenure, is_first: self.is_first };

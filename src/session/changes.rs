@@ -24,7 +24,11 @@ pub enum Change {
     Settings(LiveChange),
     /// This worker is not of the job any more: it was lost, and nothing more is taken from it.
     Lost(u16),
-    /// This worker is of the job again.
+    /// This worker is of the job until then, as it was told to be: what it gives of earlier clocks counts, all of it.
+    Leaves(u16),
+    /// The process of this worker has finished, and another one may take its seat.
+    Opens(u16),
+    /// This worker is of the job from then on, again or for the first time.
     Joins(u16),
 }
 
@@ -38,8 +42,9 @@ impl fmt::Display for Change {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Change::Settings(change) => change.fmt(f),
-            Change::Lost(worker) => write!(f, "{} is out", Rank::worker(*worker)),
-            Change::Joins(worker) => write!(f, "{} is in again", Rank::worker(*worker)),
+            Change::Lost(worker) | Change::Leaves(worker) => write!(f, "{} is out", Rank::worker(*worker)),
+            Change::Opens(worker) => write!(f, "the seat of {} is open", Rank::worker(*worker)),
+            Change::Joins(worker) => write!(f, "{} is in", Rank::worker(*worker)),
         }
     }
 }
@@ -65,20 +70,21 @@ impl Changes {
         Changes { lanes, open: None, number: 0 }
     }
 
-    /// Begins a change: its number, and the clock for which every lane is to prepare. `reached` is the furthest clock reported.
+    /// Begins a change at `at` or the first later clock that is possible: its number, and the clock for which every lane is to
+    /// prepare. `reached` is the furthest clock reported.
     ///
     /// # Errors
     ///
     /// In words, while another change is under way.
-    pub fn begin(&mut self, change: Change, reached: Clock) -> Result<(u64, Clock), String> {
+    pub fn begin(&mut self, change: Change, at: Clock, reached: Clock) -> Result<(u64, Clock), String> {
         if self.open.is_some() {
             return Err("another change is being made; try again in a moment".into());
         }
         self.number += 1;
         self.open = Some(Open { change, prepared: BTreeMap::new() });
         // Who waits for a worker that is gone, or for one that is there again, holds as early as is possible.
-        let is_setting = matches!(change, Change::Settings(_));
-        Ok((self.number, if is_setting { reached.saturating_add(MARGIN) } else { 0 }))
+        let waits = matches!(change, Change::Lost(_) | Change::Opens(_) | Change::Joins(_));
+        Ok((self.number, if waits { at } else { at.max(reached.saturating_add(MARGIN)) }))
     }
 
     /// Whether a change is under way.
@@ -118,15 +124,15 @@ mod tests {
         let change = Change::Settings(LiveChange { learning_rate: Some(0.5), ..LiveChange::default() });
         let mut changes = Changes::new(2);
         let (one, two) = (PeerId::server(0, 0), PeerId::server(1, 0));
-        assert_eq!(changes.begin(change, 7), Ok((1, 9)));
-        assert!(changes.begin(change, 7).unwrap_err().contains("another change"));
+        assert_eq!(changes.begin(change, 0, 7), Ok((1, 9)));
+        assert!(changes.begin(change, 0, 7).unwrap_err().contains("another change"));
         assert_eq!(changes.prepared(1, one, 12), None);
         assert_eq!(changes.prepared(1, one, 12), None, "the same lane twice");
         assert_eq!(changes.prepared(0, two, 9), None, "an older change");
         assert_eq!(changes.prepared(1, two, 9), Some((12, change)));
         assert_eq!(changes.prepared(1, two, 9), None);
-        changes.begin(change, 20).unwrap();
+        changes.begin(change, 30, 20).unwrap();
         assert_eq!(changes.cancel(), Some(2));
-        assert_eq!((changes.cancel(), changes.prepared(2, one, 22)), (None, None));
+        assert_eq!((changes.cancel(), changes.prepared(2, one, 30)), (None, None));
     }
 }

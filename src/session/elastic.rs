@@ -1,11 +1,11 @@
-//! What becomes of a job that loses workers.
+//! What becomes of a job that loses workers, and whether workers may leave it and come to it.
 //!
 //! Invariant: what does not go together with it is refused by name before the job begins.
 #![forbid(unsafe_code)]
 
 use serde::{Deserialize, Serialize};
 
-use super::JobConfig;
+use super::{JobConfig, RANKS_MAX};
 use crate::{Error, Result};
 
 /// What becomes of a job when a worker is lost: it dies, it is silent, or its paths break for good.
@@ -27,7 +27,34 @@ impl JobConfig {
         self.on_worker_loss != OnWorkerLoss::Fail
     }
 
+    /// Why workers cannot leave this job or come to it while it runs.
+    pub fn keeps_workers(&self) -> Option<&'static str> {
+        match () {
+            () if !self.consistency.aggregates() => Some("that needs `consistency` bsp"),
+            () if self.has_replicas() => {
+                Some("together with two copies of each shard (`replicas`) it is not built yet")
+            }
+            () => None,
+        }
+    }
+
+    fn validate_seats(&self) -> Result<()> {
+        let refuse = |why: &str| Err(Error::Config(format!("`max_workers` is {}; {why}", self.max_workers)));
+        match self.max_workers {
+            0 => Ok(()),
+            seats if seats < self.workers || seats > RANKS_MAX => {
+                refuse(&format!("it must be from `workers`, which is {}, to {RANKS_MAX}", self.workers))
+            }
+            seats if seats == self.workers => Ok(()),
+            _ if self.rebuild_ms == 0 => {
+                refuse("a worker that comes later builds its paths by itself: `rebuild_ms` must not be 0")
+            }
+            _ => self.keeps_workers().map_or(Ok(()), refuse),
+        }
+    }
+
     pub(super) fn validate_elastic(&self) -> Result<()> {
+        self.validate_seats()?;
         let refuse = |why: &str| {
             let text = format!("`on_worker_loss` is `continue` or `restart`; {why}");
             Err(Error::Config(text))
@@ -44,14 +71,10 @@ impl JobConfig {
             _ if (1..warn_ms).contains(&self.straggler_deadline_ms) => straggler(format!(
                 "who waits for whom is looked at after {warn_ms} ms (`warn_ms`, and three times `heartbeat_ms`): it must not be less"
             )),
-            _ if !self.consistency.aggregates() => refuse("that needs `consistency` bsp"),
-            _ if self.has_replicas() => {
-                refuse("together with two copies of each shard (`replicas`) it is not built yet")
-            }
             OnWorkerLoss::Restart if self.rebuild_ms == 0 => {
                 refuse("a worker that is started again builds its paths anew: `rebuild_ms` must not be 0")
             }
-            _ => Ok(()),
+            _ => self.keeps_workers().map_or(Ok(()), refuse),
         }
     }
 }

@@ -96,13 +96,14 @@ impl JobConfig {
     pub fn slots(&self, shape: &ShardShape) -> Result<u32> {
         let chunk = (shape.chunk_elements_max * self.gradient_dtype.size() as u64).max(1);
         let budget = self.landing_bytes / u64::from(self.lanes_per_server());
-        let fits = budget / (u64::from(self.workers) * chunk);
+        let seats = u64::from(self.seats());
+        let fits = budget / (seats * chunk);
         if fits < SLOTS_MIN {
             return Err(Error::Config(format!(
                 "landing memory of {budget} bytes a shard has no room for {SLOTS_MIN} slots x {} workers x {chunk} bytes a chunk \
                  = {} bytes: raise landing_bytes or lower chunk_bytes",
-                self.workers,
-                SLOTS_MIN * u64::from(self.workers) * chunk
+                seats,
+                SLOTS_MIN * seats * chunk
             )));
         }
         Ok(fits.min(shape.chunks.max(SLOTS_MIN)).min(u64::from(u32::MAX)) as u32)
@@ -125,7 +126,7 @@ impl JobConfig {
             state,
             accumulator: if accumulates { array } else { 0 },
             replies: (2 * shape.chunks).max(1) * parameter,
-            landing: u64::from(self.workers) * u64::from(slots) * gradient,
+            landing: u64::from(self.seats()) * u64::from(slots) * gradient,
             // For what is sent, and for what comes: a lane does one of the two and is ready for the other.
             replica: 2 * u64::from(self.replica_slots()) * 4 * shape.chunk_elements_max,
             snapshot: if self.checkpoint.dir.is_some() { array + state } else { 0 },
@@ -185,7 +186,7 @@ impl JobConfig {
             first.replies,
             first.landing,
             first.slots,
-            self.workers,
+            self.seats(),
             if self.has_replicas() { ", and every shard is held twice" } else { "" },
             match first.snapshot {
                 0 => String::new(),

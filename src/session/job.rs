@@ -114,6 +114,8 @@ pub struct JobConfig {
     pub servers: u16,
     /// How many workers.
     pub workers: u16,
+    /// Seats for workers, those that are empty at first included; 0: as many as workers.
+    pub max_workers: u16,
     /// Shards (pinned threads) of each server.
     pub shards_per_server: u16,
     /// Copies of each shard, on different servers: 1, or 2 of which one serves and the other may take over.
@@ -207,6 +209,7 @@ impl Default for JobConfig {
             instance: 0,
             servers: 1,
             workers: 1,
+            max_workers: 0,
             shards_per_server: 1,
             replicas: 1,
             on_worker_loss: OnWorkerLoss::default(),
@@ -278,7 +281,7 @@ impl JobConfig {
                 64 << 20
             ));
         }
-        let (chunk, workers) = (self.chunk_bytes, u64::from(self.workers));
+        let (chunk, workers) = (self.chunk_bytes, u64::from(self.seats()));
         if self.landing_bytes < 2 * chunk * workers {
             return refuse(format!(
                 "`landing_bytes` is {}, too small for two slots for each worker: 2 x {workers} workers x {chunk} bytes a chunk = \
@@ -375,7 +378,12 @@ impl JobConfig {
         u32::from(self.servers) * u32::from(self.shards_per_server)
     }
 
-    /// How many ranks of one role the job has.
+    /// Seats for workers: those with which the job begins, and those that are empty at first.
+    pub fn seats(&self) -> u16 {
+        self.workers.max(self.max_workers)
+    }
+
+    /// How many ranks of one role the job begins with.
     pub fn ranks_of(&self, role: Role) -> u16 {
         match role {
             Role::Server => self.servers,
@@ -383,7 +391,7 @@ impl JobConfig {
         }
     }
 
-    /// Every rank of the job: servers first, each role by number.
+    /// Every rank with which the job begins: servers first, each role by number.
     pub fn ranks(&self) -> impl Iterator<Item = Rank> + use<> {
         (0..self.servers).map(Rank::server).chain((0..self.workers).map(Rank::worker))
     }
@@ -447,8 +455,10 @@ mod tests {
     #[test]
     fn what_cannot_work_is_refused_by_its_key() {
         type Spoil = fn(&mut JobConfig);
-        let cases: [(&str, Spoil); 20] = [
+        let cases: [(&str, Spoil); 22] = [
             ("workers", |j| j.workers = 0),
+            ("max_workers", |j| (j.workers, j.max_workers) = (3, 2)),
+            ("max_workers", |j| (j.max_workers, j.consistency) = (2, Consistency::Asp)),
             ("servers", |j| j.servers = RANKS_MAX + 1),
             ("shards_per_server", |j| j.shards_per_server = 0),
             ("parameter_dtype", |j| j.parameter_dtype = Dtype::F16),

@@ -32,6 +32,7 @@ const SETTINGS: &[(&str, Kind)] = &[
     ("name", Kind::Text),
     ("servers", Kind::Whole),
     ("workers", Kind::Whole),
+    ("max_workers", Kind::Whole),
     ("shards_per_server", Kind::Whole),
     ("replicas", Kind::Whole),
     ("on_worker_loss", Kind::Choice(&["fail", "continue", "restart"])),

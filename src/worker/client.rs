@@ -11,6 +11,7 @@
 //! parameters under way.
 
 mod inheriting;
+mod leaving;
 mod outgoing;
 mod resuming;
 mod waiting;
@@ -91,8 +92,10 @@ pub enum Event {
     LossScale(f32),
     /// Every lane has said goodbye.
     Finished,
-    /// A worker in the place of one that was lost takes part from this clock on.
+    /// A worker in the place of one that was lost, or that left, takes part from this clock on.
     Begins(Clock),
+    /// This worker is of the job no more from this clock on: nothing of it counts or is answered.
+    Leaves(Clock),
 }
 
 /// What a client waits for, to be named when a deadline passes.
@@ -171,6 +174,8 @@ pub struct Client {
     resent: Option<(PeerId, u64)>,
     /// The first clock of the loss scale that was told last.
     scaled_from: Clock,
+    /// The first clock at which this worker is of the job no more.
+    leaves_from: Option<Clock>,
 }
 
 impl Client {
@@ -210,6 +215,7 @@ impl Client {
             finishing: false,
             resent: None,
             scaled_from: 0,
+            leaves_from: None,
         }
     }
 
@@ -371,6 +377,9 @@ impl Client {
         let wants_reply = reply.is_some();
         if let Some(reply) = reply {
             self.await_parameters(chunk, Request::Push { clock, number: None }, reply);
+        }
+        if self.leaves_from.is_some_and(|from| clock >= from) {
+            return self.events.extend(gradient.map(|lease| Event::GradientSent { chunk, lease }));
         }
         let lane_state = &mut self.lanes[lane];
         let position = crate::consistency::position(clock, lane_state.chunks, place);

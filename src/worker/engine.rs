@@ -111,6 +111,11 @@ impl<T: Transport> Engine<T> {
         }
     }
 
+    /// See [`Client::leave`].
+    pub fn leave(&mut self, clock: Clock) {
+        self.client.leave(clock);
+    }
+
     /// The store's word on who serves a shard: if it is another lane than before, everything is sent to that one.
     pub fn set_tenure(&mut self, shard: ShardId, primary: PeerId, now: Instant) {
         let before = self.client.lane_of(shard);

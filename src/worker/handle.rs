@@ -58,8 +58,10 @@ pub struct Worker {
     events: VecDeque<Event>,
     attached: bool,
     finished: bool,
-    /// Of one that takes a lost worker's place: it knows its first clock.
+    /// Of one that comes while the job runs: it knows its first clock.
     begins: bool,
+    /// The first clock at which it is of the job no more, once it has been told to leave.
+    leaves_at: Option<Clock>,
     owner: Owner,
     /// The factor on the loss.
     loss_scale: f32,
@@ -104,6 +106,7 @@ impl Worker {
                     attached: false,
                     finished: false,
                     begins: false,
+                    leaves_at: None,
                     owner: Owner::here(),
                     reported: Instant::now(),
                     observed,
@@ -177,7 +180,7 @@ impl Worker {
         self.member.rank().index.into()
     }
 
-    /// How many workers the job has.
+    /// How many workers the job began with.
     pub fn workers(&self) -> usize {
         self.config().workers.into()
     }
@@ -239,7 +242,8 @@ impl Worker {
     /// # Errors
     ///
     /// [`Error::Deadline`] after the job's `wait_ms`, naming what was awaited; it may be called again. [`Error::Preempted`] if the
-    /// job was told to stop and has written its checkpoint; [`Error::JobFailed`] if it has failed.
+    /// job was told to stop and has written its checkpoint; [`Error::Left`] if this worker was told to leave and this clock is not its
+    /// any more; [`Error::JobFailed`] if it has failed.
     pub fn wait(&mut self) -> Result<()> {
         self.wait_for(self.wait_time())
     }
@@ -333,6 +337,7 @@ impl Worker {
 
     fn decide_reply(&mut self, wants_reply: bool) -> Result<()> {
         self.is_ours()?;
+        self.is_of_the_job()?;
         if self.closed {
             return Err(Error::Config("the clock is over: call wait() again before pushing".into()));
         }
@@ -384,6 +389,7 @@ impl Worker {
         let deadline = Instant::now() + time;
         while !home(&self.buffers) {
             self.take_events(deadline)?;
+            self.is_of_the_job()?;
             if !home(&self.buffers) && Instant::now() >= deadline {
                 return Err(self.deadline_error(time));
             }
@@ -418,6 +424,7 @@ impl Worker {
                 Event::LossScale(scale) => self.loss_scale = scale,
                 Event::Finished => self.finished = true,
                 Event::Begins(clock) => (self.clock, self.begins) = (clock, true),
+                Event::Leaves(clock) => self.leaves_at = Some(clock),
             }
         }
         Ok(())

@@ -413,6 +413,11 @@ impl<T: Transport + Wakeup> Turner<T> {
                     self.shared.lock().events.push_back(Event::Begins(clock));
                     self.shared.notify();
                 }
+                session::Command::Change { change: Some((clock, Change::Leaves(worker))), .. }
+                    if PeerId::worker(worker) == self.engine.me() =>
+                {
+                    self.engine.leave(clock);
+                }
                 // The servers' business: they hold the workers at the checkpoint's clock.
                 session::Command::Stop { .. }
                 | session::Command::Checkpoint { .. }

@@ -75,7 +75,7 @@ fn shard_config(options: &WorldOptions, me: PeerId, shard: ShardId, other: Optio
         parameter_dtype: Dtype::F32,
         checkpoint_every: options.checkpoint_every,
         mirror: other.map(|peer| MirrorConfig { peer, is_paired: true, parts, slots: 1 + options.seed as u32 % 4 }),
-        may_lose_workers: options.elastic.loses(),
+        may_lose_workers: options.elastic.losses > 0,
     }
 }
 

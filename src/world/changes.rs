@@ -21,8 +21,8 @@ enum Message {
 #[derive(Debug)]
 pub(super) struct Changing {
     book: Changes,
-    /// The round in which each is asked for, if no other is being made then.
-    pub wanted: VecDeque<(u64, Change)>,
+    /// The round in which each is asked for, if no other is being made then, and the clock from which on.
+    pub wanted: VecDeque<(u64, Change, Clock)>,
     /// The round in which a message comes, the server that it comes to or from, and the message.
     under_way: Vec<(u64, usize, Message)>,
     /// What was settled, in order.
@@ -31,7 +31,7 @@ pub(super) struct Changing {
 
 impl Changing {
     pub fn new(change: Option<LiveChange>, servers: usize, random: &mut SimRandom) -> Changing {
-        let wanted = change.map(|change| (1 + random.below(600), Change::Settings(change)));
+        let wanted = change.map(|change| (1 + random.below(600), Change::Settings(change), 0));
         Changing {
             book: Changes::new(servers),
             wanted: wanted.into_iter().collect(),
@@ -43,7 +43,7 @@ impl Changing {
     /// Whether nobody is to be told of any change of who is of the job.
     pub fn is_settled(&self) -> bool {
         let is_setting = |change: &Change| matches!(change, Change::Settings(_));
-        let waits = self.wanted.iter().any(|(_, change)| !is_setting(change))
+        let waits = self.wanted.iter().any(|(_, change, _)| !is_setting(change))
             || self.book.open().is_some_and(|change| !is_setting(&change));
         let tells = |(_, _, message): &(u64, usize, Message)| matches!(message, Message::Settle(_, Some((_, change))) if !is_setting(change));
         !waits && !self.under_way.iter().any(tells)
@@ -58,13 +58,13 @@ impl Changing {
 impl World<'_> {
     /// Passes on what is due.
     pub(super) fn change(&mut self, round: u64) -> Result<(), String> {
-        let is_due = self.changing.wanted.front().is_some_and(|(at, _)| *at <= round);
+        let is_due = self.changing.wanted.front().is_some_and(|(due, ..)| *due <= round);
         if is_due && !self.changing.book.is_open() {
-            let (_, change) = self.changing.wanted.pop_front().expect("just seen");
+            let (_, change, at) = self.changing.wanted.pop_front().expect("just seen");
             // The launcher hears of progress late: what it takes for the furthest clock may be long past.
             let reached = self.served().map(|server| server.shard().clock_max()).min().unwrap_or(0);
             let reached = reached.saturating_sub(self.random.below(4));
-            let (number, clock) = self.changing.book.begin(change, reached)?;
+            let (number, clock) = self.changing.book.begin(change, at, reached)?;
             self.tell_all(round, Message::Prepare(number, clock, change));
         }
         let due = |message: &mut (u64, usize, Message)| message.0 <= round;

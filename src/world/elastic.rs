@@ -1,7 +1,8 @@
-//! Workers that are lost while a simulated job runs, and come again: what breaks, the launcher's part, and new processes.
+//! Workers that are lost or told to leave while a simulated job runs, and others that come: what breaks, the launcher's part, and new
+//! processes.
 //!
 //! Invariant: at least one worker that trains is left; a process begins only after the launcher has heard from every lane that the
-//! one before it was expelled.
+//! one before it was expelled, if there was one.
 
 use super::*;
 use crate::session::{Change, NEVER};
@@ -11,8 +12,12 @@ use crate::session::{Change, NEVER};
 pub struct ElasticOptions {
     /// So many are lost, at random moments: they die, or stop for good.
     pub losses: u32,
-    /// Other processes take the places of those that were lost.
+    /// Other processes take the places of those that were lost or have left.
     pub restarts: bool,
+    /// So many are told to leave, at random moments.
+    pub leaves: u32,
+    /// So many of the last workers are not there at first: processes come for them at random moments.
+    pub empty: u16,
     /// What every shard knows from the start: a worker, the clock from which on it is not of the job, and perhaps the one from which
     /// on it is again. Its process goes on, and gives nothing in between.
     pub told: Vec<(u16, Clock, Option<Clock>)>,
@@ -20,8 +25,13 @@ pub struct ElasticOptions {
 
 impl ElasticOptions {
     /// Whether anything is to happen at all.
-    pub(super) fn loses(&self) -> bool {
-        self.losses > 0
+    pub(super) fn is_active(&self) -> bool {
+        self.losses > 0 || self.leaves > 0 || self.empty > 0
+    }
+
+    /// Whether the seat of a worker, of so many, is empty at first.
+    pub(super) fn is_empty(&self, worker: u16, workers: usize) -> bool {
+        usize::from(worker) + usize::from(self.empty) >= workers
     }
 
     pub(super) fn told_of(&self, worker: u16) -> Option<(Clock, Option<Clock>)> {
@@ -42,6 +52,12 @@ enum Absence {
     Begun(bool),
     /// It is told its first clock at this round.
     Settled(u64, Clock),
+    /// Somebody wants it to leave.
+    Leaving,
+    /// It is told at this round from which clock on it is of the job no more.
+    Told(u64, Clock),
+    /// It was told; whether somebody wants another process in its place.
+    Left(bool),
 }
 
 /// The launcher's part, and the processes'.
@@ -49,6 +65,9 @@ enum Absence {
 pub(super) struct Elastic {
     absences: BTreeMap<u16, Absence>,
     lost: u32,
+    /// So many were told to leave, and when the next one may be.
+    told: u32,
+    told_next: u64,
     /// Processes that have begun in the place of others.
     lives: u64,
     next: u64,
@@ -60,13 +79,17 @@ pub(super) struct Elastic {
 impl World<'_> {
     /// Everything about workers that come and go that happens between two rounds.
     pub(super) fn tend_workers(&mut self, round: u64) -> Result<(), String> {
-        if !self.options.elastic.loses() {
+        if !self.options.elastic.is_active() {
             return Ok(());
+        }
+        if round == 0 {
+            self.leave_seats_empty();
         }
         for worker in self.hear_lanes() {
             self.notice_loss(worker, round);
         }
         self.lose(round);
+        self.ask_to_leave(round);
         if self.elastic.absences.values().any(|absence| matches!(absence, Absence::Out(Some(_)) | Absence::Begun(_))) {
             self.progressed = self.now; // somebody is still to come
         }
@@ -76,16 +99,65 @@ impl World<'_> {
                 Absence::Out(Some(at)) if at <= round => self.begin_again(worker)?,
                 Absence::Begun(false) if self.trainers[usize::from(worker)].engine.is_attached() => {
                     self.elastic.absences.insert(worker, Absence::Begun(true));
-                    self.changing.wanted.push_back((round + self.random.below(50), Change::Joins(worker)));
+                    let at = self.clock_ahead();
+                    self.changing.wanted.push_back((round + self.random.below(50), Change::Joins(worker), at));
                 }
                 Absence::Settled(at, clock) if at <= round => {
                     self.elastic.absences.remove(&worker);
                     self.trainers[usize::from(worker)].begin_at(clock);
                 }
+                Absence::Told(at, clock) if at <= round => {
+                    self.elastic.absences.insert(worker, Absence::Left(false));
+                    self.trainers[usize::from(worker)].engine.leave(clock);
+                }
+                Absence::Left(false)
+                    if self.options.elastic.restarts && self.trainers[usize::from(worker)].is_finished() =>
+                {
+                    self.elastic.absences.insert(worker, Absence::Left(true));
+                    self.changing.wanted.push_back((round + self.random.below(100), Change::Opens(worker), 0));
+                }
                 _ => {}
             }
         }
         Ok(())
+    }
+
+    /// Nobody is there for the last workers yet.
+    fn leave_seats_empty(&mut self) {
+        let workers = self.trainers.len();
+        let empty = |worker: &u16| self.options.elastic.is_empty(*worker, workers);
+        for worker in (0..workers as u16).filter(empty).collect::<Vec<_>>() {
+            self.halted.push(PeerId::worker(worker));
+            let at = self.random.below(2000);
+            self.elastic.absences.insert(worker, Absence::Out(Some(at)));
+        }
+    }
+
+    /// A clock that somebody names: one that lies ahead, mostly, or any that is possible.
+    fn clock_ahead(&mut self) -> Clock {
+        let done = self.served().map(|server| server.shard().clock_done()).min().unwrap_or(0);
+        if self.random.once_in(2) { 0 } else { done + self.random.below(4) }
+    }
+
+    /// Somebody wants a worker to leave, if it is time and another one stays.
+    fn ask_to_leave(&mut self, round: u64) {
+        if self.elastic.told >= self.options.elastic.leaves || round < self.elastic.told_next {
+            return;
+        }
+        let worker = self.random.below(self.trainers.len() as u64) as u16;
+        let trains =
+            |worker: u16| !self.elastic.absences.contains_key(&worker) && self.trainers[usize::from(worker)].trains();
+        let mut others = (0..self.trainers.len() as u16).filter(|other| *other != worker);
+        if !trains(worker) || !self.trainers[usize::from(worker)].engine.is_attached() || !others.any(trains) {
+            return;
+        }
+        self.elastic.told += 1;
+        self.elastic.told_next = round + self.random.below(3000);
+        self.elastic.absences.insert(worker, Absence::Leaving);
+        let joined = self.changing.settled.iter().filter(|(_, change)| *change == Change::Joins(worker));
+        let first = joined.map(|(clock, _)| clock + 1).max().unwrap_or(0);
+        let at = self.clock_ahead().max(first);
+        self.changing.wanted.push_back((round, Change::Leaves(worker), at));
     }
 
     /// What the lanes say of workers: whose paths they have lost. What steps lacked is written down.
@@ -109,8 +181,12 @@ impl World<'_> {
         let worker = self.random.below(self.trainers.len() as u64) as u16;
         let me = PeerId::worker(worker);
         let trains = |worker: u16| {
-            let begun = self.elastic.absences.get(&worker).is_none_or(|absence| matches!(absence, Absence::Begun(_)));
-            begun && self.trainers[usize::from(worker)].trains()
+            let trainer = &self.trainers[usize::from(worker)];
+            match self.elastic.absences.get(&worker) {
+                None | Some(Absence::Begun(_) | Absence::Leaving) => trainer.trains(),
+                Some(Absence::Told(..) | Absence::Left(false)) => !trainer.is_finished(),
+                Some(_) => false,
+            }
         };
         let others = (0..self.trainers.len() as u16).filter(|other| *other != worker);
         let stays = others.filter(|other| !self.elastic.absences.contains_key(other)).any(trains);
@@ -137,8 +213,9 @@ impl World<'_> {
             return;
         }
         self.elastic.absences.insert(worker, Absence::Noticed);
-        self.changing.wanted.retain(|(_, change)| *change != Change::Joins(worker));
-        self.changing.wanted.push_back((round, Change::Lost(worker)));
+        let is_void = |change: Change| [Change::Joins(worker), Change::Leaves(worker)].contains(&change);
+        self.changing.wanted.retain(|(_, change, _)| !is_void(*change));
+        self.changing.wanted.push_back((round, Change::Lost(worker), 0));
     }
 
     /// All lanes have prepared a change of who is of the job.
@@ -146,7 +223,12 @@ impl World<'_> {
         self.progressed = self.now;
         match change {
             Change::Settings(_) => {}
-            Change::Lost(worker) => {
+            Change::Leaves(worker) if self.elastic.absences.get(&worker) == Some(&Absence::Leaving) => {
+                let at = round + 1 + self.random.below(200);
+                self.elastic.absences.insert(worker, Absence::Told(at, clock));
+            }
+            Change::Leaves(_) => {} // it was lost meanwhile
+            Change::Lost(worker) | Change::Opens(worker) => {
                 let restarts = self.options.elastic.restarts && self.elastic.refused == 0;
                 let at = restarts.then(|| round + self.random.below(1000));
                 self.elastic.absences.insert(worker, Absence::Out(at));

@@ -325,6 +325,10 @@ impl<'a> World<'a> {
             let (lanes, me) = (self.lanes_of(shard), PeerId::server(shard as u16, 0));
             let server = self.servers[shard].replica.as_mut().and_then(Replica::serves).expect("all serve at first");
             for worker in 0..self.trainers.len() {
+                if self.options.elastic.is_empty(worker as u16, self.trainers.len()) {
+                    server.leave_empty(worker as u16);
+                    continue;
+                }
                 server.connect(PeerId::worker(worker as u16), &nowhere, deadline)?;
                 self.trainers[worker].engine.connect(me, &nowhere, deadline)?;
             }
@@ -395,7 +399,7 @@ impl<'a> World<'a> {
             let mut nodes = self.servers.iter().filter(|node| node.shard == shard);
             nodes.any(|node| done(node) || (halted(node.me) && !self.options.copies))
         };
-        let gone = |worker: u16| match self.options.elastic.loses() {
+        let gone = |worker: u16| match self.options.elastic.is_active() {
             true => self.is_lost(worker),
             false => halted(PeerId::worker(worker)),
         };

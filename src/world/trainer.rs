@@ -190,6 +190,7 @@ impl Trainer {
             Event::LossScale(scale) => self.loss_scale = scale,
             Event::Finished => self.phase = Phase::Finished,
             Event::Begins(clock) => self.begin_at(clock),
+            Event::Leaves(clock) => self.leave(clock),
         }
         Ok(())
     }
@@ -260,7 +261,7 @@ impl Trainer {
 
     /// The present clock begins, if there is one before it and it is of the job.
     fn go_on(&mut self, now: Instant, random: &mut SimRandom) {
-        match self.absent.filter(|(from, _)| *from == self.clock) {
+        match self.absent.filter(|(from, _)| *from <= self.clock) {
             Some((_, Some(until))) if until < self.clocks => {
                 self.absent = None;
                 self.begin_at(until);
@@ -268,6 +269,14 @@ impl Trainer {
             Some(_) => self.finish(),
             None if self.clock >= self.clocks => self.finish(),
             None => self.begin(now, random),
+        }
+    }
+
+    /// It is of the job no more from a clock on, which it may have begun.
+    fn leave(&mut self, clock: Clock) {
+        self.absent = Some((clock, None));
+        if clock <= self.clock && matches!(self.phase, Phase::Backward | Phase::Waiting) {
+            self.finish();
         }
     }
 

@@ -102,6 +102,8 @@ static void step(gw_worker worker) {
     uint16_t brains[4], halves[4];
     uint64_t number;
     EXPECT(gw_clock(worker, &number) == GW_OK && number == 0);
+    int32_t leaves = -1;
+    EXPECT(gw_should_leave(worker, &leaves) == GW_OK && leaves == 0);
     EXPECT(gw_push_pull(worker, HALVES, F16_QUARTERS, 4) == GW_OK);
     EXPECT(gw_push_pull(worker, FLOATS, QUARTERS, 4) == GW_OK);
     FAILS(gw_push_pull(worker, FLOATS, QUARTERS, 4), GW_INVALID, "pushed twice");

@@ -52,7 +52,7 @@ fn lose(policy: OnWorkerLoss, fabric: Fabric, part: &str, signal: Option<Signal>
         let outcome = end(&mut job);
         let output = job.output();
         let missing: Vec<Rank> = outcome.missing.keys().copied().collect();
-        let (out, again) = (clock_of(&output, "out"), clock_of(&output, "in again"));
+        let (out, again) = (clock_of(&output, "out"), clock_of(&output, "in"));
         if output.contains("went on without worker 1, which was lost while it gave them") {
             continue;
         }

@@ -33,6 +33,7 @@ mod seccomp;
 mod seen;
 mod surface;
 mod together;
+mod turning;
 mod verbs_hosts;
 mod verbs_links;
 mod verbs_pairs;

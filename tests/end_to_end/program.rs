@@ -152,6 +152,12 @@ fn fork_away(mut worker: Worker) -> Worker {
     }
 }
 
+/// It was told to leave.
+fn leave(worker: Worker) -> Result<()> {
+    println!("leaves at clock {}", worker.clock());
+    worker.finish()
+}
+
 /// Stays a while when everything is done.
 fn linger() {
     println!("lingering");
@@ -205,12 +211,18 @@ pub fn play(part: &str) -> Result<()> {
             "hang" if clock == 10 && rank == 1 => std::thread::sleep(Duration::from_secs(3600)),
             _ => {}
         }
-        push(&mut worker, &tensors, part, rank)?;
-        if part == "polled" {
-            wait_in_poll(&mut worker, &mut quiet)?
-        } else {
-            worker.wait()?
+        if worker.should_leave() {
+            return leave(worker);
         }
+        let pushed = push(&mut worker, &tensors, part, rank);
+        let stepped = pushed.and_then(|()| match part {
+            "polled" => wait_in_poll(&mut worker, &mut quiet),
+            _ => worker.wait(),
+        });
+        if let Err(gradwire::Error::Left { .. }) = stepped {
+            return leave(worker);
+        }
+        stepped?;
         if part == "separate" {
             worker.pull(worker.clock(), Duration::from_secs(30))?;
             assert_eq!(worker.version(), worker.clock());

@@ -1,4 +1,5 @@
-//! Ranks that are gone while the job goes on: servers whose shards go on elsewhere, and workers of a job that may lose some.
+//! Ranks that are gone while the job goes on: servers whose shards go on elsewhere, and workers of a job that may lose some; and workers
+//! that are wanted in empty seats.
 //!
 //! A loss is told once it is known from both sides: the rendezvous has said that the job goes on, and the process has ended (it is
 //! killed, if it has not). Then it is started again, after a pause that doubles as long as no shard gets its second copy back, or the
@@ -49,6 +50,10 @@ pub(super) struct Losses {
     departed: BTreeSet<Rank>,
     /// Those of them whose clock is settled from which on they are out.
     pub missing: BTreeMap<Rank, Clock>,
+    /// Workers that came while the job ran, to seats that were empty at first.
+    pub added: BTreeSet<Rank>,
+    /// Workers that were told to leave: they are not missed, and not started again.
+    leaving: BTreeSet<Rank>,
 }
 
 impl Losses {
@@ -65,7 +70,7 @@ impl Losses {
 impl Supervisor {
     /// Whether others may go on where this rank is gone.
     pub(super) fn is_backed(&self, rank: Rank) -> bool {
-        (self.losable())(rank) && !self.summaries.contains_key(&rank)
+        ((self.losable())(rank) || self.has_departed(rank)) && !self.summaries.contains_key(&rank)
     }
 
     /// Which ranks the job goes on without, as things stand.
@@ -93,8 +98,9 @@ impl Supervisor {
     /// Who is of the job has changed from a clock on.
     pub(super) fn member_turned(&mut self, clock: Clock, change: Change) {
         match change {
-            Change::Settings(_) => {}
-            Change::Lost(worker) if self.has_departed(Rank::worker(worker)) => {
+            Change::Settings(_) | Change::Opens(_) => {}
+            Change::Leaves(worker) => drop(self.losses.leaving.insert(Rank::worker(worker))),
+            Change::Lost(worker) if self.is_missed(Rank::worker(worker)) => {
                 self.losses.missing.entry(Rank::worker(worker)).or_insert(clock);
             }
             Change::Lost(_) => {}
@@ -106,6 +112,36 @@ impl Supervisor {
             }
         }
         self.check_finished();
+    }
+
+    /// Whether a worker was lost without which the job is not whole.
+    fn is_missed(&self, rank: Rank) -> bool {
+        self.has_departed(rank) && !self.losses.leaving.contains(&rank)
+    }
+
+    /// Somebody wants a worker to take part, whose seat is empty: its process is started, after the last one there has ended.
+    pub(super) fn wanted(&mut self, rank: Rank) {
+        let losses = &mut self.losses;
+        losses.leaving.remove(&rank);
+        losses.tries.remove(&rank);
+        losses.departed.insert(rank);
+        if rank.index >= self.options.config.workers {
+            losses.added.insert(rank);
+        }
+        for ranks in [&mut self.joined, &mut self.lost] {
+            ranks.remove(&rank);
+        }
+        self.summaries.remove(&rank);
+        if self.options.by_hand.is_empty() {
+            self.losses.restarts.insert(rank, Instant::now());
+        } else {
+            self.tell(&format!("{rank} is awaited: start its process as the others were"));
+        }
+    }
+
+    /// The job ends: processes that were to take part and do not yet are not needed.
+    pub(super) fn end_departed(&self) {
+        self.losses.departed.iter().for_each(|rank| self.processes.signal(*rank, Signal::SIGKILL));
     }
 
     /// A worker that has finished may have ended badly before that was known.
@@ -158,7 +194,9 @@ impl Supervisor {
         }
         let text = departure.map_or(format!("{rank} {end} before it had joined"), |departure| words(&departure, &end));
         self.tell(&text);
-        let restarts = self.options.config.on_worker_loss == OnWorkerLoss::Restart && !self.workers_reported();
+        let restarts = self.options.config.on_worker_loss == OnWorkerLoss::Restart
+            && !self.losses.leaving.contains(&rank)
+            && !self.workers_reported();
         if rank.role == Role::Worker && !restarts {
             return self.check_finished();
         }
@@ -195,6 +233,10 @@ impl Supervisor {
         for rank in due.map(|(rank, _)| *rank).collect::<Vec<_>>() {
             self.losses.restarts.remove(&rank);
             if self.ending.is_some() || self.settle_at.is_some() {
+                continue;
+            }
+            if self.processes.alive().any(|alive| alive == rank) {
+                self.losses.restarts.insert(rank, now + PAUSE); // the last one has finished, and takes its time to end
                 continue;
             }
             *self.losses.tries.entry(rank).or_default() += 1;

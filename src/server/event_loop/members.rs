@@ -9,9 +9,9 @@ impl<T: Transport> EventLoop<T> {
     /// See [`Shard::prepare_change`]. A worker that is lost is expelled; [`NEVER`] for a change that this shard cannot make.
     pub fn prepare_change(&mut self, number: u64, clock: Clock, change: Change) -> Clock {
         match change {
-            Change::Lost(worker) => self.expel(worker),
+            Change::Lost(worker) | Change::Opens(worker) => self.expel(worker),
             Change::Joins(worker) if !self.shard.may_join(worker) => return NEVER,
-            Change::Joins(_) | Change::Settings(_) => {}
+            Change::Joins(_) | Change::Leaves(_) | Change::Settings(_) => {}
         }
         self.shard.prepare_change(number, clock)
     }
@@ -36,6 +36,12 @@ impl<T: Transport> EventLoop<T> {
     pub fn set_absence(&mut self, worker: u16, from: Clock, until: Option<Clock>) {
         self.shard.leaves(worker, from);
         until.into_iter().for_each(|until| self.shard.joins(worker, until));
+    }
+
+    /// A worker's seat is empty from the start of the job on: somebody may take it later.
+    pub fn leave_empty(&mut self, worker: u16) {
+        self.expel(worker);
+        self.shard.leaves(worker, self.shard.clock_done());
     }
 
     /// A path is gone: harmless if the peer owes and is owed nothing more, the end of the job otherwise.

@@ -2,7 +2,8 @@
 //!
 //! Of a worker that was lost nothing more is taken, from the moment on at which this shard is told. All shards then agree on a clock
 //! of which nobody has begun anything. Before that clock each step counts what has landed in whole, and the lost worker is absent
-//! where nothing has; from that clock on it does not count at all, not in a mean's divisor either.
+//! where nothing has; from that clock on it does not count at all, not in a mean's divisor either. A worker that was told to leave is
+//! waited for until such a clock; it is owed nothing of that clock and of later ones, and says that it has finished.
 //!
 //! Invariant: whether a worker counts in a mean at a clock is the same on every shard; a contribution to a clock at which a worker is
 //! not of the job takes part in no step.
@@ -28,6 +29,8 @@ pub(super) struct Membership {
     turns: Vec<(Clock, bool)>,
     /// What has not come of an earlier clock never will.
     awaited_from: Clock,
+    /// Its last process had finished: nothing of it is lacking.
+    gave_all: bool,
 }
 
 impl Membership {
@@ -39,6 +42,11 @@ impl Membership {
     /// Whether what comes of a clock is taken. A process that joins knows its first clock, perhaps before this shard does.
     pub fn takes(&self, clock: Clock) -> bool {
         self.presence == Presence::Joining || self.is_member(clock)
+    }
+
+    /// Whether it may ask for parameters of `version` or later: those after a clock of its own, or before one.
+    pub fn may_have(&self, version: Version) -> bool {
+        self.takes(version) || version.checked_sub(1).is_none_or(|clock| self.takes(clock))
     }
 
     /// A path to its process is there.
@@ -71,6 +79,11 @@ impl Contributor {
         !self.finished && self.membership.presence == Presence::Here
     }
 
+    /// Whether the job goes on without its process, which takes no part yet.
+    pub fn is_joining(&self) -> bool {
+        self.membership.presence == Presence::Joining
+    }
+
     /// Whether its path may end without harm.
     pub fn has_left(&self) -> bool {
         self.finished || self.membership.presence == Presence::Gone
@@ -85,9 +98,15 @@ impl Shard {
         contributor.finished || contributor.membership.out_from().is_some_and(is_through)
     }
 
+    /// Whether no process of a worker has a part in what is to come, and none is awaited.
+    pub(super) fn has_ended(&self, contributor: &Contributor) -> bool {
+        contributor.finished || contributor.membership.presence != Presence::Here
+    }
+
     /// Whether the loss of this worker's path is no failure of the job.
     pub fn may_lose(&self, peer: PeerId) -> bool {
-        self.config.may_lose_workers && peer.rank.role == Role::Worker
+        let is_joining = || self.contributors[usize::from(peer.rank.index)].is_joining();
+        peer.rank.role == Role::Worker && (self.config.may_lose_workers || is_joining())
     }
 
     /// Nothing more is taken from a worker, and it is owed nothing; its path has been fenced.
@@ -97,7 +116,7 @@ impl Shard {
             chunk.pulls.retain(|pull| pull.worker != worker);
         }
         let contributor = &mut self.contributors[usize::from(worker)];
-        contributor.membership.presence = Presence::Gone;
+        (contributor.membership.presence, contributor.membership.gave_all) = (Presence::Gone, contributor.finished);
         contributor.parameters = None;
         (contributor.slot_bytes, contributor.received, contributor.contributed) = (0, 0, 0);
         (contributor.is_unanswered, contributor.finished) = (false, false);
@@ -117,6 +136,7 @@ impl Shard {
         }
         for chunk in &mut self.chunks {
             chunk.replies.retain(|reply| reply.worker != worker || reply.clock < clock);
+            chunk.pulls.retain(|pull| pull.worker != worker || pull.min_version <= clock);
         }
         let first = clock.saturating_mul(self.chunks.len() as u64).max(self.window.base());
         for position in first..self.window.end() {
@@ -176,6 +196,7 @@ impl Shard {
         let turns = &mut self.contributors[usize::from(worker)].membership.turns;
         let seen = turns.partition_point(|(from, _)| *from <= done);
         turns.drain(..seen.saturating_sub(1));
+        turns.retain(|(from, _)| *from < clock); // what was to come later is void
         turns.push((clock, is_in));
     }
 
@@ -196,6 +217,7 @@ impl Shard {
             let contributor = &self.contributors[usize::from(*worker)];
             clock < contributor.membership.awaited_from
                 && !contributor.finished
+                && !contributor.membership.gave_all
                 && !self.window.has(position, (*worker).into())
         };
         let chunk = self.chunks[index].id;

@@ -397,7 +397,7 @@ impl Shard {
 
     /// Whether every worker has finished and all that arrived has been applied and stored.
     pub fn is_done(&self) -> bool {
-        self.contributors.iter().all(|contributor| self.is_over(contributor))
+        self.contributors.iter().all(|contributor| self.is_over(contributor) && self.has_ended(contributor))
             && self.computing == 0
             && self.effects.is_empty()
             && self.dirty.is_empty()

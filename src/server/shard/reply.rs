@@ -40,9 +40,13 @@ impl Shard {
     /// A pull: minimum version in `version`, patience in milliseconds in `credit` (0: as long as it takes).
     pub(super) fn on_pull(&mut self, now: Instant, worker: u16, note: &Note) -> Result<()> {
         let index = self.own_chunk(worker, note.chunk)?;
-        let peer = self.contributors[usize::from(worker)].peer;
+        let contributor = &self.contributors[usize::from(worker)];
+        let peer = contributor.peer;
         if note.flags.contains(NoteFlags::REPLY_AGAIN) {
             return self.on_reply_again(worker, index, note.clock);
+        }
+        if !contributor.membership.may_have(note.version) {
+            return Ok(()); // it is of the job no more, and hears so
         }
         if self.chunks[index].pulls.iter().any(|pull| pull.worker == worker) {
             return Err(protocol(

@@ -22,6 +22,8 @@ pub(crate) enum ControlAnswer {
     CheckpointWritten(crate::types::Clock),
     /// A change holds from this clock on.
     Changed(crate::types::Clock),
+    /// A worker has left, or takes part.
+    Turned(super::WorkerTurn),
 }
 
 /// Asks or orders something of a running job and waits at most `time` for the answer.
@@ -35,6 +37,7 @@ pub(crate) fn control(address: &Address, token: &JobToken, order: Control, time:
         Ok(FromLauncher::Status(status)) => Ok(ControlAnswer::Status(status)),
         Ok(FromLauncher::CheckpointWritten { clock }) => Ok(ControlAnswer::CheckpointWritten(clock)),
         Ok(FromLauncher::Changed { clock }) => Ok(ControlAnswer::Changed(clock)),
+        Ok(FromLauncher::Turned(turn)) => Ok(ControlAnswer::Turned(turn)),
         Ok(FromLauncher::Refused(why)) => Err(Error::Refused { who: "the launcher".into(), why }),
         Ok(other) => Err(unexpected(&format!("{other:?}"))),
         Err(why) => {

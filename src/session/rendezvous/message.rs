@@ -107,6 +107,7 @@ pub(super) enum FromLauncher {
     Changed {
         clock: Clock,
     },
+    Turned(WorkerTurn),
     /// The launcher's time, and which clock it reads.
     Time {
         at_ns: u64,
@@ -330,6 +331,20 @@ pub enum Control {
     Checkpoint,
     /// Change settings; the answer comes when the clock is known from which on they hold.
     Change(LiveChange),
+    /// Have a worker leave; the answer comes when its clock is settled.
+    RemoveWorker {
+        /// Which.
+        worker: u16,
+        /// Not before this clock.
+        at: Clock,
+    },
+    /// Have another worker take part; the answer comes when its clock is settled.
+    AddWorker {
+        /// In which seat; in any that is empty if nothing is said.
+        worker: Option<u16>,
+        /// Not before this clock.
+        at: Clock,
+    },
 }
 
 /// One rank, as the launcher sees it.
@@ -337,7 +352,8 @@ pub enum Control {
 pub struct RankStatus {
     /// Who.
     pub rank: Rank,
-    /// "not joined", "joined", "declared", "running", "finished", "lost", "gone", or "joining" of a worker that comes again.
+    /// "not joined", "joined", "declared", "running", "finished", "lost", "gone", or of a worker that comes later "joining", and of one
+    /// that was told to go "leaving".
     pub state: String,
     /// Its machine; empty if it has not joined.
     pub host: String,
@@ -398,7 +414,7 @@ pub struct Status {
     pub ranks: Vec<RankStatus>,
     /// Every shard, where there are two copies of each; otherwise nothing.
     pub shards: Vec<ShardStatus>,
-    /// Workers that were lost, and that came again, in order.
+    /// Workers that were lost or left, and that came, in order.
     #[serde(default)]
     pub turns: Vec<WorkerTurn>,
     /// Steps of a chunk that lack what a lost worker had not given in whole.

@@ -75,6 +75,8 @@ pub enum Notice {
     },
     /// A rank is gone, and the job goes on without it: a server whose shards have other copies, or a worker.
     Gone(Box<Departure>),
+    /// A process is to be started for a worker that is wanted.
+    Wanted(Rank),
     /// No worker is left.
     Deserted,
     /// A shard has no copy left.

@@ -7,6 +7,7 @@ mod barriers;
 mod changing;
 mod members;
 mod missing;
+mod ordering;
 mod paths;
 mod standing;
 mod storing;
@@ -300,8 +301,12 @@ impl Roster {
             return;
         }
         let declarations = workers().filter_map(|(_, seat)| seat.declared.as_ref());
-        let view = PackedView::pack(declarations, self.config.servers);
-        let declarations: Vec<Vec<TensorSpec>> = workers().filter_map(|(_, seat)| seat.declared.clone()).collect();
+        // A seat that is empty at first is that of a worker which has what the first worker has.
+        let empty = usize::from(self.config.seats() - self.config.workers);
+        let declarations =
+            declarations.chain(workers().filter_map(|(_, seat)| seat.declared.as_ref()).take(1).cycle().take(empty));
+        let declarations: Vec<Vec<TensorSpec>> = declarations.cloned().collect();
+        let view = PackedView::pack(declarations.iter(), self.config.servers);
         // Declarations that contradict each other are refused by every rank for itself, each with the same words.
         if let Ok(layout) = Layout::build(&declarations, self.config.layout_options()) {
             // Chunks are dealt round, so the shards that got none are the last ones; they have nothing to store.
@@ -401,6 +406,7 @@ impl Roster {
             Report::Finished { summary } => {
                 self.seat(rank).finished = true;
                 self.notice(Notice::Finished { rank, summary });
+                self.pass_barriers();
                 self.end_servers();
             }
         }
@@ -419,21 +425,6 @@ impl Roster {
         let checkpoint = self.config.checkpoint.at_end && self.config.checkpoint.dir.is_some();
         let clock = self.clock_reached();
         self.send(self.everybody(), FromLauncher::Command(Command::End { clock, checkpoint }));
-    }
-
-    fn control(&mut self, connection: ConnectionId, control: Control, now: Instant) {
-        match control {
-            Control::Status => {
-                let status = self.status(now);
-                self.send(vec![connection], FromLauncher::Status(Box::new(status)));
-            }
-            Control::Change(change) => self.begin_change(connection, change),
-            Control::Checkpoint => {
-                if let Err(text) = self.request_checkpoint(None, Some(connection)) {
-                    self.send(vec![connection], FromLauncher::Refused(text));
-                }
-            }
-        }
     }
 
     /// The furthest clock that anybody has reported.

@@ -35,9 +35,12 @@ impl Client {
             self.resent = Some((self.lanes[lane].peer, again.len() as u64));
         }
         again.into_iter().for_each(|(note, payload)| self.post_sent(lane, note, payload));
+        if self.lanes[lane].finished {
+            return Ok(()); // whoever has said so asks for nothing any more
+        }
         for index in 0..self.chunks.len() {
             let Some(state) = self.chunks[index].as_ref().filter(|state| state.lane == lane) else { continue };
-            let is_lost = match state.awaits {
+            let is_lost = match state.awaits.filter(|request| !request.is_void(self.leaves_from)) {
                 Some(Request::Pull { .. }) => true,
                 // Otherwise the push itself asks, now or when its turn comes.
                 Some(Request::Push { number, .. }) => number.is_some_and(|number| number < received || number == HELD),

@@ -14,7 +14,7 @@ impl Client {
         self.chunks.iter().enumerate().find_map(|(index, state)| {
             let state = state.as_ref()?;
             let owner = self.lanes[state.lane].peer;
-            let clock = match state.awaits? {
+            let clock = match state.awaits.filter(|request| !request.is_void(self.leaves_from))? {
                 Request::Push { clock, .. } => Some(clock),
                 Request::Pull { .. } => None,
             };

@@ -1,13 +1,35 @@
-//! A worker's leaving in order.
+//! A worker's leaving in order, of its own accord or because it was told to.
 //!
-//! Invariant: whoever leaves so has had every gradient of its own taken note of by every server.
+//! Invariant: whoever leaves so has had every gradient of its own taken note of by every server, but for those of clocks at which it
+//! is of the job no more.
 
 use std::time::Instant;
 
 use super::{Command, Worker};
-use crate::{Error, Result, session::Report};
+use crate::{Error, Result, session::Report, types::Clock};
 
 impl Worker {
+    /// The first clock at which this worker is of the job no more, once it has been told to leave (`gradwire remove-worker`). Never
+    /// waits. Gradients of earlier clocks count, all of them.
+    pub fn leaves_at(&mut self) -> Option<Clock> {
+        // What ends the job is told by the next call that may fail.
+        let _ = self.take_events(Instant::now());
+        self.leaves_at
+    }
+
+    /// Whether this worker was told to leave and has no clock before it: it is to [`finish`](Worker::finish). To be asked between two
+    /// clocks; never waits.
+    pub fn should_leave(&mut self) -> bool {
+        self.leaves_at().is_some_and(|clock| self.clock >= clock)
+    }
+
+    pub(super) fn is_of_the_job(&self) -> Result<()> {
+        match self.leaves_at.filter(|clock| self.clock >= *clock) {
+            Some(clock) => Err(Error::Left { clock }),
+            None => Ok(()),
+        }
+    }
+
     /// This worker has done its part: ends the clock if something has been pushed in it, waits until every server knows, and leaves
     /// the job in order.
     ///
@@ -26,7 +48,7 @@ impl Worker {
     /// As [`wait`](Worker::wait).
     pub fn finish_with(mut self, summary: serde_json::Value) -> Result<()> {
         self.is_ours()?;
-        if self.wants_reply.is_some() {
+        if self.wants_reply.is_some() && !self.should_leave() {
             self.wait()?;
         }
         self.progress.command([Command::Finish]);

@@ -1,6 +1,6 @@
 //! Barriers: where all ranks wait for one another.
 //!
-//! Invariant: a barrier opens once, for all that wait at it, and waits for nobody whose process is gone.
+//! Invariant: a barrier opens once, for all that wait at it, and waits for nobody who has finished or whose process is gone.
 
 use super::*;
 
@@ -19,9 +19,9 @@ impl Roster {
         Ok(())
     }
 
-    /// Opens the barriers at which all are whose processes are there.
+    /// Opens the barriers at which all are who have not finished and whose processes are there.
     pub(super) fn pass_barriers(&mut self) {
-        let present = |rank: &Rank| self.seats[rank].presence != Presence::Gone;
+        let present = |rank: &Rank| !self.seats[rank].finished && self.seats[rank].presence != Presence::Gone;
         let is_full = |gathering: &Gathering| {
             self.seats.keys().filter(|rank| present(rank)).all(|rank| gathering.here.contains(rank))
         };

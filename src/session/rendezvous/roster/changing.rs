@@ -10,18 +10,14 @@ use crate::{
 
 impl Roster {
     /// Somebody wants settings changed; answered when every lane has prepared.
-    pub(super) fn begin_change(&mut self, connection: ConnectionId, change: LiveChange) {
-        let allowed = self.may_change(&change);
+    pub(super) fn begin_change(&mut self, connection: ConnectionId, change: LiveChange) -> Result<(), String> {
+        self.may_change(&change)?;
         let change = Change::Settings(change);
-        let begun = allowed.and_then(|()| self.changes.begin(change, self.clock_reached()));
-        match begun {
-            Ok((number, clock)) => {
-                self.changing_for = Some(connection);
-                let command = Command::Prepare { number, clock, change };
-                self.send(self.everybody(), FromLauncher::Command(command));
-            }
-            Err(text) => self.send(vec![connection], FromLauncher::Refused(text)),
-        }
+        let (number, clock) = self.changes.begin(change, 0, self.clock_reached())?;
+        self.changing_for = Some(connection);
+        let command = Command::Prepare { number, clock, change };
+        self.send(self.everybody(), FromLauncher::Command(command));
+        Ok(())
     }
 
     fn may_change(&self, change: &LiveChange) -> Result<(), String> {
@@ -50,7 +46,9 @@ impl Roster {
         self.notice(Notice::Changed { clock, change });
         match change {
             Change::Settings(_) => {}
-            Change::Lost(worker) => self.member_turned(worker, clock, false),
+            Change::Lost(worker) | Change::Leaves(worker) | Change::Opens(worker) => {
+                self.member_turned(worker, clock, false);
+            }
             Change::Joins(worker) => self.member_turned(worker, clock, true),
         }
         self.make_changes();
@@ -58,6 +56,7 @@ impl Roster {
 
     /// The job ends: lanes that have prepared go on as they were.
     pub(super) fn give_up_change(&mut self) {
+        self.refuse_orders("the job ended before that could be done");
         let Some(number) = self.changes.cancel() else { return };
         self.send(self.everybody(), FromLauncher::Command(Command::Change { number, change: None }));
         let text = "the job ended before the change could be made".into();

@@ -1,7 +1,8 @@
 //! Workers of a job that goes on without those that are lost: who is of it, from which clock on, and who comes again.
 //!
 //! A worker that is gone is expelled by every lane before anybody takes its seat again, and from a clock that all lanes agree on it is
-//! out. Another process that has taken the seat and reached every lane is in again from a clock that is settled in the same way.
+//! out. Another process that has taken the seat and reached every lane is in again from a clock that is settled in the same way. So is
+//! one for which somebody has asked, in a seat that was empty ([`ordering`](super::ordering)).
 //!
 //! Invariant: a change of who is of the job is made on every lane or on none, one after the other, in the order in which workers left
 //! and came; the job does not end before all of them are made.
@@ -20,6 +21,13 @@ pub struct WorkerTurn {
     pub is_in: bool,
 }
 
+impl std::fmt::Display for WorkerTurn {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let how = if self.is_in { "in" } else { "out" };
+        write!(f, "{} is {how} from clock {} on", Rank::worker(self.worker), self.clock)
+    }
+}
+
 /// Turns that are remembered; of older ones the log tells.
 const TURNS_MAX: usize = 1000;
 
@@ -27,9 +35,11 @@ const TURNS_MAX: usize = 1000;
 #[derive(Debug, Default)]
 pub(super) struct Members {
     /// Changes that wait for their turn.
-    wanted: VecDeque<Change>,
+    pub(super) wanted: VecDeque<Change>,
     /// Workers that are not of the job, or will not be as soon as that is settled.
-    out: BTreeSet<u16>,
+    pub(super) out: BTreeSet<u16>,
+    /// What was asked of workers that leave or come on a command, and by whom.
+    pub(super) orders: ordering::Orders,
     pub turns: VecDeque<WorkerTurn>,
     /// Steps that lack what a lost worker had not given in whole.
     pub lacked: u64,
@@ -38,25 +48,37 @@ pub(super) struct Members {
 impl Members {
     /// Whether the last process in a worker's seat has not been expelled by every lane yet.
     fn is_leaving(&self, worker: u16, open: Option<Change>) -> bool {
-        self.wanted.iter().copied().chain(open).any(|change| change == Change::Lost(worker))
+        let leaves = |change| [Change::Lost(worker), Change::Opens(worker)].contains(&change);
+        self.wanted.iter().copied().chain(open).any(leaves)
+    }
+
+    /// Whether somebody has asked that this worker leave, and it has not yet.
+    pub(super) fn is_told_to_leave(&self, worker: u16) -> bool {
+        self.orders.leaving.contains(&worker)
     }
 }
 
 impl Roster {
-    /// Whether the job goes on where this worker is gone.
+    /// Whether the job goes on where this worker is gone; it does where the worker takes no part yet.
     pub(super) fn may_lose(&self, rank: Rank) -> bool {
-        self.config.may_lose_workers() && self.running && !self.ended && rank.role == Role::Worker
+        let is_out = || self.members.out.contains(&rank.index);
+        rank.role == Role::Worker && (self.config.may_lose_workers() || is_out()) && self.running && !self.ended
     }
 
     /// A worker's process is gone, or is to count as gone.
     pub(super) fn worker_gone(&mut self, rank: Rank, why: Option<String>) {
         let before = self.seat(rank).presence;
+        let worker = rank.index;
+        if before == Presence::Gone {
+            self.answer_order(worker, Err(format!("{rank} ended before it joined")));
+        }
         if self.seat(rank).finished || before == Presence::Gone {
             return;
         }
         let (pid, host) = self.vacate(rank);
-        let worker = rank.index;
-        self.members.wanted.retain(|change| *change != Change::Joins(worker));
+        self.members.wanted.retain(|change| ![Change::Joins(worker), Change::Leaves(worker)].contains(change));
+        self.members.orders.leaving.remove(&worker);
+        self.answer_order(worker, Err("its process has ended".into()));
         if before != Presence::Waiting {
             self.members.out.insert(worker);
             self.members.wanted.push_back(Change::Lost(worker));
@@ -128,7 +150,8 @@ impl Roster {
             return;
         }
         let Some(change) = self.members.wanted.pop_front() else { return };
-        if let Ok((number, clock)) = self.changes.begin(change, self.clock_reached()) {
+        let at = self.members.orders.clock_of(change);
+        if let Ok((number, clock)) = self.changes.begin(change, at, self.clock_reached()) {
             let command = Command::Prepare { number, clock, change };
             self.send(self.everybody(), FromLauncher::Command(command));
         }
@@ -145,9 +168,13 @@ impl Roster {
     /// A change of who is of the job has been settled.
     pub(super) fn member_turned(&mut self, worker: u16, clock: Clock, is_in: bool) {
         let was_in = self.members.turns.iter().rev().find(|turn| turn.worker == worker).is_none_or(|turn| turn.is_in);
+        let turn = WorkerTurn { worker, clock, is_in };
         if was_in != is_in {
-            self.members.turns.push_back(WorkerTurn { worker, clock, is_in });
+            self.members.turns.push_back(turn);
             self.members.turns.drain(..self.members.turns.len().saturating_sub(TURNS_MAX));
+        }
+        if is_in || self.members.is_told_to_leave(worker) {
+            self.answer_order(worker, Ok(turn));
         }
         if is_in && self.seat(Rank::worker(worker)).presence == Presence::Admitted {
             self.members.out.remove(&worker);

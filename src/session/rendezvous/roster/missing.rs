@@ -176,7 +176,8 @@ impl Roster {
             );
         }
         for (name, gathering) in &self.barriers {
-            let here = |rank, seat: &Seat| seat.presence == Presence::Gone || gathering.here.contains(&rank);
+            let here =
+                |rank, seat: &Seat| seat.finished || seat.presence == Presence::Gone || gathering.here.contains(&rank);
             add(
                 (gathering.since, Some(gathering.since)),
                 setup,

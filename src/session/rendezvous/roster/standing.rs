@@ -39,6 +39,7 @@ impl Roster {
             Seat { taken: false, .. } => "not joined",
             Seat { connection: None, .. } => "lost",
             _ if rank.role == Role::Worker && self.running && self.is_through(rank, seat) => "joining",
+            _ if rank.role == Role::Worker && self.members.is_told_to_leave(rank.index) => "leaving",
             _ if self.running => "running",
             Seat { declared: Some(_), .. } => "declared",
             _ => "joined",
