@@ -4,7 +4,8 @@
 //! each element counts how many updates of one worker are in it. Staleness, lost, doubled and torn updates are then read off the
 //! parameters themselves.
 //!
-//! `GRADWIRE_SEEDS` sets the number of seeds of each test, `GRADWIRE_SEED` runs one alone.
+//! `GRADWIRE_SEEDS` sets the number of seeds of each test, `GRADWIRE_SEED` runs one alone. Without them some tests try other seeds with
+//! every commit (`sample`).
 
 #[path = "simulation/bits.rs"]
 mod bits;
@@ -34,6 +35,20 @@ fn seeds(default: u64) -> Vec<u64> {
         Some(seed) => vec![seed],
         None => (0..number("GRADWIRE_SEEDS").map_or(default, |seeds| seeds.min(default.max(seeds)))).collect(),
     }
+}
+
+/// So many seeds in a row of the first `all`, from a place that the commit decides, so that other seeds are tried with every change;
+/// `GRADWIRE_SEEDS` and `GRADWIRE_SEED` do as always.
+fn sample(count: u64, all: u64) -> Vec<u64> {
+    if ["GRADWIRE_SEED", "GRADWIRE_SEEDS"].iter().any(|name| std::env::var_os(name).is_some()) {
+        return seeds(count);
+    }
+    let mut git = std::process::Command::new("git");
+    let head = git.args(["-C", env!("CARGO_MANIFEST_DIR"), "rev-parse", "HEAD"]).output();
+    let commit = head.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
+    let first = u64::from_str_radix(commit.get(..8).unwrap_or("0"), 16).unwrap_or(0) % all;
+    println!("{count} of {all} seeds, from {first} on");
+    (0..count).map(|offset| (first + offset) % all).collect()
 }
 
 /// A number that depends on all of its parts.
@@ -163,6 +178,7 @@ fn options(seed: u64) -> WorldOptions {
         hasty: false,
         requests: false,
         copies: false,
+        store_fails: false,
         change_from: None,
         change_live: None,
         elastic: Default::default(),

@@ -48,6 +48,12 @@ impl<T> Unproven<T> {
         self.first + self.entries.len() as u64
     }
 
+    /// The oldest entry of which it is not known has this number from here on, since none before it will be sent again: those after it
+    /// follow.
+    pub fn renumber(&mut self, first: u64) {
+        self.first = first;
+    }
+
     /// The oldest entry of which it is not known.
     pub fn front(&self) -> Option<&T> {
         self.entries.front()

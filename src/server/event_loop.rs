@@ -13,7 +13,7 @@ use std::{
 };
 
 use super::{
-    ChunkImage, Effect, Inheritance, LiveState, Memory, NotFinite, Shard, ShardConfig, computing::Computing,
+    ChunkImage, ChunkView, Effect, Inheritance, LiveState, Memory, NotFinite, Shard, ShardConfig, computing::Computing,
     landing::Landing, room::Room,
 };
 use crate::{
@@ -316,6 +316,11 @@ impl<T: Transport> EventLoop<T> {
     pub fn snapshot(&mut self, clock: Clock) -> Result<Snapshot> {
         let chunks = self.computing.memory.images(self.shard.versions())?;
         Ok(Snapshot { chunks, ..self.without_chunks(clock) })
+    }
+
+    /// A chunk's state where it lies; `None` while something is computed.
+    pub fn view(&self, chunk: ChunkId) -> Option<ChunkView<'_>> {
+        self.computing.memory.view(chunk, self.shard.clock_of(chunk))
     }
 
     fn handle(&mut self, now: Instant, completion: Completion) -> Result<()> {

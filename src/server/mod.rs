@@ -19,7 +19,7 @@ mod shard;
 mod writer;
 
 pub use event_loop::{EventLoop, Progress, Snapshot};
-pub use memory::{ChunkImage, InitialValues, Memory, MemoryOptions, NotFinite, OnDevice, Seeded};
+pub use memory::{ChunkImage, ChunkView, InitialValues, Memory, MemoryOptions, NotFinite, OnDevice, Seeded};
 pub use node::run;
 pub use replica::{Backup, BackupEffect, Inheritance, Part as LanePart, Replica, Standby, StandbyOptions, Standing};
 pub use shard::{

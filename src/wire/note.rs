@@ -113,6 +113,11 @@ impl NoteFlags {
     pub const fn contains(self, other: NoteFlags) -> bool {
         self.0 & other.0 == other.0
     }
+
+    /// All but the bits of `other`.
+    pub const fn without(self, other: NoteFlags) -> NoteFlags {
+        NoteFlags(self.0 & !other.0)
+    }
 }
 
 /// The 48 bytes that tell the receiver what a write means. Fields that a kind does not use are zero.

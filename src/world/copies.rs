@@ -38,12 +38,18 @@ pub struct CopyCounts {
     pub pairings: u64,
     /// Lanes that found themselves deposed and began anew.
     pub deposed: u64,
+    /// Claims to which the store gave no answer, of which it had made some.
+    pub unanswered: u64,
+    /// Chunks of backups that were compared with their primaries', once a clock.
+    pub compared: u64,
 }
 
 /// The launcher's and the store's part.
 #[derive(Debug, Default)]
 pub(super) struct Copies {
     pub tenures: Vec<Tenure>,
+    /// What the store holds: what the launcher knows, unless it has had no answer.
+    stored: Vec<Tenure>,
     /// Claims on their way to the store.
     claims: Vec<(Instant, PeerId, Epoch, Claim)>,
     /// By node: what it will be told, in order.
@@ -61,11 +67,11 @@ pub(super) struct Copies {
 
 impl Copies {
     pub fn new(servers: u16) -> Copies {
-        let tenures = (0..servers).map(|shard| Tenure::first(pair(ShardId(shard), servers, 1)));
-        Copies { tenures: tenures.collect(), ..Copies::default() }
+        let tenures: Vec<_> = (0..servers).map(|shard| Tenure::first(pair(ShardId(shard), servers, 1))).collect();
+        Copies { stored: tenures.clone(), tenures, ..Copies::default() }
     }
 
-    fn life(&self, lane: PeerId) -> u64 {
+    pub(super) fn life(&self, lane: PeerId) -> u64 {
         let spawned = self.spawned.get(&lane.rank.index).copied().unwrap_or(0);
         spawned << 32 | self.begun.get(&lane).copied().unwrap_or(0)
     }
@@ -106,7 +112,7 @@ impl World<'_> {
             && self.servers.iter().all(is_paired)
     }
 
-    fn lanes_of_pair(&self, shard: usize) -> [PeerId; 2] {
+    pub(super) fn lanes_of_pair(&self, shard: usize) -> [PeerId; 2] {
         pair(ShardId(shard as u16), self.options.servers, 1)
     }
 
@@ -127,8 +133,19 @@ impl World<'_> {
             let shard = self.servers.iter().find(|node| node.me == claimant).expect("a lane").shard;
             let tenure = self.copies.tenures[shard];
             match tenure.after(self.lanes_of_pair(shard), claimant, epoch, claim) {
+                Ok(_) if self.copies.stored[shard].epoch > tenure.epoch => {
+                    self.copies.tenures[shard] = self.copies.stored[shard]; // a claim that nobody was told of
+                    self.tell_everybody(News::Tenure(shard, self.copies.stored[shard]));
+                }
+                Ok(next) if self.options.store_fails && self.random.once_in(3) => {
+                    if self.random.once_in(2) {
+                        self.copies.stored[shard] = next;
+                    }
+                    self.copies.counts.unanswered += 1;
+                    self.tell(claimant, News::Tenure(shard, tenure));
+                }
                 Ok(next) => {
-                    self.copies.tenures[shard] = next;
+                    (self.copies.tenures[shard], self.copies.stored[shard]) = (next, next);
                     self.copies.counts.takeovers += u64::from(claim == Claim::TakeOver);
                     self.copies.counts.pairings += u64::from(claim == Claim::Pair);
                     self.tell_everybody(News::Tenure(shard, next));

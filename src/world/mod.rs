@@ -15,6 +15,7 @@ mod elastic;
 mod relay;
 mod time;
 mod trainer;
+mod watch;
 
 use std::{
     collections::BTreeMap,
@@ -47,6 +48,7 @@ use changes::Changing;
 use copies::Copies;
 use elastic::Elastic;
 use trainer::Trainer;
+use watch::Watch;
 
 /// Where a training program is.
 #[derive(Clone, Copy, Debug)]
@@ -139,6 +141,8 @@ pub struct WorldOptions {
     pub checkpoint_every: Option<u64>,
     /// Every shard has two copies.
     pub copies: bool,
+    /// The store gives no answer now and then, and may have done what was asked all the same.
+    pub store_fails: bool,
     /// Who leaves and comes again.
     pub elastic: ElasticOptions,
     /// What goes wrong.
@@ -222,6 +226,7 @@ struct World<'a> {
     /// The lanes: those of the servers' own shards, then those that hold second copies.
     servers: Vec<Node>,
     copies: Copies,
+    watch: Watch,
     trainers: Vec<Trainer>,
     snapshots: Vec<Vec<Snapshot>>,
     /// Nodes that do not run any more.
@@ -302,6 +307,7 @@ impl<'a> World<'a> {
             now: start,
             servers,
             copies: Copies::new(options.servers),
+            watch: Watch::default(),
             trainers,
             snapshots,
             halted: Vec::new(),
@@ -378,11 +384,17 @@ impl<'a> World<'a> {
                     Err(failure) => return Ok(Some(failure)),
                 }
             }
+            self.watch_copies()?;
             if self.is_done() {
                 return Ok(None);
             }
             if self.now - self.progressed > STALL {
-                return Err(format!("deadlock: nothing got on for {} s; {}", STALL.as_secs(), self.waits()));
+                let standing = if self.options.copies { self.standing() } else { String::new() };
+                return Err(format!(
+                    "deadlock: nothing got on for {} s; {}; {standing}",
+                    STALL.as_secs(),
+                    self.waits()
+                ));
             }
             self.take_offers();
             self.pass_time(busy);

@@ -42,6 +42,7 @@ pub fn world_options(declarations: Vec<Vec<TensorSpec>>) -> WorldOptions {
         hasty: false,
         requests: false,
         copies: false,
+        store_fails: false,
         change_from: None,
         change_live: None,
         elastic: Default::default(),

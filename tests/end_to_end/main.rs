@@ -8,9 +8,12 @@
 mod bits;
 mod broken_links;
 mod broken_paths;
+#[path = "../lost_servers/cluster.rs"]
+mod cluster;
 mod damaged;
 mod decisions;
 mod elastic;
+mod etcd;
 mod every_step;
 mod fabrics;
 mod failing_disk;
@@ -28,10 +31,12 @@ mod program;
 mod program_c;
 mod random_faults;
 mod replicas;
+mod replicas_hosts;
 #[path = "../seccomp/filter.rs"]
 mod seccomp;
 mod seen;
 mod surface;
+mod switch;
 mod together;
 mod turning;
 mod verbs_hosts;

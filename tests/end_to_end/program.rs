@@ -184,10 +184,18 @@ fn push(worker: &mut Worker, tensors: &[TensorSpec], part: &str, rank: u16) -> R
     Ok(())
 }
 
-/// Plays a part; `WORKER_STEPS` and `WORKER_PAUSE_MS` change the usual run.
+/// How many steps are taken, as things stand: as many as `WORKER_LAST` says, a file that comes later; or else `WORKER_STEPS`.
+fn steps_to_take() -> Clock {
+    let number = |text: String| text.trim().parse().expect("a number of steps");
+    match std::env::var_os("WORKER_LAST") {
+        Some(file) => std::fs::read_to_string(file).map_or(Clock::MAX, number),
+        None => std::env::var("WORKER_STEPS").map_or(STEPS, number),
+    }
+}
+
+/// Plays a part; `WORKER_STEPS`, `WORKER_LAST` and `WORKER_PAUSE_MS` change the usual run.
 pub fn play(part: &str) -> Result<()> {
     let number = |name: &str| std::env::var(name).ok().map(|text| text.parse::<u64>().unwrap());
-    let steps = number("WORKER_STEPS").unwrap_or(STEPS);
     let pause = Duration::from_millis(number("WORKER_PAUSE_MS").unwrap_or(0));
     let member = Member::from_environment()?;
     let rank = member.rank().index;
@@ -199,7 +207,7 @@ pub fn play(part: &str) -> Result<()> {
     let mut worker = join(member, tensors.clone())?;
     println!("\ntraining from clock {}", worker.clock());
     let mut quiet = 0;
-    while worker.clock() < steps {
+    while worker.clock() < steps_to_take() {
         let clock = worker.clock();
         match part {
             "learning rate" if clock == 20 && rank == 0 => worker.set_learning_rate(0.003)?,
@@ -244,9 +252,9 @@ pub fn play(part: &str) -> Result<()> {
         return worker.finish();
     }
     if part == "too early" {
-        let error = worker.pull(steps + 5, Duration::from_millis(300)).unwrap_err();
+        let error = worker.pull(worker.clock() + 5, Duration::from_millis(300)).unwrap_err();
         println!("pulled too early: {error}");
-        assert_eq!(worker.version(), steps, "what there is came all the same");
+        assert_eq!(worker.version(), worker.clock(), "what there is came all the same");
     }
     println!("digest {:08x}", digest(&worker, &tensors)?);
     worker.finish()

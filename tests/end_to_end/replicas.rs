@@ -43,18 +43,18 @@ fn job(home: &Path, fabric: Fabric, replicas: u16, faults: u64) -> JobOptions {
 }
 
 /// How often the launcher has said something.
-fn said(job: &Job, text: &str) -> u64 {
+pub fn said(job: &Job, text: &str) -> u64 {
     job.output().matches(text).count() as u64
 }
 
 /// Whether every shard has both its copies.
-fn is_full(job: &Job) -> bool {
+pub fn is_full(job: &Job) -> bool {
     let output = job.output();
     output.rfind("without a backup") <= output.rfind("redundancy is full again")
 }
 
 /// Waits until `met`, and says how long that took.
-fn wait_until(job: &Job, what: &str, met: impl Fn() -> bool) -> Duration {
+pub fn wait_until(job: &Job, what: &str, met: impl Fn() -> bool) -> Duration {
     let since = Instant::now();
     while !met() {
         assert!(since.elapsed() < PATIENCE, "waited in vain for {what}\n{}", job.output());

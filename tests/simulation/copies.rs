@@ -10,7 +10,10 @@ use gradwire::{
     world::{Chaos, WorldOptions},
 };
 
-use super::{check_undisturbed, options, rebuilt::trained, seeds};
+use super::{check_undisturbed, options, rebuilt::trained, sample};
+
+/// Of so many seeds of each test every run tries some.
+const SEEDS: u64 = 10_000;
 
 fn with_copies(seed: u64, chaos: Chaos) -> WorldOptions {
     let base = options(seed);
@@ -23,6 +26,7 @@ fn with_copies(seed: u64, chaos: Chaos) -> WorldOptions {
         hasty: seed.is_multiple_of(7),
         requests: seed.is_multiple_of(6),
         copies: true,
+        store_fails: seed % 16 == 9,
         chaos,
         ..base
     }
@@ -31,7 +35,7 @@ fn with_copies(seed: u64, chaos: Chaos) -> WorldOptions {
 /// The ledger sees every lost, doubled and torn update.
 #[test]
 fn no_update_is_lost_or_counts_twice_when_servers_die() {
-    for seed in seeds(300) {
+    for seed in sample(300, SEEDS) {
         check_undisturbed(&with_copies(seed + 400_000, if seed % 4 == 0 { Chaos::Calm } else { Chaos::Copies }));
     }
 }
@@ -39,8 +43,9 @@ fn no_update_is_lost_or_counts_twice_when_servers_die() {
 /// With and without copies, in calm and while servers die: the same bits, in parameters and in the optimizer's state.
 #[test]
 fn the_final_state_is_that_of_a_job_without_copies() {
-    let (mut takeovers, mut pairings, mut deposed, mut cuts) = (0, 0, 0, 0);
-    for seed in seeds(700) {
+    let (mut takeovers, mut pairings, mut deposed, mut cuts, mut compared, mut unanswered) = (0, 0, 0, 0, 0, 0);
+    let seeds = sample(700, SEEDS);
+    for seed in seeds.iter().copied() {
         let mut optimizer = OptimizerConfig::new(OptimizerKind::ADAMW, 0.01);
         optimizer.weight_decay = 0.1;
         let change = LiveChange { learning_rate: Some(0.05), weight_decay: Some(0.2), ..LiveChange::default() };
@@ -79,9 +84,15 @@ fn the_final_state_is_that_of_a_job_without_copies() {
         pairings += outcome.copies.pairings;
         deposed += outcome.copies.deposed;
         cuts += outcome.copies.cuts;
+        compared += outcome.copies.compared;
+        unanswered += outcome.copies.unanswered;
     }
-    let told =
-        format!("{takeovers} lanes took over, {pairings} backups were built, {deposed} were deposed, {cuts} cuts");
+    let told = format!(
+        "{} seeds: {takeovers} lanes took over, {pairings} backups were built, {deposed} were deposed, {cuts} cuts, \
+         {unanswered} claims without an answer; a chunk was compared with its backup's {compared} times",
+        seeds.len()
+    );
     println!("{told}");
-    assert!((takeovers > 50 && pairings > 50 && deposed > 5 && cuts > 5) || seeds(700).len() < 200, "{told}");
+    let is_enough = takeovers > 50 && pairings > 50 && deposed > 5 && cuts > 5 && compared > 10_000;
+    assert!(is_enough || seeds.len() < 200, "{told}");
 }

@@ -102,6 +102,11 @@ impl HostMemory {
         floats_mut(&mut chunk.second).copy_from_slice(&image.second);
     }
 
+    /// Parameters and the optimizer's slots of a chunk.
+    pub(super) fn arrays(&self, index: usize) -> [&[f32]; 3] {
+        [Part::Master, Part::First, Part::Second].map(|part| self.chunks[index].floats(part))
+    }
+
     /// Begins to fill these images, which are all chunks' and empty.
     pub(super) fn begin_images(&mut self, images: Vec<ChunkImage>) {
         assert!(self.running.is_none() && self.copying.is_none(), "the state stands still, and is copied once");

@@ -60,6 +60,28 @@ pub struct ChunkImage {
     pub second: Vec<f32>,
 }
 
+/// A chunk's state where it lies.
+#[derive(Clone, Copy, Debug)]
+pub struct ChunkView<'a> {
+    /// Clocks that are in it.
+    pub clock: Clock,
+    /// Optimizer steps taken.
+    pub steps: u64,
+    /// Parameters, and the optimizer's slots, which are empty if it has none.
+    pub arrays: [&'a [f32]; 3],
+}
+
+impl ChunkView<'_> {
+    /// Whether steps and all bits of both are the same.
+    pub fn is_same(&self, other: &ChunkView<'_>) -> bool {
+        let pairs = || self.arrays.into_iter().zip(other.arrays);
+        let bits = |(one, two): (&[f32], &[f32])| {
+            one.len() == two.len() && one.iter().zip(two).all(|(one, two)| one.to_bits() == two.to_bits())
+        };
+        self.steps == other.steps && pairs().all(bits)
+    }
+}
+
 /// A gradient that is not finite: whose it is, and where.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NotFinite {
@@ -243,6 +265,14 @@ impl Memory {
                 waiter.wait(&mut [device], None)?;
             }
         }
+    }
+
+    /// A chunk's state where it lies, of a shard that has so many clocks of it; `None` while something is computed, or on a GPU.
+    pub fn view(&self, chunk: ChunkId, clock: Clock) -> Option<ChunkView<'_>> {
+        let Place::Host(host) = &self.place else { return None };
+        let index = self.plan.index(chunk);
+        let (steps, arrays) = (self.plan.chunks[index].steps, host.arrays(index));
+        host.has_room().then_some(ChunkView { clock, steps, arrays })
     }
 
     /// The learning rates, with the live changes.

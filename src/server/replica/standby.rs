@@ -14,12 +14,12 @@ use crate::{
     mem::{Lease, RegionOptions},
     optim::LiveChange,
     server::{
-        EventLoop, Memory, Progress, ShardConfig, computing::Computing, landing::slots, memory::elements_max,
-        room::Room,
+        ChunkView, EventLoop, Memory, Progress, ShardConfig, computing::Computing, landing::slots,
+        memory::elements_max, room::Room,
     },
     session::{Claim, Paths, Proposal, Tenure},
     transport::{Completion, Endpoint, MemoryRegion, Transport, Wakeup},
-    types::{Clock, Dtype, Epoch, PeerId, Role, Version},
+    types::{ChunkId, Clock, Dtype, Epoch, PeerId, Role, Version},
     wire::Attachment,
 };
 
@@ -192,6 +192,12 @@ impl<T: Transport> Standby<T> {
     /// Whether it has lost its primary before it had everything.
     pub fn is_useless(&self) -> bool {
         (self.lost.is_some() || self.backup.is_refused()) && !self.is_paired
+    }
+
+    /// A chunk's state where it lies; `None` while something is computed.
+    pub fn view(&self, chunk: ChunkId) -> Option<ChunkView<'_>> {
+        let place = self.layout.chunk(chunk).position as usize;
+        self.computing.memory.view(chunk, self.backup.holds().clocks[place])
     }
 
     /// Its primary.

@@ -45,7 +45,7 @@ enum Stage {
     Pairing,
     /// It has everything that workers have been told of.
     Paired,
-    /// It is gone; the store has been asked to say so.
+    /// It is gone; the store has been asked to say so, or has yet to answer whether the two were a pair.
     Parting,
 }
 
@@ -72,6 +72,8 @@ pub(super) struct Mirror {
     /// Payloads that may be under way.
     slots: usize,
     landing: Option<Attachment>,
+    /// Where one that has nothing may be written to, as soon as the store knows that this lane is alone.
+    newcomer: Option<Attachment>,
     /// What the backup has said to have, over this path.
     resumes_at: Option<u64>,
     sent: Unproven<Record>,
@@ -91,6 +93,7 @@ impl Mirror {
             is_whole: config.is_paired,
             slots: pool.len(),
             landing: None,
+            newcomer: None,
             resumes_at: None,
             sent: Unproven::default(),
             payloads: 0,
@@ -131,6 +134,8 @@ impl Shard {
         let Some(mirror) = &mut self.mirror else { return };
         match (mirror.stage, is_paired) {
             (Stage::Pairing, true) => mirror.stage = Stage::Paired,
+            // The store could not be asked.
+            (Stage::Pairing, false) => mirror.claim = Some(Claim::Pair),
             (Stage::Parting, false) => self.part_from_backup(),
             // It had been paired before the store heard of the parting.
             (Stage::Parting, true) => mirror.claim = Some(Claim::GoAlone),
@@ -141,11 +146,16 @@ impl Shard {
     /// The path to the backup is gone, or what came over it cannot be: it is to be gone on without it.
     pub fn lose_backup(&mut self) {
         let Some(mirror) = &mut self.mirror else { return };
-        (mirror.landing, mirror.resumes_at) = (None, None);
+        (mirror.landing, mirror.newcomer, mirror.resumes_at) = (None, None, None);
         match mirror.stage {
             Stage::Alone | Stage::Parting => {}
             Stage::Greeting | Stage::Filling { .. } => self.part_from_backup(),
-            Stage::Pairing | Stage::Paired => {
+            Stage::Pairing => match mirror.claim.take() {
+                Some(_) => self.part_from_backup(), // the store has not been asked
+                // The answer may be that they are a pair: until it is there nobody is told anything, and nothing else is asked.
+                None => mirror.stage = Stage::Parting,
+            },
+            Stage::Paired => {
                 mirror.stage = Stage::Parting;
                 mirror.claim = Some(Claim::GoAlone);
             }
@@ -155,7 +165,7 @@ impl Shard {
     /// The path to the backup is broken for now.
     pub fn detach_backup(&mut self) {
         if let Some(mirror) = &mut self.mirror {
-            (mirror.landing, mirror.resumes_at) = (None, None);
+            (mirror.landing, mirror.newcomer, mirror.resumes_at) = (None, None, None);
             let peer = mirror.peer;
             self.recall(peer);
         }
@@ -164,14 +174,16 @@ impl Shard {
     /// Nobody follows any more, and everybody may know: what waited for the backup goes on.
     fn part_from_backup(&mut self) {
         let Some(mirror) = &mut self.mirror else { return };
-        let was_attached = mirror.landing.is_some();
-        mirror.stage = Stage::Alone;
+        let (former, newcomer) = (mirror.landing.take(), mirror.newcomer.take());
+        (mirror.stage, mirror.landing) = (Stage::Alone, newcomer);
         (mirror.payloads, mirror.is_whole) = (0, false);
         let sent = std::mem::take(&mut mirror.sent);
         sent.into_entries().for_each(|record| self.settle(record));
         (0..self.chunks.len()).for_each(|index| self.touch(index));
-        if was_attached {
+        if newcomer.is_some() {
             self.begin_to_fill();
+        } else if former.is_some() {
+            self.refuse_backup();
         }
     }
 
@@ -214,10 +226,7 @@ impl Shard {
             if received == 0 {
                 return self.begin_to_fill();
             }
-            // It counts what it had of an earlier stream: only one that has nothing can be filled.
-            mirror.landing = None;
-            let peer = mirror.peer;
-            return self.post(peer, Note::new(NoteKind::Resume), None);
+            return self.refuse_backup();
         }
         if !mirror.sent.allows(received) {
             // It is not the one that we knew: a process that has begun anew.
@@ -228,7 +237,7 @@ impl Shard {
                 mirror.landing = landing;
                 self.resume_backup(received);
             } else if received == 0 {
-                mirror.landing = landing; // it is filled as soon as the store knows that this lane is alone
+                mirror.newcomer = landing;
             }
             return;
         }
@@ -236,6 +245,14 @@ impl Shard {
         let again = mirror.sent.iter().skip(skip).map(|record| (record.note, record.payload.clone()));
         let again: Vec<_> = again.collect();
         again.into_iter().for_each(|(note, payload)| self.post_record(note, payload));
+    }
+
+    /// It counts what it had of an earlier stream: only one that has nothing can be filled.
+    fn refuse_backup(&mut self) {
+        let mirror = self.mirror.as_mut().expect("the caller has looked");
+        mirror.landing = None;
+        let peer = mirror.peer;
+        self.post(peer, Note::new(NoteKind::Resume), None);
     }
 
     /// A backup that has nothing is there.

@@ -417,6 +417,11 @@ impl Shard {
         slowest.unwrap_or(self.clock_max).min(self.clock_max)
     }
 
+    /// The number of clocks whose updates are applied on a chunk of this shard.
+    pub fn clock_of(&self, chunk: ChunkId) -> Clock {
+        self.chunks[self.layout.chunk(chunk).position as usize].gate.slowest()
+    }
+
     /// Version and id of every chunk, in shard order.
     pub fn versions(&self) -> impl Iterator<Item = (ChunkId, Version)> + '_ {
         self.chunks.iter().map(|chunk| (chunk.id, chunk.version))

@@ -79,6 +79,23 @@ impl Client {
         }
     }
 
+    /// The lane has received so many notes. What it lacks before the first that is not proven is in its state since before it took over, and
+    /// is not sent again: what follows is counted from there.
+    pub(super) fn pass_over(&mut self, lane: usize, received: u64) {
+        let first = self.lanes[lane].unproven.first();
+        if received >= first {
+            return;
+        }
+        self.lanes[lane].unproven.renumber(received);
+        for state in self.chunks.iter_mut().flatten().filter(|state| state.lane == lane) {
+            if let Some(Request::Push { number: Some(number), .. }) = &mut state.awaits
+                && *number != HELD
+            {
+                *number = if *number < first { HELD } else { *number - (first - received) };
+            }
+        }
+    }
+
     /// What the push has as its number whose parameters are awaited, by its clock.
     fn renumber(&mut self, chunk: ChunkId, number_of: impl Fn(Clock) -> Option<u64>) {
         let state = self.chunks[chunk.index()].as_mut().expect("a contribution to an own chunk");

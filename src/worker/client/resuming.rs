@@ -25,12 +25,14 @@ impl Client {
             (None, true) => 0, // nothing has come over an older path
             (None, false) => return Err("it does not say what it has received".into()),
         };
-        if !self.config.has_copies {
+        if self.config.has_copies {
+            self.pass_over(lane, received);
+        } else {
             self.prove(lane, received);
         }
         let unproven = &self.lanes[lane].unproven;
         let lacking = unproven.iter().skip((received - unproven.first()) as usize);
-        let again: Vec<_> = lacking.map(|sent| (sent.note, sent.payload.clone())).collect();
+        let again: Vec<_> = lacking.map(|sent| (self.to_be_sent_again(sent.note), sent.payload.clone())).collect();
         if is_rebuilt {
             self.resent = Some((self.lanes[lane].peer, again.len() as u64));
         }
@@ -51,6 +53,16 @@ impl Client {
             }
         }
         Ok(())
+    }
+
+    /// A contribution to a shard with two copies may have to be sent again although its reply is here: another one would be taken for that
+    /// to a later push.
+    fn to_be_sent_again(&self, note: Note) -> Note {
+        let state = self.chunks.get(note.chunk.index()).and_then(Option::as_ref);
+        match state.and_then(|state| state.awaits) {
+            Some(Request::Push { clock, .. }) if clock == note.clock => note,
+            _ => Note { flags: note.flags.without(NoteFlags::WANTS_REPLY), ..note },
+        }
     }
 
     /// Asks for the parameters of a chunk that are awaited.
