@@ -58,6 +58,75 @@ def adamw(elements, threads):
     return timed(optimizer.step, SECONDS)
 
 
+def adamw_bf16(elements, threads):
+    """Gradients come in bf16 and parameters leave in bf16: the fused step, and the casts that it needs around it."""
+    import torch
+
+    torch.set_num_threads(threads)
+    parameter = torch.full((elements,), 0.01, dtype=torch.float32, requires_grad=True)
+    parameter.grad = torch.empty_like(parameter)
+    gradient = torch.full((elements,), 1e-3, dtype=torch.bfloat16)
+    wire = torch.empty((elements,), dtype=torch.bfloat16)
+    optimizer = torch.optim.AdamW([parameter], lr=1e-3, fused=True)
+
+    def round_():
+        parameter.grad.copy_(gradient)
+        optimizer.step()
+        with torch.no_grad():
+            wire.copy_(parameter)
+
+    return timed(round_, SECONDS)
+
+
+def deepspeed_adam(elements, threads):
+    import torch
+
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    parameter = torch.nn.Parameter(torch.full((elements,), 0.01, dtype=torch.float32))
+    parameter.grad = torch.full((elements,), 1e-3, dtype=torch.float32)
+    optimizer = DeepSpeedCPUAdam([parameter], lr=1e-3, adamw_mode=True, fp32_optimizer_states=True)
+    return timed(optimizer.step, SECONDS)
+
+
+def tensorflow_cluster(ports):
+    return {job: [f"127.0.0.1:{port}"] for job, port in zip(("chief", "ps", "worker"), ports, strict=True)}
+
+
+def tensorflow_server(job, *ports):
+    import tensorflow as tf
+
+    job = ("chief", "ps", "worker")[job]
+    tf.distribute.Server(tensorflow_cluster(ports), job_name=job, task_index=0, protocol="grpc").join()
+
+
+def tensorflow_chief(elements, *ports):
+    """Rounds of one worker: a plain SGD step on a variable that lies on the parameter server, then its new value."""
+    import tensorflow as tf
+
+    os.environ["GRPC_FAIL_FAST"] = "use_caller"
+    spec = tf.train.ClusterSpec(tensorflow_cluster(ports))
+    resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(spec, task_type="chief", task_id=0, rpc_layer="grpc")
+    strategy = tf.distribute.ParameterServerStrategy(resolver)
+    coordinator = tf.distribute.coordinator.ClusterCoordinator(strategy)
+    with strategy.scope():
+        variable = tf.Variable(tf.fill([elements], 0.01))
+
+    @tf.function
+    def push_pull():
+        gradient = tf.fill([elements], 1e-3)
+        with tf.control_dependencies([variable.assign_sub(gradient)]):
+            return tf.reduce_sum(tf.identity(variable.read_value())[:1])
+
+    def round_():
+        coordinator.schedule(push_pull)
+        coordinator.join()
+
+    return timed(round_, SECONDS)
+
+
 def gloo_rank(rank, world, port, elements, steps, rounds):
     import torch
     import torch.distributed as dist
@@ -98,8 +167,8 @@ def redis_exchange(port, size):
 # ---- starting them -----------------------------------------------------------------------------------------------------------
 
 
-def child(*arguments):
-    return subprocess.Popen([sys.executable, __file__, *map(str, arguments)], stdout=subprocess.PIPE, text=True)
+def child(*arguments, python=sys.executable, **more):
+    return subprocess.Popen([python, __file__, *map(str, arguments)], stdout=subprocess.PIPE, text=True, **more)
 
 
 def answer(process):
@@ -123,6 +192,19 @@ def run_gloo(world, elements, steps, rounds):
     port = free_port()
     ranks = [child("gloo-part", rank, world, port, elements, int(steps), rounds) for rank in range(world)]
     return max([answer(rank) for rank in ranks])
+
+
+def run_tensorflow(python, elements):
+    ports = [free_port() for _ in range(3)]
+    environment = dict(os.environ, TF_CPP_MIN_LOG_LEVEL="3", CUDA_VISIBLE_DEVICES="")
+    quiet = {"python": python, "env": environment, "stderr": subprocess.DEVNULL}
+    servers = [child("tensorflow-server", job, *ports, **quiet) for job in (1, 2)]
+    try:
+        return answer(child("tensorflow-part", elements, *ports, **quiet))
+    finally:
+        for server in servers:
+            server.kill()
+            server.wait(timeout=10)
 
 
 class Redis:
@@ -255,6 +337,52 @@ def with_torch(table, options):
             )
 
 
+def with_torch_bf16(table, options):
+    import torch
+
+    for size in options.bytes:
+        elements = size // 2
+        for threads in (1, 2):
+            table.compare(
+                f"AdamW, gradients and parameters bf16, {threads} threads, parameters a second", size,
+                f"torch {torch.__version__} AdamW(fused=True) and two casts", "parameters/s",
+                lambda _: elements / answer(child("adamw-bf16-part", elements, threads)),
+                lambda: ours(options.gradwire, "optimizer", "--bytes", size, "--dtype", "bf16", "--threads", threads),
+                lambda row: row["parameters_per_s"],
+                lambda row: row["ceiling_bytes_per_s"] / row["bytes_per_parameter"],
+            )
+
+
+def with_deepspeed(table, options):
+    try:
+        import deepspeed
+    except ImportError:
+        return print("not compared: deepspeed is not installed", file=sys.stderr)
+    for size in options.bytes:
+        elements = size // 4
+        for threads in (1, 2):
+            table.compare(
+                f"AdamW, f32, {threads} threads, parameters a second", size,
+                f"DeepSpeed {deepspeed.__version__} CPUAdam", "parameters/s",
+                lambda _: elements / answer(child("deepspeed-part", elements, threads)),
+                lambda: ours(options.gradwire, "optimizer", "--bytes", size, "--threads", threads),
+                lambda row: row["parameters_per_s"],
+                lambda row: row["ceiling_bytes_per_s"] / row["bytes_per_parameter"],
+            )
+
+
+def with_tensorflow(table, options):
+    if not options.tensorflow:
+        return print("not compared: tensorflow is not installed", file=sys.stderr)
+    for size in options.bytes:
+        table.compare(
+            "step and read of a variable on the parameter server; push-pull, 1 worker, 1 server, none, tcp", size,
+            "TensorFlow ParameterServerStrategy", "s",
+            lambda _: run_tensorflow(options.tensorflow, size // 4),
+            lambda: ours(options.gradwire, "push-pull", "--bytes", size), median_s, ceiling_s,
+        )
+
+
 def with_redis(table, options):
     if not shutil.which("redis-server"):
         return print("not compared: redis-server is not installed (Debian: apt install redis-server)", file=sys.stderr)
@@ -288,27 +416,44 @@ def with_ucx(table, options):
         )
 
 
+PEERS = {
+    "torch": with_torch,
+    "torch-bf16": with_torch_bf16,
+    "deepspeed": with_deepspeed,
+    "tensorflow": with_tensorflow,
+    "redis": with_redis,
+    "ucx": with_ucx,
+}
+
+
 def main():
     parts = {
         "adamw-part": lambda elements, threads: adamw(elements, threads),
         "gloo-part": lambda rank, world, port, elements, steps, rounds: gloo_rank(rank, world, port, elements, steps, rounds),
+        "adamw-bf16-part": adamw_bf16,
+        "deepspeed-part": deepspeed_adam,
+        "tensorflow-part": tensorflow_chief,
+        "tensorflow-server": tensorflow_server,
         "redis-part": redis_exchange,
     }
     if len(sys.argv) > 1 and sys.argv[1] in parts:
-        return print(parts[sys.argv[1]](*map(int, sys.argv[2:])))
+        figure = parts[sys.argv[1]](*map(int, sys.argv[2:]))
+        print(figure, flush=True)
+        # TensorFlow's and DeepSpeed's threads need not end in order.
+        os._exit(0)
     parser = argparse.ArgumentParser(prog="scripts/bench-peers", description="gradwire beside its peers, in turn in one run.")
     parser.add_argument("--gradwire", required=True, help=argparse.SUPPRESS)
     parser.add_argument("--bytes", type=int, nargs="+", default=[65536, 1 << 20, 16 << 20], help="sizes, multiples of 64")
     parser.add_argument("--repetitions", type=int, default=7, help="of each comparison; medians are printed")
-    parser.add_argument("--only", nargs="+", choices=["torch", "redis", "ucx"], default=["torch", "redis", "ucx"])
+    parser.add_argument("--only", nargs="+", choices=list(PEERS), default=list(PEERS))
+    parser.add_argument("--tensorflow", metavar="PYTHON", help="an interpreter that has tensorflow")
     parser.add_argument("--json", action="store_true", help="an object a line instead of a table")
     options = parser.parse_args()
     if any(size <= 0 or size % 64 for size in options.bytes):
         parser.error("--bytes: every size is a multiple of 64")
     table = Table(options)
-    for name, compare in (("torch", with_torch), ("redis", with_redis), ("ucx", with_ucx)):
-        if name in options.only:
-            compare(table, options)
+    for name in options.only:
+        PEERS[name](table, options)
 
 
 main()
