@@ -21,9 +21,11 @@ pub trait Disk: Sync {
     fn create(&self, path: &Path) -> io::Result<Box<dyn DiskFile>>;
     /// Gives a file or directory another name in the same directory, replacing a file of that name.
     fn rename(&self, source: &Path, target: &Path) -> io::Result<()>;
+    /// Gives a file another name besides those that it has.
+    fn link(&self, source: &Path, target: &Path) -> io::Result<()>;
     /// Makes the names in a directory durable.
     fn sync_dir(&self, path: &Path) -> io::Result<()>;
-    /// Removes a file.
+    /// Removes a name; the file with its last one.
     fn remove_file(&self, path: &Path) -> io::Result<()>;
     /// Removes an empty directory.
     fn remove_dir(&self, path: &Path) -> io::Result<()>;
@@ -54,6 +56,10 @@ impl Disk for SystemDisk {
 
     fn rename(&self, source: &Path, target: &Path) -> io::Result<()> {
         fs::rename(source, target)
+    }
+
+    fn link(&self, source: &Path, target: &Path) -> io::Result<()> {
+        fs::hard_link(source, target)
     }
 
     fn sync_dir(&self, path: &Path) -> io::Result<()> {

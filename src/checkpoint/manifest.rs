@@ -20,10 +20,13 @@ use crate::{
 };
 
 /// The format this code writes. It reads every version up to this one.
-pub const FORMAT_VERSION: u64 = 2;
+pub const FORMAT_VERSION: u64 = 3;
 
 /// The version in which chunks may tell of each contributor's clock.
 const FORMAT_WITH_CLOCKS: u64 = 2;
+
+/// The version in which a shard may have files of older checkpoints.
+const FORMAT_WITH_LINKS: u64 = 3;
 
 const FORMAT: &str = "gradwire-checkpoint";
 
@@ -103,9 +106,12 @@ pub struct ChunkWritten {
     /// How many clocks of each contributor are in it, in rank order; empty where these are the checkpoint's.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub clocks: Vec<Clock>,
+    /// Another file holds a later state of it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub is_stale: bool,
 }
 
-/// A shard's file, as its writer reports it to whoever commits.
+/// A file of a shard, as its writer reports it to whoever commits.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ShardWritten {
@@ -113,6 +119,9 @@ pub struct ShardWritten {
     pub shard: ShardId,
     /// The file's name within the checkpoint.
     pub name: String,
+    /// The older checkpoint for which it was written, of a file that is only linked to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub since: Option<Clock>,
     /// Its length.
     pub bytes: u64,
     /// CRC-32C of its length field and header.
@@ -135,7 +144,7 @@ pub struct Manifest {
     pub state: JobState,
     /// How the model lay.
     pub layout: LayoutTable,
-    /// The files, by shard, of those that have chunks.
+    /// The files, by shard, of those that have chunks; of a shard that which was written for this checkpoint first, then the older ones.
     pub files: Vec<ShardWritten>,
 }
 
@@ -163,9 +172,13 @@ impl LayoutTable {
 impl Manifest {
     /// Of what a job and its shards' writers say.
     pub fn new(state: JobState, layout: &Layout, mut files: Vec<ShardWritten>) -> Manifest {
-        files.sort_by_key(|file| file.shard);
+        files.sort_by_key(|file| (file.shard, file.since));
         // The lowest version that can say it: programs that do not know a later one read what they can.
-        let format_version = if has_clocks(&files) { FORMAT_WITH_CLOCKS } else { 1 };
+        let format_version = match (has_links(&files), has_clocks(&files)) {
+            (true, _) => FORMAT_WITH_LINKS,
+            (false, true) => FORMAT_WITH_CLOCKS,
+            (false, false) => 1,
+        };
         Manifest {
             format: FORMAT.into(),
             format_version,
@@ -198,17 +211,29 @@ impl Manifest {
                 self.format_version
             ));
         }
+        if self.format_version < FORMAT_WITH_LINKS && has_links(&self.files) {
+            return Err(format!(
+                "it names files of older checkpoints, which format version {} does not",
+                self.format_version
+            ));
+        }
         // A shard without chunks has no file; which shard has which chunk is seen in the files alone.
-        let mut shards = 0..self.layout.shards;
+        let mut before = None;
         let mut held = vec![false; self.layout.chunks.len()];
         for (index, file) in self.files.iter().enumerate() {
-            let follows = shards.any(|shard| shard == file.shard.0);
-            if !follows || file.name != paths::shard_file(file.shard) {
+            let follows = before.replace((file.shard, file.since)) < Some((file.shard, file.since));
+            let is_older = file.since.is_none_or(|since| since < self.state.clock);
+            let is_named = file.shard.0 < self.layout.shards && file.name == paths::shard_file(file.shard, file.since);
+            if !follows || !is_older || !is_named {
                 return Err(format!("its file {index} is `{}` of shard {}", file.name, file.shard.0));
             }
             for entry in &file.chunks {
                 let chunk = entry.chunk.0;
                 match held.get_mut(entry.chunk.index()) {
+                    Some(_) if entry.is_stale && file.since.is_some() => {}
+                    Some(_) if entry.is_stale => {
+                        return Err(format!("`{}` was written with the stale chunk {chunk}", file.name));
+                    }
                     None => return Err(format!("`{}` lists chunk {chunk}, and there are {}", file.name, held.len())),
                     Some(true) => return Err(format!("`{}` lists chunk {chunk}, which is listed before", file.name)),
                     Some(seen) => *seen = true,
@@ -267,6 +292,10 @@ impl LayoutTable {
 
 fn has_clocks(files: &[ShardWritten]) -> bool {
     files.iter().flat_map(|file| &file.chunks).any(|entry| !entry.clocks.is_empty())
+}
+
+fn has_links(files: &[ShardWritten]) -> bool {
+    files.iter().any(|file| file.since.is_some() || file.chunks.iter().any(|entry| entry.is_stale))
 }
 
 const SEAL: &[u8] = b",\"sha256\":\"";

@@ -51,9 +51,12 @@ pub(super) fn directory(dir: &Path, clock: Clock, stage: Stage) -> PathBuf {
     dir.join(format!("clock-{clock:012}{}", stage.suffix()))
 }
 
-/// The name of a shard's file.
-pub(super) fn shard_file(shard: ShardId) -> String {
-    format!("shard-{:05}.safetensors", shard.0)
+/// The name of a shard's file; of one that was written for an older checkpoint, that one's clock is in it.
+pub(super) fn shard_file(shard: ShardId, since: Option<Clock>) -> String {
+    match since {
+        None => format!("shard-{:05}.safetensors", shard.0),
+        Some(since) => format!("shard-{:05}.clock-{since:012}.safetensors", shard.0),
+    }
 }
 
 /// The name under which a file is written before it gets its own.

@@ -26,7 +26,7 @@ pub struct Checkpoint {
     manifest: Manifest,
     files: Vec<ShardFile>,
     /// By chunk: which file, and which of its chunks.
-    places: Vec<(u16, u32)>,
+    places: Vec<(u32, u32)>,
 }
 
 #[derive(Debug)]
@@ -82,8 +82,8 @@ impl Checkpoint {
         let mut places = vec![(0, 0); manifest.layout.chunks.len()];
         let mut files = Vec::with_capacity(manifest.files.len());
         for (index, file) in manifest.files.iter().enumerate() {
-            for (position, entry) in file.chunks.iter().enumerate() {
-                places[entry.chunk.index()] = (index as u16, position as u32);
+            for (position, entry) in file.chunks.iter().enumerate().filter(|(_, entry)| !entry.is_stale) {
+                places[entry.chunk.index()] = (index as u32, position as u32);
             }
             files.push(ShardFile::open(path, file, &manifest)?);
         }
@@ -115,11 +115,11 @@ impl Checkpoint {
             let defect = format!("has {} chunks, and chunk {} is asked for", self.places.len(), id.0);
             return Err(Error::Checkpoint { path: self.path.clone(), defect });
         };
-        let entry = &self.manifest.files[usize::from(file)].chunks[position as usize];
-        self.files[usize::from(file)].chunk(position as usize, entry)
+        let entry = &self.manifest.files[file as usize].chunks[position as usize];
+        self.files[file as usize].chunk(position as usize, entry)
     }
 
-    /// Reads everything and checks every sum. Returns how many bytes that were.
+    /// Reads everything, stale chunks of linked files too, and checks every sum. Returns how many bytes that were.
     ///
     /// # Errors
     ///

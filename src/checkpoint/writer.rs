@@ -54,6 +54,17 @@ pub struct ChunkState<'a> {
 }
 
 impl ChunkState<'_> {
+    /// CRC-32C of its arrays, one after another.
+    pub(super) fn sum(&self) -> u32 {
+        let arrays = [self.master, self.first, self.second].map(bytemuck::cast_slice::<f32, u8>);
+        arrays.iter().fold(0, |sum, array| crc32c::crc32c_append(sum, array))
+    }
+
+    /// Bytes of its arrays.
+    pub(super) fn bytes(&self) -> usize {
+        4 * (self.master.len() + self.first.len() + self.second.len())
+    }
+
     fn plan(&self) -> ChunkPlan {
         ChunkPlan {
             chunk: self.chunk,
@@ -95,7 +106,7 @@ impl<'d> ShardWriter<'d> {
         paths::check_clock(clock)?;
         let directory = directory(dir, clock, Stage::Writing);
         paths::create_dirs(disk, &directory)?;
-        let path = directory.join(paths::shard_file(shard));
+        let path = directory.join(paths::shard_file(shard, None));
         let refused = |defect| Error::Checkpoint { path: path.clone(), defect };
         let header = shard_header(clock, shard, &plan).map_err(refused)?;
         let sum = crc32c::crc32c(&header);
@@ -105,7 +116,8 @@ impl<'d> ShardWriter<'d> {
             plan,
             written: ShardWritten {
                 shard,
-                name: paths::shard_file(shard),
+                name: paths::shard_file(shard, None),
+                since: None,
                 bytes: 0,
                 header_crc32c: sum,
                 crc32c: sum,
@@ -125,8 +137,7 @@ impl<'d> ShardWriter<'d> {
     pub fn write(&mut self, state: ChunkState<'_>) -> Result<()> {
         let planned = self.plan.get(self.written.chunks.len()).copied();
         assert_eq!(planned, Some(state.plan()), "chunks are written as planned");
-        let mut sum = 0;
-        let mut bytes = 0;
+        let (mut sum, mut bytes) = (0, 0);
         for array in [state.master, state.first, state.second] {
             assert!(array.is_empty() || array.len() == state.master.len(), "arrays of one chunk have one length");
             let array: &[u8] = bytemuck::cast_slice(array);
@@ -136,7 +147,8 @@ impl<'d> ShardWriter<'d> {
         }
         self.written.crc32c = crc32c::crc32c_combine(self.written.crc32c, sum, bytes);
         let ChunkState { chunk, version, steps, clocks, .. } = state;
-        self.written.chunks.push(ChunkWritten { chunk, version, steps, crc32c: sum, clocks: clocks.to_vec() });
+        let clocks = clocks.to_vec();
+        self.written.chunks.push(ChunkWritten { chunk, version, steps, crc32c: sum, clocks, is_stale: false });
         Ok(())
     }
 

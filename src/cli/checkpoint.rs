@@ -114,8 +114,10 @@ fn list(directory: &Path, json: bool) -> Result<()> {
             (Ok(checkpoint), false) => {
                 let about = described(&checkpoint);
                 let plain = |key: &str| about[key].as_str().map_or_else(|| about[key].to_string(), String::from);
-                let [job, clock, shards, bytes] = ["job", "clock", "shards", "bytes"].map(plain);
-                println!("{shown}  clock {clock}, job {job}, {shards} shards, {bytes} bytes");
+                let [job, clock, shards, bytes, linked] =
+                    ["job", "clock", "shards", "bytes", "linked_bytes"].map(plain);
+                let linked = if linked == "0" { String::new() } else { format!(", {linked} of them linked") };
+                println!("{shown}  clock {clock}, job {job}, {shards} shards, {bytes} bytes{linked}");
             }
             (Err(why), true) => println!("{}", serde_json::json!({ "path": path, "unusable": why.to_string() })),
             (Err(why), false) => println!("{shown}  cannot be used: {why}"),
@@ -129,12 +131,15 @@ fn list(directory: &Path, json: bool) -> Result<()> {
 
 fn described(checkpoint: &Checkpoint) -> serde_json::Value {
     let manifest = checkpoint.manifest();
+    let shards: std::collections::BTreeSet<_> = manifest.files.iter().map(|file| file.shard).collect();
+    let linked = manifest.files.iter().filter(|file| file.since.is_some());
     serde_json::json!({
         "path": checkpoint.path(),
         "job": manifest.state.job,
         "clock": manifest.state.clock,
-        "shards": manifest.files.len(),
+        "shards": shards.len(),
         "tensors": manifest.layout.tensors.len(),
         "bytes": manifest.files.iter().map(|file| file.bytes).sum::<u64>(),
+        "linked_bytes": linked.map(|file| file.bytes).sum::<u64>(),
     })
 }

@@ -86,9 +86,9 @@ fn record(config: &JobConfig, dir: &Path, clock: Clock, parts: Vec<Value>, layou
         if live.is_null() && told.as_object().is_some_and(|told| !told.is_empty()) {
             live = told;
         }
-        let file: ShardWritten = serde_json::from_value(part["file"].take())
+        let written: Vec<ShardWritten> = serde_json::from_value(part["files"].take())
             .map_err(|error| refused(format!("a shard's report: {error}")))?;
-        files.push(file);
+        files.extend(written);
     }
     let optimizer = serde_json::to_value(&config.optimizer).map_err(|error| refused(error.to_string()))?;
     let state = JobState {

@@ -246,7 +246,8 @@ impl Lane {
     }
 
     fn writer(&self, dir: PathBuf, wake: WakeHandle) -> Writer {
-        Writer::new(dir, self.shard, self.plan.layout.clone(), self.reporter.clone(), wake)
+        let incremental = self.plan.config.checkpoint.incremental;
+        Writer::new((dir, incremental), self.shard, self.plan.layout.clone(), self.reporter.clone(), wake)
     }
 
     /// Takes back the memory of snapshots that are on the disk, or could not be written.

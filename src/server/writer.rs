@@ -18,7 +18,7 @@ use serde_json::json;
 use super::{ChunkImage, Snapshot};
 use crate::{
     Error, Result,
-    checkpoint::{self, ChunkState},
+    checkpoint::{self, ChunkState, Stored},
     layout::Layout,
     session::{Report, Reporter},
     transport::WakeHandle,
@@ -35,12 +35,18 @@ pub(super) struct Writer {
 }
 
 impl Writer {
-    /// Starts the thread; `wake` tells the lane that memory has come back.
-    pub fn new(dir: PathBuf, shard: ShardId, layout: Arc<Layout>, reporter: Reporter, wake: WakeHandle) -> Writer {
+    /// Starts the thread; `wake` tells the lane that memory has come back. `incremental`: what has not changed is not written again.
+    pub fn new(
+        (dir, incremental): (PathBuf, bool),
+        shard: ShardId,
+        layout: Arc<Layout>,
+        reporter: Reporter,
+        wake: WakeHandle,
+    ) -> Writer {
         let (snapshots, incoming) = channel();
         let (back, stored) = channel();
         let write = move || {
-            let part = Part { dir: &dir, shard, layout: &layout, reporter: &reporter };
+            let mut part = Part { dir: &dir, shard, layout: &layout, reporter: &reporter, incremental, before: None };
             part.write_all(&incoming, |chunks| {
                 // Fails only where the lane is gone.
                 let _ = back.send(chunks);
@@ -87,10 +93,13 @@ struct Part<'a> {
     shard: ShardId,
     layout: &'a Layout,
     reporter: &'a Reporter,
+    incremental: bool,
+    /// What was stored last.
+    before: Option<Stored>,
 }
 
 impl Part<'_> {
-    fn write_all(&self, incoming: &Receiver<Snapshot>, give_back: impl Fn(Vec<ChunkImage>)) -> Result<()> {
+    fn write_all(&mut self, incoming: &Receiver<Snapshot>, give_back: impl Fn(Vec<ChunkImage>)) -> Result<()> {
         let mut stored: Option<Clock> = None;
         while let Ok(snapshot) = incoming.recv() {
             // The end may come at a clock that has been stored already.
@@ -103,7 +112,7 @@ impl Part<'_> {
         Ok(())
     }
 
-    fn write(&self, snapshot: &Snapshot) -> Result<()> {
+    fn write(&mut self, snapshot: &Snapshot) -> Result<()> {
         let Part { dir, shard, .. } = *self;
         let Snapshot { clock, chunks, clocks, rates, live } = snapshot;
         debug_assert!(chunks.iter().all(|image| self.layout.chunk(image.chunk).shard == shard));
@@ -116,11 +125,16 @@ impl Part<'_> {
             first: &image.first,
             second: &image.second,
         });
-        let info = match checkpoint::write_shard(dir, *clock, shard, states) {
-            Ok(file) => json!({ "file": file, "learning_rate": rates, "live": live }),
+        let written = match self.before.take().filter(|_| self.incremental) {
+            Some(before) => checkpoint::write_changes(dir, *clock, shard, &states.collect::<Vec<_>>(), &before),
+            None => checkpoint::write_shard(dir, *clock, shard, states).map(|file| vec![file]),
+        };
+        let info = match &written {
+            Ok(files) => json!({ "files": files, "learning_rate": rates, "live": live }),
             // Training goes on; whoever asked for the checkpoint learns why there is none.
             Err(error) => json!({ "error": error.to_string() }),
         };
+        self.before = written.ok().map(|files| Stored { clock: *clock, files });
         self.reporter.report(Report::CheckpointWritten { shard, clock: *clock, info })
     }
 }

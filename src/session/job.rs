@@ -32,11 +32,13 @@ pub struct CheckpointConfig {
     pub at_end: bool,
     /// How many complete ones are kept; older ones are removed after a newer one is complete.
     pub keep: u32,
+    /// Whether chunks that have not changed since the one before are linked to instead of written again.
+    pub incremental: bool,
 }
 
 impl Default for CheckpointConfig {
     fn default() -> Self {
-        CheckpointConfig { dir: None, every: None, at_end: true, keep: 2 }
+        CheckpointConfig { dir: None, every: None, at_end: true, keep: 2, incremental: false }
     }
 }
 

@@ -83,6 +83,7 @@ const SETTINGS: &[(&str, Kind)] = &[
     ("checkpoint.every", Kind::Whole),
     ("checkpoint.at_end", Kind::Flag),
     ("checkpoint.keep", Kind::Whole),
+    ("checkpoint.incremental", Kind::Flag),
     ("optimizer.kind", Kind::Choice(&["sgd", "adam", "adamw", "adagrad"])),
     ("optimizer.learning_rate", Kind::Number),
     ("optimizer.weight_decay", Kind::Number),

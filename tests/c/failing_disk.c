@@ -105,6 +105,12 @@ int fsync(int fd) {
 
 int rename(const char *source, const char *target) { return fails("rename", source) ? -1 : NEXT(rename)(source, target); }
 
+int linkat(int from, const char *source, int to, const char *target, int flags) {
+    return fails("link", target) ? -1 : NEXT(linkat)(from, source, to, target, flags);
+}
+
+int link(const char *source, const char *target) { return fails("link", target) ? -1 : NEXT(link)(source, target); }
+
 int mkdir(const char *path, mode_t mode) { return fails("mkdir", path) ? -1 : NEXT(mkdir)(path, mode); }
 
 int unlink(const char *path) { return fails("unlink", path) ? -1 : NEXT(unlink)(path); }

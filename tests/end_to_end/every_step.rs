@@ -82,9 +82,9 @@ pub struct Undisturbed {
 }
 
 impl Undisturbed {
-    pub fn new(steps: Clock) -> Undisturbed {
+    pub fn new(part: &str, steps: Clock) -> Undisturbed {
         let home = home();
-        let mut options = options(home.path(), "train");
+        let mut options = options(home.path(), part);
         options.config = every_step(home.path(), 100_000);
         with_variable(&mut options, "WORKER_STEPS", steps);
         let mut job = Job::start(options).unwrap();
@@ -184,7 +184,7 @@ fn a_checkpoint_at_every_step_survives_kills_at_random() {
     let kills = number("GRADWIRE_KILLS").unwrap_or(10);
     let mut random = SimRandom::new(number("GRADWIRE_KILL_SEED").unwrap_or(1));
     let steps = 12 * kills + 20;
-    let undisturbed = Undisturbed::new(steps);
+    let undisturbed = Undisturbed::new("train", steps);
     let home = home();
     let dir = home.path().join("checkpoints");
     let (mut hit, mut newest) = (0, None);

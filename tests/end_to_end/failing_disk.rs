@@ -1,4 +1,4 @@
-//! A job on a disk that fails: every single write, sync, rename, removal and making of a name fails once, in real processes. What
+//! A job on a disk that fails: every single write, sync, rename, link, removal and making of a name fails once, in real processes. What
 //! was complete stays, training goes on with the same bits, and the checkpoints after it are whole.
 //!
 //! Invariant: which calls there are is learnt from what the processes did, and the test fails if one of them was never refused.
@@ -69,11 +69,27 @@ fn check_refused(part: &str, calls: &BTreeMap<u64, Calls>) -> BTreeMap<String, u
 
 #[test]
 fn every_call_of_a_checkpoint_fails_once_and_nothing_is_lost() {
-    let undisturbed = Undisturbed::new(STEPS);
+    fail_every_call("train", false);
+}
+
+/// Most chunks change at every eighth clock only.
+#[test]
+fn every_call_of_an_incremental_checkpoint_fails_once_and_nothing_is_lost() {
+    fail_every_call("rare", true);
+}
+
+fn fail_every_call(part: &str, incremental: bool) {
+    let undisturbed = Undisturbed::new(part, STEPS);
     let home = home();
     let (dir, log) = (home.path().join("checkpoints"), home.path().join("calls"));
-    let mut command = launch(home.path(), &every_step(home.path(), 3), STEPS, 0, false);
-    command.env("LD_PRELOAD", library(home.path())).env("FAILING_DISK", &dir).env("FAILING_LOG", &log);
+    let mut config = every_step(home.path(), 3);
+    config.checkpoint.incremental = incremental;
+    let mut command = launch(home.path(), &config, STEPS, 0, false);
+    command
+        .env("WORKER_PART", part)
+        .env("LD_PRELOAD", library(home.path()))
+        .env("FAILING_DISK", &dir)
+        .env("FAILING_LOG", &log);
     let mut job = command.spawn().unwrap();
     let mut newest = None;
     // Whatever fails: what was there is there, and is right.
@@ -97,7 +113,8 @@ fn every_call_of_a_checkpoint_fails_once_and_nothing_is_lost() {
         let names = check_refused(part, &calls(&log, part));
         names.into_iter().for_each(|(name, count)| *refused.entry(name).or_default() += count);
     }
-    for name in ["mkdir", "open", "write", "fsync", "rename", "unlink", "rmdir"] {
+    let link = incremental.then_some("link");
+    for name in ["mkdir", "open", "write", "fsync", "rename", "unlink", "rmdir"].into_iter().chain(link) {
         assert!(refused.contains_key(name), "no {name} was refused: {refused:?}");
     }
 

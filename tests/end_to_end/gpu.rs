@@ -308,7 +308,7 @@ fn a_checkpoint_goes_from_gpu_to_processor_and_back_without_a_bit_lost() {
 #[test]
 fn a_gpu_stores_every_step_as_it_was_while_it_takes_the_next_ones() {
     const STEPS: u64 = 20;
-    let undisturbed = crate::every_step::Undisturbed::new(STEPS);
+    let undisturbed = crate::every_step::Undisturbed::new("train", STEPS);
     for two_step in [false, true] {
         let home = home();
         let mut options = options(home.path(), "train");

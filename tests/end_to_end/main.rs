@@ -20,6 +20,7 @@ mod failing_disk;
 mod failures;
 mod gpu;
 mod idle;
+mod incremental;
 mod io_uring;
 mod jobs;
 mod leaving;

@@ -22,14 +22,41 @@ struct Scene {
     script: fn(&dyn Disk, &Path, &Layout) -> Result<()>,
     /// The clocks that may be the newest readable one after the script was interrupted.
     allowed: &'static [Clock],
+    /// Few chunks change from one checkpoint to the next, and only those are written.
+    is_rare: bool,
+    shards: u16,
 }
 
-const SCENES: [(&str, Scene); 6] = [
-    ("the first", Scene { before: &[], script: |disk, dir, layout| write(disk, dir, layout, 1), allowed: &[1] }),
-    ("one more", Scene { before: &[1, 2], script: |disk, dir, layout| write(disk, dir, layout, 3), allowed: &[2, 3] }),
+const SCENES: [(&str, Scene); 9] = [
+    (
+        "the first",
+        Scene {
+            before: &[],
+            script: |disk, dir, layout| write(disk, dir, layout, 1),
+            allowed: &[1],
+            is_rare: false,
+            shards: 2,
+        },
+    ),
+    (
+        "one more",
+        Scene {
+            before: &[1, 2],
+            script: |disk, dir, layout| write(disk, dir, layout, 3),
+            allowed: &[2, 3],
+            is_rare: false,
+            shards: 2,
+        },
+    ),
     (
         "the same again",
-        Scene { before: &[1, 2], script: |disk, dir, layout| write(disk, dir, layout, 2), allowed: &[2] },
+        Scene {
+            before: &[1, 2],
+            script: |disk, dir, layout| write(disk, dir, layout, 2),
+            allowed: &[2],
+            is_rare: false,
+            shards: 2,
+        },
     ),
     (
         "after a crash in the same again",
@@ -42,9 +69,20 @@ const SCENES: [(&str, Scene); 6] = [
                 write(disk, dir, layout, 3)
             },
             allowed: &[2, 3],
+            is_rare: false,
+            shards: 2,
         },
     ),
-    ("pruning", Scene { before: &[1, 2, 3], script: |disk, dir, _| prune_on(disk, dir, 1).map(drop), allowed: &[3] }),
+    (
+        "pruning",
+        Scene {
+            before: &[1, 2, 3],
+            script: |disk, dir, _| prune_on(disk, dir, 1).map(drop),
+            allowed: &[3],
+            is_rare: false,
+            shards: 2,
+        },
+    ),
     (
         "write and prune",
         Scene {
@@ -54,9 +92,39 @@ const SCENES: [(&str, Scene); 6] = [
                 prune_on(disk, dir, 1).map(drop)
             },
             allowed: &[2, 3],
+            is_rare: false,
+            shards: 2,
+        },
+    ),
+    ("changes", Scene { before: &[1, 2], script: rare, allowed: &[2, 3], is_rare: true, shards: 2 }),
+    (
+        "changes, of files that are linked to already",
+        Scene {
+            before: &[4, 5, 6],
+            script: |disk, dir, layout| write_rare(disk, dir, layout, 7).map(drop),
+            allowed: &[6, 7],
+            is_rare: true,
+            shards: 1,
+        },
+    ),
+    (
+        "changes, after the checkpoint before the last was pruned",
+        Scene {
+            before: &[1, 2],
+            script: |disk, dir, layout| {
+                rare(disk, dir, layout)?;
+                prune_on(disk, dir, 1).map(drop)
+            },
+            allowed: &[2, 3],
+            is_rare: true,
+            shards: 1,
         },
     ),
 ];
+
+fn rare(disk: &dyn Disk, dir: &Path, layout: &Layout) -> Result<()> {
+    write_rare(disk, dir, layout, 3).map(drop)
+}
 
 fn write(disk: &dyn Disk, dir: &Path, layout: &Layout, clock: Clock) -> Result<()> {
     write_all(disk, dir, layout, clock, 2).map(drop)
@@ -69,7 +137,8 @@ impl Scene {
         let dir = root.path().join("checkpoints");
         let disk = ModelDisk::new(root.path(), Fault::None);
         for clock in self.before {
-            write(&disk, &dir, layout, *clock).unwrap();
+            let whole = || write(&disk, &dir, layout, *clock);
+            if self.is_rare { write_rare(&disk, &dir, layout, *clock).map(drop) } else { whole() }.unwrap();
         }
         disk.arm(fault);
         let said = (self.script)(&disk, &dir, layout);
@@ -84,38 +153,47 @@ impl Scene {
             let clock = checkpoint.clock();
             assert!(self.allowed.contains(&clock), "{what}: found clock {clock}");
             assert!(!done || Some(&clock) == self.allowed.last(), "{what}: succeeded, and found clock {clock}");
-            assert_is(&checkpoint, layout, clock, 2);
+            self.assert_right(&checkpoint, layout, clock);
             clock
         });
         if found.is_none() {
             assert!(self.before.is_empty() && !done, "{what}: found none, passed over {passed_over:?}");
         }
-        all_complete_are_whole(&dir, layout, what);
-        write(&Hasty, &dir, layout, 9).unwrap();
-        let whole = all_complete_are_whole(&dir, layout, what);
+        self.all_complete_are_whole(&dir, layout, what);
+        let next =
+            if self.is_rare { write_rare(&Hasty, &dir, layout, 9).map(drop) } else { write(&Hasty, &dir, layout, 9) };
+        next.unwrap();
+        let whole = self.all_complete_are_whole(&dir, layout, what);
         let expected: Vec<_> = [9].into_iter().chain(found).collect();
         assert!(whole.starts_with(&expected), "{what}: {found:?} was found, and after the next write {whole:?}");
         let left: Vec<_> = std::fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         assert!(left.iter().all(|name| !name.to_str().unwrap().contains('.')), "{what}: the next write left {left:?}");
     }
-}
 
-/// Asserts that every name of digits alone is that of a whole checkpoint. Returns their clocks, newest first.
-fn all_complete_are_whole(dir: &Path, layout: &Layout, what: &str) -> Vec<Clock> {
-    let complete = list(dir).unwrap().into_iter().filter(|(_, stage)| *stage == Stage::Complete);
-    complete
-        .map(|(clock, stage)| {
-            let opened = Checkpoint::open(&directory(dir, clock, stage));
-            assert_is(&opened.unwrap_or_else(|error| panic!("{what}: {error}")), layout, clock, 2);
-            clock
-        })
-        .collect()
+    fn assert_right(&self, checkpoint: &Checkpoint, layout: &Layout, clock: Clock) {
+        match self.is_rare {
+            true => assert_holds(checkpoint, layout, clock, |chunk| Contents::rare(layout, clock, chunk)),
+            false => assert_is(checkpoint, layout, clock, 2),
+        }
+    }
+
+    /// Asserts that every name of digits alone is that of a whole checkpoint. Returns their clocks, newest first.
+    fn all_complete_are_whole(&self, dir: &Path, layout: &Layout, what: &str) -> Vec<Clock> {
+        let complete = list(dir).unwrap().into_iter().filter(|(_, stage)| *stage == Stage::Complete);
+        complete
+            .map(|(clock, stage)| {
+                let opened = Checkpoint::open(&directory(dir, clock, stage));
+                self.assert_right(&opened.unwrap_or_else(|error| panic!("{what}: {error}")), layout, clock);
+                clock
+            })
+            .collect()
+    }
 }
 
 #[test]
 fn a_crash_at_every_operation_loses_no_older_checkpoint() {
-    let layout = small_layout(2);
     for (name, scene) in SCENES {
+        let layout = small_layout(scene.shards);
         let (disk, _root, said) = scene.play(&layout, Fault::None);
         said.unwrap();
         let operations = disk.operations();
@@ -135,9 +213,9 @@ fn a_crash_at_every_operation_loses_no_older_checkpoint() {
 
 #[test]
 fn an_error_at_every_operation_loses_no_older_checkpoint() {
-    let layout = small_layout(2);
     let mut kinds = BTreeMap::new();
     for (name, scene) in SCENES {
+        let layout = small_layout(scene.shards);
         let (disk, _root, said) = scene.play(&layout, Fault::None);
         said.unwrap();
         for at in 0..disk.operations() {
@@ -157,7 +235,7 @@ fn an_error_at_every_operation_loses_no_older_checkpoint() {
         }
     }
     println!("errors injected: {kinds:?}");
-    let all = ["create", "create_dir", "remove_dir", "remove_file", "rename", "sync", "sync_dir", "write"];
+    let all = ["create", "create_dir", "link", "remove_dir", "remove_file", "rename", "sync", "sync_dir", "write"];
     assert!(kinds.keys().eq(all.iter()), "{kinds:?}");
 }
 
@@ -165,30 +243,31 @@ fn an_error_at_every_operation_loses_no_older_checkpoint() {
 #[test]
 fn an_error_at_every_operation_leaves_nothing_after_it_was_given_up() {
     let layout = small_layout(2);
-    let (_, scene) = &SCENES[1];
-    let (disk, _root, said) = scene.play(&layout, Fault::None);
-    said.unwrap();
-    let mut failed = 0;
-    for at in 0..disk.operations() {
-        let (disk, root, said) = scene.play(&layout, Fault::Error(at));
-        let dir = root.path().join("checkpoints");
-        if said.is_err() {
-            failed += 1;
-            abandon_on(&disk, &dir, 3).unwrap();
+    for scene in [&SCENES[1].1, &SCENES[6].1] {
+        let (disk, _root, said) = scene.play(&layout, Fault::None);
+        said.unwrap();
+        let mut failed = 0;
+        for at in 0..disk.operations() {
+            let (disk, root, said) = scene.play(&layout, Fault::Error(at));
+            let dir = root.path().join("checkpoints");
+            if said.is_err() {
+                failed += 1;
+                abandon_on(&disk, &dir, 3).unwrap();
+            }
+            let found = list(&dir).unwrap();
+            assert!(found.iter().all(|(_, stage)| *stage == Stage::Complete), "error at {at}: {found:?}");
+            assert!(found.starts_with(&[(3, Stage::Complete)]) || found.len() == 2, "error at {at}: {found:?}");
         }
-        let found = list(&dir).unwrap();
-        assert!(found.iter().all(|(_, stage)| *stage == Stage::Complete), "error at {at}: {found:?}");
-        assert!(found.starts_with(&[(3, Stage::Complete)]) || found.len() == 2, "error at {at}: {found:?}");
+        assert_eq!(failed, disk.operations());
     }
-    assert_eq!(failed, disk.operations());
 }
 
 /// A test of the tests above: on a disk that only pretends to sync, they find that a checkpoint was lost.
 #[test]
 fn a_sync_that_does_nothing_would_be_noticed() {
     let layout = small_layout(2);
-    let (_, scene) = &SCENES[1];
-    for lie in [Fault::FileSyncLies, Fault::DirectorySyncLies] {
+    let lies = [Fault::FileSyncLies, Fault::DirectorySyncLies];
+    for (lie, scene) in lies.into_iter().flat_map(|lie| [(lie, &SCENES[1].1), (lie, &SCENES[6].1)]) {
         let (disk, _root, said) = scene.play(&layout, lie);
         said.unwrap();
         let after = tempfile::tempdir().unwrap();

@@ -157,8 +157,8 @@ fn other_versions_and_other_formats_are_named() {
         decode_manifest(&seal_manifest(&serde_json::to_vec(&value).unwrap()))
     };
     with(&|_| {}).unwrap();
-    let newer = with(&|value| value["format_version"] = 3.into()).unwrap_err();
-    assert!(newer.contains("version 3") && newer.contains("up to version 2") && newer.contains("newer"), "{newer}");
+    let newer = with(&|value| value["format_version"] = 4.into()).unwrap_err();
+    assert!(newer.contains("version 4") && newer.contains("up to version 3") && newer.contains("newer"), "{newer}");
     assert!(with(&|value| value["format_version"] = 0.into()).is_err());
     assert!(with(&|value| value["format"] = "other".into()).unwrap_err().contains("not the manifest of a gradwire"));
     assert!(with(&|value| value["surprise"] = 1.into()).unwrap_err().contains("surprise"));

@@ -3,6 +3,7 @@
 //! Invariant: nothing here is compiled into the library.
 #![forbid(unsafe_code)]
 
+mod changes;
 mod crash;
 mod damage;
 mod model_disk;
@@ -15,6 +16,7 @@ use std::path::{Path, PathBuf};
 use serde_json::json;
 
 use super::{
+    changes::write_changes_on,
     disk::Disk,
     writer::{begin_on, commit_on, write_shard_on},
     *,
@@ -74,6 +76,12 @@ impl Contents {
         Contents { chunk, version: clock, steps: clock * 2, clocks: Vec::new(), arrays }
     }
 
+    /// Chunk 0 takes a step at every clock, the others rarely; clocks pass over all of them.
+    fn rare(layout: &Layout, clock: Clock, chunk: ChunkId) -> Contents {
+        let last = clock - clock % [1, 4, 13][chunk.index()];
+        Contents { version: clock, ..Contents::at(layout, last, chunk, 2) }
+    }
+
     fn state(&self) -> ChunkState<'_> {
         let [master, first, second] = &self.arrays;
         ChunkState {
@@ -122,12 +130,39 @@ fn write_contents(
     commit_on(disk, dir, &Manifest::new(state, layout, written))
 }
 
+/// What the newest checkpoint in a directory has of a shard, as its writer would have kept it.
+fn stored_before(dir: &Path, shard: ShardId) -> Option<Stored> {
+    let before = latest(dir).unwrap().checkpoint?;
+    let files = before.manifest().files.iter().filter(|file| file.shard == shard).cloned().collect();
+    Some(Stored { clock: before.clock(), files })
+}
+
+/// Writes a whole checkpoint in which few chunks have changed since the newest one that there is.
+fn write_rare(disk: &dyn Disk, dir: &Path, layout: &Layout, clock: Clock) -> Result<PathBuf> {
+    begin_on(disk, dir)?;
+    let mut written = Vec::new();
+    for (shard, chunks) in (0..).map(ShardId).zip(&layout.shards) {
+        let contents: Vec<_> = chunks.iter().map(|chunk| Contents::rare(layout, clock, *chunk)).collect();
+        let states: Vec<_> = contents.iter().map(Contents::state).collect();
+        match stored_before(dir, shard) {
+            Some(before) => written.extend(write_changes_on(disk, dir, clock, shard, &states, &before)?),
+            None => written.push(write_shard_on(disk, dir, clock, shard, states.into_iter())?),
+        }
+    }
+    commit_on(disk, dir, &Manifest::new(state(clock), layout, written))
+}
+
 /// Asserts that a checkpoint is that of `clock` in every bit.
 fn assert_is(checkpoint: &Checkpoint, layout: &Layout, clock: Clock, moments: u32) {
+    assert_holds(checkpoint, layout, clock, |chunk| Contents::at(layout, clock, chunk, moments));
+}
+
+/// The same with other contents.
+fn assert_holds(checkpoint: &Checkpoint, layout: &Layout, clock: Clock, contents: impl Fn(ChunkId) -> Contents) {
     assert_eq!(checkpoint.manifest().state, state(clock));
     checkpoint.matches(layout).unwrap();
     for index in 0..layout.chunks.len() as u32 {
-        let expected = Contents::at(layout, clock, ChunkId(index), moments);
+        let expected = contents(ChunkId(index));
         assert!(expected.is(&checkpoint.chunk(ChunkId(index)).unwrap()), "chunk {index} at clock {clock}");
     }
     checkpoint.verify().unwrap();

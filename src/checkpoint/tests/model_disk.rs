@@ -238,6 +238,20 @@ impl Disk for ModelDisk {
         Ok(())
     }
 
+    fn link(&self, source: &Path, target: &Path) -> io::Result<()> {
+        self.step("link")?;
+        SYSTEM.link(source, target)?;
+        let (directory, name) = split(target);
+        let inode = {
+            let mut model = self.0.lock().unwrap();
+            let inode = model.names[source];
+            model.names.insert(target.into(), inode);
+            inode
+        };
+        self.change(&directory, Change::Add(name, inode));
+        Ok(())
+    }
+
     fn sync_dir(&self, path: &Path) -> io::Result<()> {
         self.step("sync_dir")?;
         let mut model = self.0.lock().unwrap();
@@ -310,6 +324,10 @@ impl Disk for Hasty {
 
     fn rename(&self, source: &Path, target: &Path) -> io::Result<()> {
         SYSTEM.rename(source, target)
+    }
+
+    fn link(&self, source: &Path, target: &Path) -> io::Result<()> {
+        SYSTEM.link(source, target)
     }
 
     fn sync_dir(&self, _path: &Path) -> io::Result<()> {

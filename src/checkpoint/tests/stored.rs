@@ -12,8 +12,43 @@ fn stored_as(version: u32) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/data/checkpoint-v{version}/clock-000000000007"))
 }
 
-/// What version 2 is for: contributors that are not equally far.
+/// What version 3 is for: files of older checkpoints.
 fn write_newest(dir: &Path) -> PathBuf {
+    let layout = small_layout(1);
+    for clock in [5, 6] {
+        write_rare(&Hasty, dir, &layout, clock).unwrap();
+    }
+    write_rare(&Hasty, dir, &layout, 7).unwrap()
+}
+
+#[test]
+fn version_3_is_read_and_written_as_it_was() {
+    let checkpoint = Checkpoint::open(&stored_as(3)).unwrap();
+    let manifest = checkpoint.manifest();
+    assert_eq!(manifest.format_version(), 3);
+    let files: Vec<_> = manifest.files.iter().map(|file| (file.shard.0, file.since)).collect();
+    assert_eq!(files, [(0, None), (0, Some(5))]);
+    let stale: Vec<bool> = manifest.files[1].chunks.iter().map(|entry| entry.is_stale).collect();
+    assert_eq!(stale.iter().filter(|stale| **stale).count(), 1, "{stale:?}");
+    checkpoint.verify().unwrap();
+    for (chunk, last) in [(0, 7u64), (1, 4), (2, 0)] {
+        let data = checkpoint.chunk(ChunkId(chunk)).unwrap();
+        assert_eq!((data.version, data.steps), (7, last * 2));
+        assert_eq!(data.master[1], last as f32 + chunk as f32 * 0.125 - 65536.0);
+    }
+    let root = tempfile::tempdir().unwrap();
+    let path = write_newest(root.path());
+    for file in &manifest.files {
+        let [now, then] = [&path, &stored_as(3)].map(|dir| std::fs::read(dir.join(&file.name)).unwrap());
+        assert_eq!(now, then, "{}", file.name);
+    }
+    let mut now = Checkpoint::open(&path).unwrap().manifest().clone();
+    now.gradwire = manifest.gradwire.clone();
+    assert_eq!(now.encode(), std::fs::read(stored_as(3).join("manifest.json")).unwrap());
+}
+
+/// What version 2 is for: contributors that are not equally far.
+fn write_with_clocks(dir: &Path) -> PathBuf {
     let layout = small_layout(2);
     let state = JobState { consistency: Consistency::Asp, ..state(7) };
     let contents =
@@ -32,7 +67,7 @@ fn version_2_is_read_and_written_as_it_was() {
         assert_eq!(data.master[1], 7.0 + chunk as f32 * 0.125 - 65536.0);
     }
     let root = tempfile::tempdir().unwrap();
-    let mut now = Checkpoint::open(&write_newest(root.path())).unwrap().manifest().clone();
+    let mut now = Checkpoint::open(&write_with_clocks(root.path())).unwrap().manifest().clone();
     now.gradwire = checkpoint.manifest().gradwire.clone();
     assert_eq!(now.encode(), std::fs::read(stored_as(2).join("manifest.json")).unwrap());
     // The same in a text that says it is of version 1.
