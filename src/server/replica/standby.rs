@@ -57,7 +57,7 @@ pub struct Standby<T> {
     claim: Option<Claim>,
     /// The primary has said that nothing more will come.
     is_dismissed: bool,
-    /// Offers of workers that knew earlier than this lane that it has taken over.
+    /// Offers of those who knew earlier than this lane that it has taken over.
     early: BTreeMap<PeerId, Proposal>,
 }
 
@@ -133,7 +133,8 @@ impl<T: Transport> Standby<T> {
 
     /// An offer for a path has come.
     pub fn proposed(&mut self, proposal: Proposal, now: Instant) {
-        if proposal.peer.rank.role == Role::Worker {
+        // Whoever has lost its primary hears nothing more of it: a path that it builds again is one to whoever serves.
+        if proposal.peer.rank.role == Role::Worker || self.lost.is_some() {
             let kept = self.early.get(&proposal.peer);
             if kept.is_none_or(|kept| (kept.life, kept.generation) <= (proposal.life, proposal.generation)) {
                 self.early.insert(proposal.peer, proposal);
