@@ -15,6 +15,8 @@ mod copies;
 mod elastic;
 #[path = "simulation/live.rs"]
 mod live;
+#[path = "simulation/moves.rs"]
+mod moves;
 #[path = "simulation/rebuilt.rs"]
 mod rebuilt;
 
@@ -179,6 +181,7 @@ fn options(seed: u64) -> WorldOptions {
         requests: false,
         copies: false,
         store_fails: false,
+        moves: false,
         change_from: None,
         change_live: None,
         elastic: Default::default(),

@@ -1,4 +1,4 @@
-//! The command line: `gradwire run`, `node`, `status`, `top`, `set`, `remove-worker`, `add-worker`, `checkpoint`, `bench`, `plan`, `info`, `doctor`.
+//! The command line: `gradwire run`, `node`, `status`, `top`, `set`, `scale`, `remove-worker`, `add-worker`, `checkpoint`, `bench`, `plan`, `info`, `doctor`.
 //!
 //! Invariant: what a command prints for machines goes to standard output, everything else to standard error; a failure ends with
 //! one line that says what happened, to whom, and what to do.
@@ -14,6 +14,7 @@ mod info;
 mod node;
 mod plan;
 mod run;
+mod scale;
 mod set;
 mod settings;
 mod status;
@@ -40,6 +41,7 @@ use crate::Result;
   gradwire top myjob                                rates, each second
   gradwire set myjob lr=0.0003                      change a setting while it runs
   gradwire remove-worker myjob 3                    go on without worker 3; add-worker: with another one
+  gradwire scale myjob --servers 4                  have servers join, or leave, while it runs
   gradwire checkpoint now myjob                     write a checkpoint now
   gradwire checkpoint export ckpt model.safetensors the parameters, for other tools
   gradwire bench push-pull --bytes 64..64M          how fast it is here, beside what the machine can do
@@ -75,6 +77,8 @@ enum Command {
     RemoveWorker(workers::RemoveArguments),
     /// Have another worker take part in a running job, from one clock on.
     AddWorker(workers::AddArguments),
+    /// Have servers join a running job, or leave it; its shards move.
+    Scale(scale::ScaleArguments),
     /// Have a running job write a checkpoint; list, verify and export what has been written.
     Checkpoint(checkpoint::CheckpointArguments),
     /// Measure, beside what the machine itself reaches in the same run.
@@ -113,6 +117,7 @@ pub fn main() -> ExitCode {
         Command::Set(arguments) => set::set(&arguments),
         Command::RemoveWorker(arguments) => workers::remove(&arguments),
         Command::AddWorker(arguments) => workers::add(&arguments),
+        Command::Scale(arguments) => scale::scale(&arguments),
         Command::Checkpoint(arguments) => checkpoint::run(&arguments),
         Command::Bench(arguments) => bench::run(arguments),
         Command::Gpu(arguments) => gpu::run(&arguments),

@@ -17,6 +17,10 @@ pub(super) struct SettingArguments {
     /// Number of servers.
     #[arg(short, long, value_name = "N")]
     servers: Option<String>,
+    /// The most servers that the job may have at a time: it begins with those of -s, and `gradwire scale` adds some and takes some away
+    /// while it runs. Without it the servers stay.
+    #[arg(long, value_name = "N")]
+    max_servers: Option<String>,
     /// Number of workers.
     #[arg(short = 'n', long, value_name = "N")]
     workers: Option<String>,
@@ -166,6 +170,7 @@ impl SettingArguments {
             ("skip_nonfinite", &skips),
             ("loss_scale.mode", &self.loss_scale),
             ("servers", &self.servers),
+            ("max_servers", &self.max_servers),
             ("workers", &self.workers),
             ("max_workers", &self.max_workers),
             ("name", &self.name),

@@ -63,14 +63,16 @@ pub(super) fn status(arguments: &StatusArguments) -> Result<ExitCode> {
 fn redundancy(status: &Status) -> String {
     let mut text = String::new();
     for shard in &status.shards {
-        let ShardStatus { epoch, primary, backup, backup_state, .. } = shard;
-        text += &format!(
-            "shard {}: {primary} serves since epoch {epoch}, backup {backup}: {backup_state}\n",
-            shard.shard.0
-        );
+        let ShardStatus { epoch, primary, backup, backup_state, moves, .. } = shard;
+        let other = match backup {
+            Some(to) if *moves => format!(", moves to {to}: {backup_state}"),
+            Some(backup) => format!(", backup {backup}: {backup_state}"),
+            None => String::new(),
+        };
+        text += &format!("shard {}: {primary} serves since epoch {epoch}{other}\n", shard.shard.0);
     }
     let without = status.shards_without_backup();
-    text += &match (status.shards.is_empty(), without.is_empty()) {
+    text += &match (status.shards.iter().all(|shard| shard.moves), without.is_empty()) {
         (true, _) => String::new(),
         (_, true) => "redundancy: full\n".into(),
         _ => format!("shards without a backup: {}\n", without.join(", ")),
@@ -129,7 +131,8 @@ mod tests {
             shard: ShardId(shard),
             epoch: 3,
             primary: Rank::server(1),
-            backup: Rank::server(0),
+            backup: Some(Rank::server(0)),
+            moves: false,
             backup_state: state.into(),
         };
         let status = |states: &[&str]| Status {

@@ -185,7 +185,8 @@ impl Fleet {
         let oversubscribe = options.oversubscribe || options.hosts.is_empty();
         let placed = hosts::place(&options.config, &options.by_hand, &hosts, options.map_by, oversubscribe)?;
         for (index, ranks) in placed.iter().enumerate() {
-            self.ranks.extend(ranks.iter().map(|rank| (*rank, (index, None))));
+            let exit = |rank| options.config.is_vacant(rank).then_some(Exit::Code(0));
+            self.ranks.extend(ranks.iter().map(|rank| (*rank, (index, exit(*rank)))));
         }
         // Those far away take longest to begin.
         let (far, near): (Vec<usize>, Vec<usize>) =
@@ -281,7 +282,8 @@ impl Fleet {
         }
     }
 
-    /// Starts a rank again, where its process ran that has ended; a worker that has had none where there are fewest.
+    /// Starts a rank, where its process ran that has ended, or where it was to run if the job began without it; a worker that has had none
+    /// where there are fewest.
     ///
     /// # Errors
     ///

@@ -201,7 +201,7 @@ impl Job {
         };
         let directory = JobDirectory::create(options.home.as_deref(), &options.config.name)?;
         let (events, events_in) = channel();
-        let tenures = options.config.has_replicas().then(|| store(&options.config, &directory)).transpose()?;
+        let tenures = options.config.has_tenures().then(|| store(&options.config, &directory)).transpose()?;
         let for_notices = events.clone();
         let rendezvous = Rendezvous::start(
             options.config.clone(),

@@ -71,12 +71,12 @@ impl Processes {
         &self.mark
     }
 
-    /// Starts a host's ranks.
+    /// Starts a host's ranks, but for those that the job begins without.
     pub fn start(&mut self, crew: &Crew, directory: &JobDirectory) -> Result<()> {
         let (prepared, cores) = crew.prepare(directory, &self.mark)?;
         directory.write("cores", &cores::text(&cores).replace(',', " "))?;
         self.crew = Some(crew.clone());
-        for prepared in prepared {
+        for prepared in prepared.into_iter().filter(|prepared| !crew.config.is_vacant(prepared.rank)) {
             self.start_one(prepared, crew.pass_output)?;
         }
         self.write_pids(directory)

@@ -239,6 +239,15 @@ impl Supervisor {
             Notice::Gone(departure) => self.gone(*departure),
             Notice::CopiesLost { shard, servers } => self.copies_lost(shard, servers),
             Notice::Tenure { shard, tenure, alone } => self.tenure(shard, tenure, &alone),
+            Notice::Scaling { servers, moves } => {
+                self.tell(&format!("it is to have {servers} servers: {moves} shards move"))
+            }
+            Notice::Moved { shard, from, to } => {
+                self.tell(&format!("shard {} has moved from {from} to {to}", shard.0));
+            }
+            Notice::Scaled { servers, .. } => self.tell(&format!("it has {servers} servers")),
+            Notice::ScaleFailed(text) => self.tell(&text),
+            Notice::Retired(rank) => self.retired(rank),
             Notice::StoreUnavailable(why) => self.store_unavailable(&why),
             // Of a rank that we started, its exit tells more, and when the job is ending it was told to leave.
             Notice::Lost(rank) => {
@@ -276,7 +285,10 @@ impl Supervisor {
         let well = match rank.role {
             Role::Worker => exit == Exit::Code(0),
             // A server may leave once no worker will push any more.
-            Role::Server => exit == Exit::Code(0) && (self.ending.is_some() || self.workers_reported()),
+            Role::Server => {
+                let is_let_go = self.ending.is_some() || self.workers_reported() || self.losses.is_retired(rank);
+                exit == Exit::Code(0) && is_let_go
+            }
         };
         match (&self.ending, well) {
             (_, true) if !self.awaits_end_of(rank) => {

@@ -13,8 +13,8 @@ use std::{
 };
 
 use super::{
-    ChunkImage, ChunkView, Effect, Inheritance, LiveState, Memory, NotFinite, Shard, ShardConfig, computing::Computing,
-    landing::Landing, room::Room,
+    ChunkImage, ChunkView, Effect, Inheritance, LiveState, Memory, MirrorConfig, NotFinite, Shard, ShardConfig,
+    computing::Computing, landing::Landing, room::Room,
 };
 use crate::{
     Error, Result,
@@ -22,7 +22,7 @@ use crate::{
     mem::RegionOptions,
     observe::Queue,
     optim::{LearningRates, LiveChange},
-    session::{Change, Claim, Paths, WAITS_MAX, Wait},
+    session::{Change, Claim, Paths, Tenure, WAITS_MAX, Wait},
     transport::{Completion, Endpoint, Transport, Wakeup, WorkRequest},
     types::{ChunkId, Clock, PeerId, Role, Version},
     wire::{Attachment, Note, NoteKind},
@@ -76,6 +76,8 @@ pub struct EventLoop<T> {
     moved_at: Option<Instant>,
     /// Workers whose paths are lost, and why.
     losses: Vec<(u16, String)>,
+    /// How long a backup may be silent.
+    suspicion: Duration,
 }
 
 impl<T: Transport> EventLoop<T> {
@@ -102,11 +104,16 @@ impl<T: Transport> EventLoop<T> {
         versions: Option<&[Version]>,
     ) -> Result<EventLoop<T>> {
         let Room { landing, pool, sums } = room;
-        if let Some(mirror) = config.mirror.as_ref().filter(|mirror| !mirror.is_paired) {
-            paths.set_aside(mirror.peer); // it will come of its own accord
+        let suspicion = config.mirror.as_ref().map_or(Duration::ZERO, |mirror| mirror.suspicion);
+        if let Some(MirrorConfig { peer: Some(peer), is_paired, .. }) = config.mirror {
+            paths.suspect_after(peer, suspicion);
+            if !is_paired {
+                paths.set_aside(peer); // it will come of its own accord
+            }
         }
         Ok(EventLoop {
             me: config.me,
+            suspicion,
             slots: config.slots,
             shard: Shard::new(config, layout, pool, sums, versions),
             paths,
@@ -268,12 +275,22 @@ impl<T: Transport> EventLoop<T> {
 
     /// What is to be asked of the store.
     pub fn take_claim(&mut self) -> Option<Claim> {
-        self.shard.take_claim()
+        self.shard.take_claim(self.wanted.is_some() || self.copying.is_some() || self.spare.is_none())
     }
 
-    /// The store's word on whether the backup counts.
-    pub fn set_paired(&mut self, is_paired: bool) {
-        self.shard.set_paired(is_paired);
+    /// The store's word, of a tenure by which this lane serves: who follows, and whether that one counts.
+    pub fn set_tenure(&mut self, tenure: Tenure) {
+        self.shard.set_paired(tenure.is_paired);
+        let before = self.shard.backup();
+        if before == tenure.other {
+            return;
+        }
+        before.into_iter().for_each(|before| self.paths.set_aside(before));
+        self.shard.set_backup(tenure.other);
+        if let Some(peer) = tenure.other {
+            self.paths.set_aside(peer); // it will come of its own accord
+            self.paths.suspect_after(peer, self.suspicion);
+        }
     }
 
     /// Begins where another lane ended, with what a backup of it holds; workers come by themselves.

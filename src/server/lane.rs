@@ -25,12 +25,14 @@ const PROGRESS_EVERY: Duration = Duration::from_millis(200);
 const LEAVE_TIME: Duration = Duration::from_secs(2);
 
 /// How a lane ended without an error.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Ended {
     /// With the job.
     Done,
-    /// What it had is of no use: the lane is to begin anew, as a backup that has nothing.
+    /// What it had is of no use: the lane is to begin anew, as a backup that has nothing, if it is to follow at all.
     BeginsAnew,
+    /// It cannot follow, and has nothing yet that anybody counts on.
+    Declines(String),
 }
 
 /// What follows from a command.
@@ -187,7 +189,8 @@ impl Lane {
     /// Whether all workers have finished and everything has been applied, or the lane that serves needs this one no more.
     fn is_over(&mut self) -> bool {
         match self.replica.part() {
-            LanePart::Serving(event_loop) => event_loop.is_done(),
+            // Whoever serves next stores what is to be stored at the end.
+            LanePart::Serving(event_loop) => event_loop.is_done() && !event_loop.shard().is_handing_over(),
             LanePart::Following(standby) => standby.is_dismissed() || !standby.is_paired(),
         }
     }
@@ -223,7 +226,7 @@ impl Lane {
                 self.replica.proposed(proposal, Instant::now());
             }
             Command::Rebuild { .. } => {} // another lane's
-            Command::Tenure { shard, tenure } if shard == self.shard && self.plan.has_copies => {
+            Command::Tenure { shard, tenure } if shard == self.shard && self.plan.has_tenures => {
                 match self.replica.set_tenure(tenure, Instant::now())? {
                     Standing::Stays => {}
                     Standing::Serves => tracing::warn!("shard {} is served here from now on", shard.0),
@@ -232,6 +235,7 @@ impl Lane {
             }
             Command::Gone { rank } => self.replica.handle_gone(rank),
             Command::Tenure { .. } => {} // another shard's
+            Command::Retire => {}        // the process', once it has no lane
             Command::End { clock, checkpoint } => self.end = Some((clock, checkpoint)),
             Command::JobFailed { text } => return Err(Error::JobFailed(text)),
         }

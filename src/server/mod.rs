@@ -8,6 +8,7 @@
 
 mod computing;
 mod event_loop;
+mod hosting;
 mod landing;
 mod lane;
 mod memory;

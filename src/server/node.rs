@@ -6,7 +6,7 @@ use std::{
     path::PathBuf,
     sync::{
         Arc,
-        mpsc::{Receiver, Sender, channel},
+        mpsc::{Receiver, Sender},
     },
     time::{Duration, Instant},
 };
@@ -19,6 +19,7 @@ use nix::{
 use super::{
     DecisionConfig, DecisionRules, EventLoop, InitialValues, Memory, MemoryOptions, MirrorConfig, OnDevice, Replica,
     Seeded, ShardConfig, Standby, StandbyOptions,
+    hosting::Lanes,
     lane::{CommandWakeup, Ended, Lane},
     resume,
 };
@@ -31,9 +32,9 @@ use crate::{
     observe::Usage,
     session::{
         Command, JobConfig, Member, Observation, Offer, PathOptions, Paths, Recorder, Report, ShardShape, Tenure,
-        cores_from_environment, device_of, fabrics, life_now, memory_available, pair, shard_of,
+        cores_from_environment, device_of, life_now, memory_available,
     },
-    transport::{Fabrics, Waiter},
+    transport::{Fabrics, Waiter, WakeHandle},
     types::{Clock, PeerId, Rank, ShardId},
 };
 
@@ -44,8 +45,8 @@ pub(super) struct Plan {
     pub checkpoint_dir: Option<PathBuf>,
     pub start_clock: Clock,
     pub connect_time: Duration,
-    /// Every shard has two copies.
-    pub has_copies: bool,
+    /// Who serves a shard may change.
+    pub has_tenures: bool,
     /// How long a wait may be before it is reported, and how often it is reported then.
     pub warn: Duration,
     pub heartbeat: Duration,
@@ -106,7 +107,7 @@ pub fn run(mut member: Member) -> Result<()> {
         checkpoint_dir: config.checkpoint.dir.clone(),
         start_clock: config.start_clock,
         connect_time: config.deadline().max(Duration::from_secs(30)),
-        has_copies: config.has_replicas(),
+        has_tenures: config.has_tenures(),
         warn: config.warn(),
         heartbeat: config.heartbeat(),
         devices,
@@ -115,12 +116,14 @@ pub fn run(mut member: Member) -> Result<()> {
     let cores = cores_from_environment()?;
     let mut observation = Observation::start(&member)?;
     observe_memory(&plan, member.rank(), &observation)?;
-    let (setup, setups) = channel();
-    let lanes = Lanes { plan: &plan, cores, setup, setups };
+    let mut lanes = Lanes::new(plan.clone(), cores)?;
     let is_first = !member.comes_again();
+    // Where shards move, a server that comes later begins with none.
+    let own = if plan.config.moves_shards() && !is_first { Vec::new() } else { plan.config.first_lanes(member.rank()) };
     let mut begun = Vec::new();
-    for lane in 0..plan.config.lanes_per_server() {
-        begun.push(lanes.begin(&member, lane, is_first, observation.recorder(lane).1)?);
+    for PeerId { lane, .. } in own {
+        let begins = if is_first { Begins::First } else { Begins::Again };
+        begun.push((lane, lanes.begin(&member, lane, begins, observation.recorder(lane).1)?));
     }
     let mut offers = Vec::new();
     for _ in &begun {
@@ -131,77 +134,34 @@ pub fn run(mut member: Member) -> Result<()> {
     }
     let incoming = member.exchange(offers)?;
     let set_up = Usage::now();
-    for (lane, lane_out) in begun.iter().enumerate() {
-        let own = incoming.iter().filter(|(_, to, _)| usize::from(to.lane) == lane).cloned().collect();
+    for (lane, lane_out) in &begun {
+        let own = incoming.iter().filter(|(_, to, _)| to.lane == *lane).cloned().collect();
         // A lane that has ended already says so below.
         let _ = lane_out.send(own);
     }
-    lanes.wait(&member, begun.len())?;
+    if plan.config.moves_shards() {
+        lanes.host(&member)?
+    } else {
+        lanes.wait(&member)?
+    }
     observation.send_timeline(&member)?;
     let used = serde_json::to_value(Usage::now().since(set_up)).expect("numbers under text keys");
     member.reporter().report(Report::Finished { summary: used })
 }
 
-/// The lanes of this process, each with a thread of its own.
-struct Lanes<'a> {
-    plan: &'a Arc<Plan>,
-    cores: Vec<usize>,
-    setup: Sender<Step>,
-    setups: Receiver<Step>,
-}
-
-impl Lanes<'_> {
-    /// Begins a lane; where it is sent what others offer it.
-    fn begin(
-        &self,
-        member: &Member,
-        lane: u16,
-        is_first: bool,
-        recorder: Option<Box<Recorder>>,
-    ) -> Result<Sender<Vec<Offer>>> {
-        let (offers_out, offers_in) = channel();
-        let thread = LaneThread {
-            plan: self.plan.clone(),
-            me: PeerId { rank: member.rank(), lane },
-            core: self.cores.get(usize::from(lane)).copied(),
-            transport: fabrics::open(member, lane, true)?,
-            reporter: member.reporter(),
-            commands: CommandWakeup(member.commands()?),
-            setup: self.setup.clone(),
-            recorder,
-            is_first,
-        };
-        let name = format!("shard-{}", thread.shard().0);
-        let handle = std::thread::Builder::new().name(name).spawn(move || thread.run(&offers_in));
-        handle.map_err(|error| Error::os("pthread_create", "a shard's thread", error))?;
-        Ok(offers_out)
-    }
-
-    fn next(&self) -> Result<Step> {
-        // This end holds a sender too: a thread that ends always says so.
-        self.setups.recv().map_err(|_| Error::JobFailed("the threads of the shards are gone".into()))
-    }
-
-    /// Waits until so many lanes have ended; one whose state is of no use begins anew.
-    fn wait(&self, member: &Member, mut lanes: usize) -> Result<()> {
-        while lanes > 0 {
-            match self.next()? {
-                Step::Ended(lane, Ok(Ended::BeginsAnew)) => {
-                    let _ = self.begin(member, lane, false, None)?.send(Vec::new());
-                }
-                Step::Ended(_, outcome) => {
-                    outcome?;
-                    lanes -= 1;
-                }
-                Step::Offers(_) => {}
-            }
-        }
-        Ok(())
-    }
+/// How a lane begins.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Begins {
+    /// With the job.
+    First,
+    /// As a backup that has nothing, as soon as another lane serves.
+    Again,
+    /// As a backup that has nothing, under this tenure.
+    Under(Tenure),
 }
 
 /// What a lane's thread tells the process.
-enum Step {
+pub(super) enum Step {
     /// It is ready to be connected; these are its endpoints.
     Offers(Vec<Offer>),
     /// This lane has ended.
@@ -211,6 +171,7 @@ enum Step {
 /// Says that a lane has ended, also when its thread panics.
 struct Guard {
     setup: Sender<Step>,
+    wake: WakeHandle,
     lane: u16,
     outcome: Option<Result<Ended>>,
 }
@@ -219,32 +180,40 @@ impl Drop for Guard {
     fn drop(&mut self) {
         let panicked = || Err(Error::JobFailed("a shard's thread panicked".into()));
         let _ = self.setup.send(Step::Ended(self.lane, self.outcome.take().unwrap_or_else(panicked)));
+        self.wake.wake();
     }
 }
 
-struct LaneThread {
-    plan: Arc<Plan>,
-    me: PeerId,
-    core: Option<usize>,
-    transport: Fabrics,
-    reporter: crate::session::Reporter,
-    commands: CommandWakeup,
-    setup: Sender<Step>,
-    recorder: Option<Box<Recorder>>,
-    /// The job begins with this lane.
-    is_first: bool,
+pub(super) struct LaneThread {
+    pub plan: Arc<Plan>,
+    pub me: PeerId,
+    pub core: Option<usize>,
+    pub transport: Fabrics,
+    pub reporter: crate::session::Reporter,
+    pub commands: CommandWakeup,
+    pub setup: Sender<Step>,
+    pub wake: WakeHandle,
+    pub recorder: Option<Box<Recorder>>,
+    pub begins: Begins,
 }
 
 impl LaneThread {
-    fn shard(&self) -> ShardId {
-        shard_of(self.me, self.plan.config.servers, self.plan.config.shards_per_server)
+    pub fn shard(&self) -> ShardId {
+        self.plan.config.shard_of(self.me)
     }
 
-    /// The tenure under which this lane begins: a lane that is not of the first hears of one that another serves.
+    /// Whether the job begins with this lane.
+    fn is_first(&self) -> bool {
+        matches!(self.begins, Begins::First)
+    }
+
+    /// The tenure under which this lane begins: a lane that begins again hears of one that another serves.
     fn tenure(&mut self) -> Result<Tenure> {
-        let (config, shard) = (&self.plan.config, self.shard());
-        if self.is_first {
-            return Ok(Tenure::first(pair(shard, config.servers, config.shards_per_server)));
+        let shard = self.shard();
+        match self.begins {
+            Begins::First => return Ok(self.plan.config.first_tenure(shard)),
+            Begins::Under(tenure) => return Ok(tenure),
+            Begins::Again => {}
         }
         let deadline = Instant::now() + self.plan.connect_time;
         let waiter = Waiter::new()?;
@@ -265,13 +234,13 @@ impl LaneThread {
         }
     }
 
-    fn run(self, offers: &Receiver<Vec<Offer>>) {
-        let (me, setup, is_first) = (self.me, self.setup.clone(), self.is_first);
-        let mut guard = Guard { setup: setup.clone(), lane: me.lane, outcome: None };
+    pub fn run(self, offers: &Receiver<Vec<Offer>>) {
+        let (me, setup, begins) = (self.me, self.setup.clone(), self.begins);
+        let mut guard = Guard { setup: setup.clone(), wake: self.wake.clone(), lane: me.lane, outcome: None };
         let serve = || -> Result<Ended> {
             // Fails only when the process is ending; then nobody sends offers either.
             let ready = |offers| drop(setup.send(Step::Offers(offers)));
-            if is_first {
+            if self.is_first() {
                 let mut lane = self.build()?;
                 ready(lane.offers(me)?);
                 let Ok(incoming) = offers.recv() else { return Ok(Ended::Done) };
@@ -280,7 +249,10 @@ impl LaneThread {
             }
             ready(Vec::new());
             let Ok(_) = offers.recv() else { return Ok(Ended::Done) };
-            self.build()?.run()
+            match (self.build(), begins) {
+                (Err(error), Begins::Under(_)) => Ok(Ended::Declines(error.to_string())),
+                (built, _) => built?.run(),
+            }
         };
         guard.outcome = Some(serve());
     }
@@ -316,22 +288,19 @@ impl LaneThread {
             reduction: config.reduction,
             gradient_dtype: config.gradient_dtype,
             parameter_dtype: config.parameter_dtype,
-            two_step: config.is_two_step(),
+            two_step: config.accumulates(),
             measures: config.decides(),
             region: RegionOptions { prefault: true, ..region.clone() },
         };
         let mut memory = Memory::new(memory, plan.layout.clone(), shard, &*initial_values(config)?, device)?;
         // Whoever comes later gets the state from the primary.
-        let resumed_at = if self.is_first { resume::restore(&plan, shard, &mut memory)? } else { None };
+        let resumed_at = if self.is_first() { resume::restore(&plan, shard, &mut memory)? } else { None };
         let versions = resumed_at.as_ref().map(|at| &at.versions[..]);
         resume::restore_rates(&plan, &mut memory)?;
-        let options = PathOptions { life: if self.is_first { 0 } else { life_now() }, ..config.path_options() };
-        let mirror = self.mirror();
+        let options = PathOptions { life: if self.is_first() { 0 } else { life_now() }, ..config.path_options() };
+        let (is_first, mirror) = (self.is_first(), self.mirror(&tenure));
         let mut paths = Paths::new(self.transport, options);
         paths.record(self.recorder);
-        if let Some(mirror) = &mirror {
-            paths.suspect_after(mirror.peer, config.suspicion());
-        }
         let shard_config = ShardConfig {
             me: self.me,
             shard,
@@ -359,9 +328,9 @@ impl LaneThread {
             (config.workers..config.seats()).for_each(|worker| event_loop.leave_empty(worker));
             Replica::serving(self.me, tenure, event_loop)
         } else {
-            let options = StandbyOptions { shard: shard_config, region, tenure, is_first: self.is_first };
+            let options = StandbyOptions { shard: shard_config, region, tenure, is_first };
             let mut standby = Standby::new(options, layout, memory, paths, versions)?;
-            if !self.is_first {
+            if !is_first {
                 standby.join(Instant::now());
             }
             Replica::following(self.me, tenure, standby)
@@ -369,21 +338,24 @@ impl LaneThread {
         Ok(Lane::new(plan, (self.me, shard), replica, self.reporter, self.commands.0))
     }
 
-    /// The other lane of the shard's pair, if it has two copies.
-    fn mirror(&self) -> Option<MirrorConfig> {
+    /// What there is for another lane of the shard, if there may be one.
+    fn mirror(&self, tenure: &Tenure) -> Option<MirrorConfig> {
         let config = &self.plan.config;
-        let lanes = pair(self.shard(), config.servers, config.shards_per_server);
-        let peer = if lanes[0] == self.me { lanes[1] } else { lanes[0] };
-        let (parts, slots) = (1 + config.optimizer.kind.state_slots(), config.replica_slots());
-        config.has_replicas().then_some(MirrorConfig { peer, is_paired: true, parts, slots })
+        config.has_tenures().then(|| MirrorConfig {
+            peer: tenure.other.filter(|_| tenure.primary == self.me),
+            is_paired: tenure.is_paired,
+            moves: config.moves_shards(),
+            suspicion: config.suspicion(),
+            parts: 1 + config.optimizer.kind.state_slots(),
+            slots: config.replica_slots(),
+        })
     }
 }
 
-/// Tells what the shards of this rank take of memory.
+/// Tells what the shards take of memory with which this rank begins.
 fn observe_memory(plan: &Plan, rank: Rank, observation: &Observation) -> Result<()> {
-    for lane in 0..plan.config.lanes_per_server() {
-        let shard = shard_of(PeerId { rank, lane }, plan.config.servers, plan.config.shards_per_server);
-        let memory = plan.config.shard_memory(&ShardShape::of(&plan.layout, shard))?;
+    for lane in plan.config.first_lanes(rank) {
+        let memory = plan.config.shard_memory(&ShardShape::of(&plan.layout, plan.config.shard_of(lane)))?;
         let kinds = [
             ("master", memory.master),
             ("state", memory.state),

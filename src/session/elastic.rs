@@ -34,6 +34,9 @@ impl JobConfig {
             () if self.has_replicas() => {
                 Some("together with two copies of each shard (`replicas`) it is not built yet")
             }
+            () if self.moves_shards() => {
+                Some("together with servers that join and leave (`max_servers`) it is not built yet")
+            }
             () => None,
         }
     }

@@ -9,12 +9,12 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use super::{DeviceChoice, JobConfig, shard_of};
+use super::{DeviceChoice, JobConfig};
 use crate::{
     Error, Result,
     layout::{ALIGNMENT, Layout, WorkerView},
     optim::ChunkStep,
-    types::{PeerId, Rank, Role, ShardId},
+    types::{Rank, Role, ShardId},
 };
 
 /// Fewest landing slots that a worker can work with: one that is being read, one that is being written.
@@ -116,7 +116,7 @@ impl JobConfig {
     /// As [`JobConfig::slots`].
     pub fn shard_memory(&self, shape: &ShardShape) -> Result<ShardMemory> {
         let slots = self.slots(shape)?;
-        let accumulates = self.is_two_step() || ChunkStep::needs_accumulator(&self.optimizer);
+        let accumulates = self.accumulates() || ChunkStep::needs_accumulator(&self.optimizer);
         let array = 4 * shape.elements;
         let state = array * self.optimizer.kind.state_slots() as u64;
         let [gradient, parameter] =
@@ -148,8 +148,7 @@ impl JobConfig {
         match rank.role {
             Role::Worker => Ok(self.worker_memory(WorkerView::new(layout, rank.index).elements)),
             Role::Server => {
-                let lanes = (0..self.lanes_per_server()).map(|lane| PeerId { rank, lane });
-                let shards = lanes.map(|lane| shard_of(lane, self.servers, self.shards_per_server));
+                let shards = self.first_lanes(rank).into_iter().map(|lane| self.shard_of(lane));
                 shards.map(|shard| Ok(self.shard_memory(&ShardShape::of(layout, shard))?.on_host(&self.device))).sum()
             }
         }

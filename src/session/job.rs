@@ -14,7 +14,7 @@ use crate::{
     layout::{Layout, LayoutOptions, TensorSpec},
     optim::{LossScaleConfig, OptimizerConfig, OptimizerKind, Reduction},
     transport::soft::SoftFaults,
-    types::{Clock, Dtype, Rank, Role},
+    types::{Clock, Dtype, Rank},
 };
 
 /// Most servers or workers of one job: ranks travel as 16 bits, and this leaves room for sums of them.
@@ -114,6 +114,8 @@ pub struct JobConfig {
     pub instance: u64,
     /// How many servers.
     pub servers: u16,
+    /// The most servers that the job may have at a time, where servers join and leave while it runs; 0: they stay.
+    pub max_servers: u16,
     /// How many workers.
     pub workers: u16,
     /// Seats for workers, those that are empty at first included; 0: as many as workers.
@@ -210,6 +212,7 @@ impl Default for JobConfig {
             name: "job".into(),
             instance: 0,
             servers: 1,
+            max_servers: 0,
             workers: 1,
             max_workers: 0,
             shards_per_server: 1,
@@ -312,6 +315,7 @@ impl JobConfig {
             ));
         }
         self.validate_replicas()?;
+        self.validate_room()?;
         self.validate_elastic()?;
         self.soft.validate()?;
         self.loss_scale.validate()?;
@@ -375,27 +379,14 @@ impl JobConfig {
         }
     }
 
-    /// Shards of the whole job.
-    pub fn shard_count(&self) -> u32 {
-        u32::from(self.servers) * u32::from(self.shards_per_server)
-    }
-
     /// Seats for workers: those with which the job begins, and those that are empty at first.
     pub fn seats(&self) -> u16 {
         self.workers.max(self.max_workers)
     }
 
-    /// How many ranks of one role the job begins with.
-    pub fn ranks_of(&self, role: Role) -> u16 {
-        match role {
-            Role::Server => self.servers,
-            Role::Worker => self.workers,
-        }
-    }
-
-    /// Every rank with which the job begins: servers first, each role by number.
+    /// Every rank with which the job begins, and every server that it has room for: servers first, each role by number.
     pub fn ranks(&self) -> impl Iterator<Item = Rank> + use<> {
-        (0..self.servers).map(Rank::server).chain((0..self.workers).map(Rank::worker))
+        (0..self.server_seats()).map(Rank::server).chain((0..self.workers).map(Rank::worker))
     }
 
     /// How often a silent path carries a heartbeat.
@@ -457,7 +448,7 @@ mod tests {
     #[test]
     fn what_cannot_work_is_refused_by_its_key() {
         type Spoil = fn(&mut JobConfig);
-        let cases: [(&str, Spoil); 22] = [
+        let cases: [(&str, Spoil); 25] = [
             ("workers", |j| j.workers = 0),
             ("max_workers", |j| (j.workers, j.max_workers) = (3, 2)),
             ("max_workers", |j| (j.max_workers, j.consistency) = (2, Consistency::Asp)),
@@ -478,6 +469,9 @@ mod tests {
             ("bsp", |j| (j.replicas, j.servers, j.consistency) = (2, 2, Consistency::Asp)),
             ("global_norm", |j| (j.replicas, j.servers, j.optimizer.clip.global_norm) = (2, 2, Some(1.0))),
             ("device", |j| (j.replicas, j.servers, j.device) = (2, 2, DeviceChoice::Auto)),
+            ("max_servers", |j| (j.max_servers, j.servers) = (2, 3)),
+            ("max_servers", |j| (j.max_servers, j.servers, j.replicas) = (4, 2, 2)),
+            ("max_servers", |j| (j.max_servers, j.consistency) = (2, Consistency::Asp)),
             ("bsp", |j| (j.skip_nonfinite, j.consistency) = (true, Consistency::Asp)),
             ("clip.global_norm", |j| j.optimizer.clip.global_norm = Some(0.0)),
         ];

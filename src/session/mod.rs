@@ -21,6 +21,7 @@ mod placement;
 mod rebuild;
 mod recorder;
 mod rendezvous;
+mod scaling;
 mod setting;
 mod settings;
 mod store;
@@ -45,10 +46,11 @@ pub use rebuild::{Proposal, life_now};
 pub use recorder::{Recorder, Trace};
 pub use rendezvous::{
     Address, CheckpointSink, Command, Commands, Control, Departure, Member, Notice, NoticeSink, Offer, Order,
-    RankStatus, Rendezvous, RendezvousOptions, Report, Reporter, ShardStatus, Status, VERSION, View, WorkerTurn,
-    decode_lines, token_from_environment,
+    RankStatus, Rendezvous, RendezvousOptions, Report, Reporter, Scaling, ShardStatus, Status, VERSION, View,
+    WorkerTurn, decode_lines, token_from_environment,
 };
-pub(crate) use rendezvous::{ControlAnswer, LineBuffer, control};
+pub(crate) use rendezvous::{ControlAnswer, LineBuffer, control, control_with};
+pub use scaling::{Step, moves_to, next_step};
 pub use settings::{RANK_VARIABLES, gather};
 pub use store::{StoreChoice, Swap, TenureStore};
 pub use tenure::{Claim, Tenure, pair, shard_of};

@@ -31,6 +31,7 @@ pub(super) enum Kind {
 const SETTINGS: &[(&str, Kind)] = &[
     ("name", Kind::Text),
     ("servers", Kind::Whole),
+    ("max_servers", Kind::Whole),
     ("workers", Kind::Whole),
     ("max_workers", Kind::Whole),
     ("shards_per_server", Kind::Whole),

@@ -78,7 +78,12 @@ impl LogFile for Disk {
 const SHARDS: u16 = 2;
 
 fn next(shard: u16, epoch: Epoch) -> Tenure {
-    Tenure { epoch, primary: PeerId::server((shard + epoch as u16) % 2, 0), is_paired: epoch.is_multiple_of(2) }
+    Tenure {
+        epoch,
+        primary: PeerId::server((shard + epoch as u16) % 2, 0),
+        other: None,
+        is_paired: epoch.is_multiple_of(2),
+    }
 }
 
 /// Swaps each shard from epoch to epoch, as often as there is success; gives what was answered with success, in order.

@@ -30,7 +30,7 @@ use crate::{
     layout::{Layout, TensorSpec},
     mem::{DeviceMemory, Owner},
     session::{JobConfig, Member, Paths, Report, fabrics},
-    types::{Clock, PeerId, Role},
+    types::{Clock, PeerId, Role, ShardId},
 };
 
 /// What a worker is made of once its paths have begun.
@@ -134,9 +134,8 @@ impl Worker {
         let layout = Arc::new(config.layout(&view.declarations)?);
         let dtypes = (config.gradient_dtype, config.parameter_dtype);
         let buffers = Buffers::new(&layout, rank.index, &names, dtypes, device)?;
-        let lanes: Vec<PeerId> = (0..config.servers)
-            .flat_map(|server| (0..config.shards_per_server).map(move |lane| PeerId::server(server, lane)))
-            .collect();
+        let shards = (0..config.shard_count() as u16).map(ShardId);
+        let lanes: Vec<PeerId> = shards.map(|shard| config.first_tenure(shard).primary).collect();
         let client = ClientConfig {
             worker: rank.index,
             lanes: lanes.clone(),
@@ -144,7 +143,7 @@ impl Worker {
             epoch: 0,
             gradient_dtype: config.gradient_dtype,
             parameter_dtype: config.parameter_dtype,
-            has_copies: config.has_replicas(),
+            has_copies: config.has_tenures(),
         };
         let (observed, recorder) = Observed::start(member)?;
         observed.memory(&config, &layout, rank.index);

@@ -421,6 +421,7 @@ impl<T: Transport + Wakeup> Turner<T> {
                 // The servers' business: they hold the workers at the checkpoint's clock.
                 session::Command::Stop { .. }
                 | session::Command::Checkpoint { .. }
+                | session::Command::Retire
                 | session::Command::Prepare { .. }
                 | session::Command::Change { .. }
                 | session::Command::Gone { .. }

@@ -5,7 +5,7 @@
 use super::*;
 use crate::{
     server::{ChunkImage, MirrorConfig, Standby, StandbyOptions},
-    session::{Tenure, pair},
+    session::Tenure,
 };
 
 /// A server's lane.
@@ -32,8 +32,8 @@ pub(super) struct Copy {
 pub(super) fn build_nodes(options: &WorldOptions, layout: &Arc<Layout>, network: &SimNetwork) -> Result<Vec<Node>> {
     let mut nodes = Vec::new();
     for shard in 0..options.servers {
-        let (me, id) = (PeerId::server(shard, 0), ShardId(shard));
-        let tenure = Tenure::first(pair(id, options.servers, 1));
+        let tenure = options.first_tenure(shard);
+        let me = tenure.primary;
         let server = build_server(options, layout, network, shard)?;
         nodes.push(Node {
             me,
@@ -43,8 +43,8 @@ pub(super) fn build_nodes(options: &WorldOptions, layout: &Arc<Layout>, network:
         });
     }
     for shard in (0..options.servers).filter(|_| options.copies) {
-        let lanes = pair(ShardId(shard), options.servers, 1);
-        let (me, tenure) = (lanes[1], Tenure::first(lanes));
+        let tenure = options.first_tenure(shard);
+        let me = tenure.other.expect("every shard has two copies");
         let copy = Copy { me, shard: ShardId(shard), tenure, is_first: true, life: 0 };
         let standby = build_standby(options, layout, network, &copy)?;
         nodes.push(Node {
@@ -54,11 +54,25 @@ pub(super) fn build_nodes(options: &WorldOptions, layout: &Arc<Layout>, network:
             storing: None,
         });
     }
+    let servers = (0..options.servers).filter(|_| options.moves);
+    for (server, shard) in servers.flat_map(|server| (0..options.servers).map(move |shard| (server, shard))) {
+        let me = JobConfig::seat(ShardId(shard), server);
+        if !nodes.iter().any(|node| node.me == me) {
+            nodes.push(Node { me, shard: shard.into(), replica: None, storing: None });
+        }
+    }
     Ok(nodes)
 }
 
-fn shard_config(options: &WorldOptions, me: PeerId, shard: ShardId, other: Option<PeerId>) -> ShardConfig {
-    let parts = 1 + options.optimizer.kind.state_slots();
+fn shard_config(options: &WorldOptions, me: PeerId, shard: ShardId, tenure: &Tenure) -> ShardConfig {
+    let mirror = MirrorConfig {
+        peer: tenure.other.filter(|_| tenure.primary == me),
+        is_paired: tenure.is_paired,
+        moves: options.moves,
+        suspicion: SUSPICION,
+        parts: 1 + options.optimizer.kind.state_slots(),
+        slots: 1 + options.seed as u32 % 4,
+    };
     ShardConfig {
         me,
         shard,
@@ -74,7 +88,7 @@ fn shard_config(options: &WorldOptions, me: PeerId, shard: ShardId, other: Optio
         gradient_dtype: Dtype::F32,
         parameter_dtype: Dtype::F32,
         checkpoint_every: options.checkpoint_every,
-        mirror: other.map(|peer| MirrorConfig { peer, is_paired: true, parts, slots: 1 + options.seed as u32 % 4 }),
+        mirror: options.has_tenures().then_some(mirror),
         may_lose_workers: options.elastic.losses > 0,
     }
 }
@@ -85,7 +99,7 @@ fn memory(options: &WorldOptions, layout: &Arc<Layout>, shard: ShardId, name: &s
         reduction: options.reduction,
         gradient_dtype: Dtype::F32,
         parameter_dtype: Dtype::F32,
-        two_step: options.two_step || options.decides() || options.copies,
+        two_step: options.two_step || options.decides() || options.has_tenures(),
         measures: options.decides(),
         region: region(name.into()),
     };
@@ -98,15 +112,12 @@ fn build_server(
     network: &SimNetwork,
     server: u16,
 ) -> Result<EventLoop<SimTransport>> {
-    let (me, shard) = (PeerId::server(server, 0), ShardId(server));
-    let backup = options.copies.then(|| pair(shard, options.servers, 1)[1]);
+    let (tenure, shard) = (options.first_tenure(server), ShardId(server));
+    let me = tenure.primary;
     let name = me.to_string();
-    let mut paths = Paths::new(network.transport(me), options.path_options());
-    if let Some(backup) = backup {
-        paths.suspect_after(backup, SUSPICION);
-    }
+    let paths = Paths::new(network.transport(me), options.path_options());
     let memory = memory(options, layout, shard, &name)?;
-    let config = shard_config(options, me, shard, backup);
+    let config = shard_config(options, me, shard, &tenure);
     let mut server = EventLoop::new(config, layout.clone(), memory, paths, &region(name), None)?;
     if let Some((clock, change)) = options.change_from {
         server.change_from(clock, change)?;
@@ -124,12 +135,10 @@ pub(super) fn build_standby(
     copy: &Copy,
 ) -> Result<Standby<SimTransport>> {
     let Copy { me, shard, tenure, is_first, life } = *copy;
-    let primary = tenure.primary;
     let name = me.to_string();
-    let mut paths = Paths::new(network.transport(me), PathOptions { life, ..options.path_options() });
-    paths.suspect_after(primary, SUSPICION);
+    let paths = Paths::new(network.transport(me), PathOptions { life, ..options.path_options() });
     let memory = memory(options, layout, shard, &name)?;
-    let shard = shard_config(options, me, shard, Some(primary));
+    let shard = shard_config(options, me, shard, &tenure);
     let standby = StandbyOptions { shard, region: region(name), tenure, is_first };
     let mut standby = Standby::new(standby, layout.clone(), memory, paths, None)?;
     if let Some((clock, change)) = options.change_from.filter(|_| is_first) {

@@ -10,8 +10,9 @@ impl World<'_> {
         if self.chaos_at.is_none_or(|at| round < at) {
             return;
         }
-        if self.options.chaos == Chaos::Copies {
-            let later = if self.wreak_on_copies() { 1 + self.random.below(2000) } else { 1 };
+        if matches!(self.options.chaos, Chaos::Copies | Chaos::Moves) {
+            let wreaks = if self.options.moves { World::wreak_on_moves } else { World::wreak_on_copies };
+            let later = if wreaks(self) { 1 + self.random.below(2000) } else { 1 };
             self.chaos_at = Some(round + later);
             return;
         }
@@ -24,7 +25,7 @@ impl World<'_> {
         let victim = if self.random.once_in(2) { lane } else { worker };
         self.chaos_at = None;
         match self.options.chaos {
-            Chaos::Calm | Chaos::Copies => {}
+            Chaos::Calm | Chaos::Copies | Chaos::Moves => {}
             Chaos::Partitions(longest) => {
                 let length = Duration::from_micros(self.random.below(longest.as_micros() as u64 + 1));
                 self.network.cut(lane, worker, self.now + length);

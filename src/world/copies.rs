@@ -11,7 +11,7 @@ use std::collections::VecDeque;
 use super::*;
 use crate::{
     server::{Replica, Standing},
-    session::{Claim, Tenure, pair},
+    session::{Claim, Tenure},
     types::{Epoch, Rank, Role},
 };
 
@@ -20,7 +20,7 @@ pub const SUSPICION: Duration = Duration::from_secs(2);
 
 /// What ranks are told.
 #[derive(Clone, Copy, Debug)]
-enum News {
+pub(super) enum News {
     Tenure(usize, Tenure),
     Gone(Rank),
 }
@@ -42,6 +42,10 @@ pub struct CopyCounts {
     pub unanswered: u64,
     /// Chunks of backups that were compared with their primaries', once a clock.
     pub compared: u64,
+    /// Shards that were moved to another server.
+    pub moves: u64,
+    /// Moves that were given up.
+    pub given_up: u64,
 }
 
 /// The launcher's and the store's part.
@@ -49,25 +53,27 @@ pub struct CopyCounts {
 pub(super) struct Copies {
     pub tenures: Vec<Tenure>,
     /// What the store holds: what the launcher knows, unless it has had no answer.
-    stored: Vec<Tenure>,
+    pub stored: Vec<Tenure>,
     /// Claims on their way to the store.
-    claims: Vec<(Instant, PeerId, Epoch, Claim)>,
+    pub claims: Vec<(Instant, PeerId, Epoch, Claim)>,
     /// By node: what it will be told, in order.
-    news: BTreeMap<PeerId, VecDeque<(Instant, News)>>,
+    pub news: BTreeMap<PeerId, VecDeque<(Instant, News)>>,
     /// By server: how often it has been started.
-    spawned: BTreeMap<u16, u64>,
+    pub spawned: BTreeMap<u16, u64>,
     /// How often a lane has begun anew in its process.
-    begun: BTreeMap<PeerId, u64>,
+    pub begun: BTreeMap<PeerId, u64>,
     /// Servers that are gone: when that is noticed, and whether it has been.
-    gone: BTreeMap<u16, (Instant, bool)>,
+    pub gone: BTreeMap<u16, (Instant, bool)>,
     /// A server that does not run, until then.
-    stopped: Option<(u16, Instant)>,
+    pub stopped: Option<(u16, Instant)>,
+    /// By lane: the tenure of its shard that it heard of last, in the present life of its process.
+    pub heard: BTreeMap<PeerId, Tenure>,
     pub counts: CopyCounts,
 }
 
 impl Copies {
-    pub fn new(servers: u16) -> Copies {
-        let tenures: Vec<_> = (0..servers).map(|shard| Tenure::first(pair(ShardId(shard), servers, 1))).collect();
+    pub fn new(options: &WorldOptions) -> Copies {
+        let tenures: Vec<_> = (0..options.servers).map(|shard| options.first_tenure(shard)).collect();
         Copies { stored: tenures.clone(), tenures, ..Copies::default() }
     }
 
@@ -80,10 +86,12 @@ impl Copies {
 impl World<'_> {
     /// Everything about copies that happens between two rounds.
     pub(super) fn tend_copies(&mut self) -> Result<(), String> {
-        if self.options.copies {
+        if self.options.has_tenures() {
             self.collect_claims();
             self.decide_claims();
             self.tell_news()?;
+        }
+        if self.options.copies {
             self.start_again()?;
         }
         Ok(())
@@ -112,10 +120,6 @@ impl World<'_> {
             && self.servers.iter().all(is_paired)
     }
 
-    pub(super) fn lanes_of_pair(&self, shard: usize) -> [PeerId; 2] {
-        pair(ShardId(shard as u16), self.options.servers, 1)
-    }
-
     fn collect_claims(&mut self) {
         for index in 0..self.servers.len() {
             let (node, now) = (&mut self.servers[index], self.now);
@@ -132,7 +136,7 @@ impl World<'_> {
         for (_, claimant, epoch, claim) in due {
             let shard = self.servers.iter().find(|node| node.me == claimant).expect("a lane").shard;
             let tenure = self.copies.tenures[shard];
-            match tenure.after(self.lanes_of_pair(shard), claimant, epoch, claim) {
+            match tenure.after(claimant, epoch, claim) {
                 Ok(_) if self.copies.stored[shard].epoch > tenure.epoch => {
                     self.copies.tenures[shard] = self.copies.stored[shard]; // a claim that nobody was told of
                     self.tell_everybody(News::Tenure(shard, self.copies.stored[shard]));
@@ -147,6 +151,7 @@ impl World<'_> {
                 Ok(next) => {
                     (self.copies.tenures[shard], self.copies.stored[shard]) = (next, next);
                     self.copies.counts.takeovers += u64::from(claim == Claim::TakeOver);
+                    self.copies.counts.moves += u64::from(claim == Claim::Succeed);
                     self.copies.counts.pairings += u64::from(claim == Claim::Pair);
                     self.tell_everybody(News::Tenure(shard, next));
                 }
@@ -155,7 +160,7 @@ impl World<'_> {
         }
     }
 
-    fn tell_everybody(&mut self, news: News) {
+    pub(super) fn tell_everybody(&mut self, news: News) {
         let lanes = self.servers.iter().map(|node| node.me);
         let everybody: Vec<PeerId> =
             lanes.chain((0..self.trainers.len()).map(|worker| PeerId::worker(worker as u16))).collect();
@@ -198,12 +203,17 @@ impl World<'_> {
         }
         let index = self.servers.iter().position(|server| server.me == node).expect("a lane of this world");
         let own = self.servers[index].shard;
-        let Some(replica) = &mut self.servers[index].replica else { return Ok(()) };
+        if let News::Tenure(shard, tenure) = news
+            && shard == own
+        {
+            self.copies.heard.insert(node, tenure);
+        }
+        let Some(replica) = &mut self.servers[index].replica else { return self.begin_if_given(index) };
         match news {
             News::Gone(rank) => replica.handle_gone(rank),
             News::Tenure(shard, tenure) if shard == own => {
                 if replica.set_tenure(tenure, now).map_err(|error| error.to_string())? == Standing::BeginsAnew {
-                    self.copies.counts.deposed += 1;
+                    self.copies.counts.deposed += u64::from(self.options.copies);
                     self.begin_anew(index)?;
                 }
             }
@@ -217,11 +227,14 @@ impl World<'_> {
         let (me, shard) = (self.servers[index].me, self.servers[index].shard);
         self.servers[index].replica = None;
         *self.copies.begun.entry(me).or_default() += 1;
-        self.join(index, me, shard)
+        if self.options.moves {
+            return self.begin_if_given(index);
+        }
+        self.join(index, me, (shard, self.copies.tenures[shard]))
     }
 
-    fn join(&mut self, index: usize, me: PeerId, shard: usize) -> Result<(), String> {
-        let (tenure, life) = (self.copies.tenures[shard], self.copies.life(me));
+    pub(super) fn join(&mut self, index: usize, me: PeerId, (shard, tenure): (usize, Tenure)) -> Result<(), String> {
+        let life = self.copies.life(me);
         let copy = Copy { me, shard: ShardId(shard as u16), tenure, is_first: false, life };
         let standby = build::build_standby(self.options, &self.layout, &self.network, &copy);
         let mut standby = standby.map_err(|error| error.to_string())?;
@@ -241,8 +254,7 @@ impl World<'_> {
         }
         for server in 0..self.options.servers {
             let rank = Rank::server(server);
-            let is_needed = (0..self.copies.tenures.len())
-                .any(|shard| self.copies.tenures[shard].needs(rank, self.lanes_of_pair(shard)));
+            let is_needed = self.copies.tenures.iter().any(|tenure| tenure.needs(rank));
             if !is_needed && !self.copies.gone.contains_key(&server) && self.knows_its_tenures(rank) {
                 continue; // it has begun anew by itself, and catches up
             }
@@ -266,7 +278,7 @@ impl World<'_> {
                     let (me, shard) = (self.servers[index].me, self.servers[index].shard);
                     if me.rank.index == server {
                         self.copies.news.remove(&me);
-                        self.join(index, me, shard)?;
+                        self.join(index, me, (shard, self.copies.tenures[shard]))?;
                     }
                 }
             }
@@ -284,7 +296,7 @@ impl World<'_> {
     }
 
     /// A process ends; the launcher notices at `noticed`.
-    fn kill(&mut self, server: u16, noticed: Instant) {
+    pub(super) fn kill(&mut self, server: u16, noticed: Instant) {
         let rank = Rank::server(server);
         self.servers.iter_mut().filter(|node| node.me.rank == rank).for_each(|node| node.replica = None);
         self.copies.gone.insert(server, (noticed, false));
@@ -297,7 +309,8 @@ impl World<'_> {
     pub(super) fn wreak_on_copies(&mut self) -> bool {
         let server = self.random.below(self.options.servers.into()) as u16;
         let shard = usize::from(server);
-        let [one, other] = self.lanes_of_pair(shard);
+        let tenure = self.copies.tenures[shard];
+        let (one, other) = (tenure.primary, tenure.other.expect("every shard has two copies"));
         let worker = PeerId::worker(self.random.below(self.trainers.len() as u64) as u16);
         let primary = self.copies.tenures[shard].primary;
         let flows = self.network.in_flight(one, other) > 0 || self.network.in_flight(primary, worker) > 0;

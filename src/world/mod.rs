@@ -12,6 +12,7 @@ mod chaos;
 mod checkpoints;
 mod copies;
 mod elastic;
+mod moves;
 mod relay;
 mod time;
 mod trainer;
@@ -37,7 +38,7 @@ use crate::{
         DecisionConfig, DecisionRules, EventLoop, LanePart, Memory, MemoryOptions, Progress, Replica, Seeded,
         ShardConfig, Snapshot,
     },
-    session::{Change, PathCounts, PathOptions, Paths, PayloadChecksums, Proposal},
+    session::{Change, JobConfig, PathCounts, PathOptions, Paths, PayloadChecksums, Proposal, Tenure, pair},
     transport::{
         Endpoint,
         sim::{SimNetwork, SimOptions, SimRandom, SimTransport},
@@ -47,6 +48,7 @@ use crate::{
 use changes::Changing;
 use copies::Copies;
 use elastic::Elastic;
+use moves::Moves;
 use trainer::Trainer;
 use watch::Watch;
 
@@ -92,6 +94,8 @@ pub enum Chaos {
     /// Servers die and are started again, stop for a while, and lose each other, one at a time and each time all shards have both
     /// copies; paths break and are rebuilt. For a job with copies.
     Copies,
+    /// While shards move, servers that hold none die or stop, lanes lose each other, and paths break and are rebuilt.
+    Moves,
     /// One process dies and its paths break.
     Death,
     /// One process stops running; its paths stay up.
@@ -143,6 +147,8 @@ pub struct WorldOptions {
     pub copies: bool,
     /// The store gives no answer now and then, and may have done what was asked all the same.
     pub store_fails: bool,
+    /// Servers join and leave at random moments, and shards move between them; `servers` is the most that there are.
+    pub moves: bool,
     /// Who leaves and comes again.
     pub elastic: ElasticOptions,
     /// What goes wrong.
@@ -227,6 +233,7 @@ struct World<'a> {
     servers: Vec<Node>,
     copies: Copies,
     watch: Watch,
+    moves: Moves,
     trainers: Vec<Trainer>,
     snapshots: Vec<Vec<Snapshot>>,
     /// Nodes that do not run any more.
@@ -279,7 +286,7 @@ impl<'a> World<'a> {
         let queue_max = 1 + random.below(12) as usize;
         let (lingers, refuse_one_in, corrupt_one_in) = match options.chaos {
             Chaos::Rebuilding { corrupt } => (true, 8, corrupt),
-            Chaos::Copies => (true, 8, 0),
+            Chaos::Copies | Chaos::Moves => (true, 8, 0),
             _ => (false, 0, 0),
         };
         let sim = SimOptions { delay_max: options.delay_max, queue_max, lingers, refuse_one_in, corrupt_one_in };
@@ -292,7 +299,9 @@ impl<'a> World<'a> {
         let trainers = trainers.collect::<Result<Vec<_>>>()?;
         let chaos_at = match options.chaos {
             Chaos::Calm => None,
-            Chaos::Partitions(_) | Chaos::Rebuilding { .. } | Chaos::Copies => Some(1 + random.below(50)),
+            Chaos::Partitions(_) | Chaos::Rebuilding { .. } | Chaos::Copies | Chaos::Moves => {
+                Some(1 + random.below(50))
+            }
             _ => Some(1 + random.below(400)),
         };
         let shards = usize::from(options.servers);
@@ -306,8 +315,9 @@ impl<'a> World<'a> {
             start,
             now: start,
             servers,
-            copies: Copies::new(options.servers),
+            copies: Copies::new(options),
             watch: Watch::default(),
+            moves: Moves::default(),
             trainers,
             snapshots,
             halted: Vec::new(),
@@ -328,7 +338,7 @@ impl<'a> World<'a> {
         let deadline = self.now + DEADLINE;
         let nowhere = Endpoint::default();
         for shard in 0..usize::from(self.options.servers) {
-            let (lanes, me) = (self.lanes_of(shard), PeerId::server(shard as u16, 0));
+            let (lanes, me) = (self.lanes_of(shard), self.options.first_tenure(shard as u16).primary);
             let server = self.servers[shard].replica.as_mut().and_then(Replica::serves).expect("all serve at first");
             for worker in 0..self.trainers.len() {
                 if self.options.elastic.is_empty(worker as u16, self.trainers.len()) {
@@ -355,10 +365,12 @@ impl<'a> World<'a> {
         self.servers.iter().filter_map(|node| node.replica.as_ref()?.served())
     }
 
-    /// Who serves a shard, if anybody does at this moment.
+    /// Who serves a shard, if anybody does at this moment; one that has not heard yet that another serves in its place does not.
     fn server(&mut self, shard: usize) -> Option<&mut EventLoop<SimTransport>> {
-        let mut nodes = self.servers.iter_mut().filter(|node| node.shard == shard);
-        nodes.find_map(|node| node.replica.as_mut()?.serves())
+        let replicas =
+            self.servers.iter_mut().filter(|node| node.shard == shard).filter_map(|node| node.replica.as_mut());
+        let serving = replicas.filter(|replica| replica.served().is_some());
+        serving.max_by_key(|replica| replica.tenure().epoch)?.serves()
     }
 
     /// Turns until every worker has finished and every server is done, or somebody fails.
@@ -371,6 +383,7 @@ impl<'a> World<'a> {
             self.tend_workers(round)?;
             self.pass_on();
             self.tend_copies()?;
+            self.tend_moves()?;
             self.doze();
             let mut busy = false;
             let nodes = self.servers.len() + self.trainers.len();
@@ -406,10 +419,13 @@ impl<'a> World<'a> {
     fn is_done(&self) -> bool {
         let halted = |peer: PeerId| self.halted.contains(&peer);
         let mut workers = self.trainers.iter().enumerate();
-        let done = |node: &Node| node.replica.as_ref().and_then(Replica::served).is_some_and(EventLoop::is_done);
         let is_served = |shard: usize| {
-            let mut nodes = self.servers.iter().filter(|node| node.shard == shard);
-            nodes.any(|node| done(node) || (halted(node.me) && !self.options.copies))
+            let nodes = || self.servers.iter().filter(|node| node.shard == shard);
+            let serving = nodes().filter_map(|node| node.replica.as_ref()).filter(|replica| replica.served().is_some());
+            let last = serving.max_by_key(|replica| replica.tenure().epoch);
+            let lets_go = |serving: &EventLoop<_>| serving.is_done() && !serving.shard().is_handing_over();
+            last.and_then(Replica::served).is_some_and(lets_go)
+                || nodes().any(|node| halted(node.me) && !self.options.has_tenures())
         };
         let gone = |worker: u16| match self.options.elastic.is_active() {
             true => self.is_lost(worker),
@@ -461,7 +477,7 @@ impl<'a> World<'a> {
             let workers = (0..self.trainers.len()).map(|worker| PeerId::worker(worker as u16));
             workers.chain(self.lanes_of(node.rank.index.into())).collect()
         } else {
-            (0..self.options.servers).map(|server| PeerId::server(server, 0)).collect()
+            (0..self.options.servers).map(|shard| self.options.first_tenure(shard).primary).collect()
         }
     }
 

@@ -21,7 +21,7 @@ impl World<'_> {
         let wakes = self.asleep.iter().map(|(_, until)| *until);
         let relay = self.relay.iter().filter(|(_, to, _)| runs(*to)).map(|(due, ..)| *due);
         let next = self.network.next_due().into_iter().chain(servers).chain(trainers).chain(relay).chain(wakes);
-        let next = next.chain(self.copies_due()).min();
+        let next = next.chain(self.copies_due()).chain(self.moves_due()).min();
         let soon = self.now + Duration::from_micros(1);
         self.now = next.map_or(soon, |next| next.max(soon));
     }
@@ -30,7 +30,9 @@ impl World<'_> {
     pub(super) fn doze(&mut self) {
         let now = self.now;
         self.asleep.retain(|(_, until)| *until > now);
-        if matches!(self.options.chaos, Chaos::Rebuilding { .. } | Chaos::Copies) && self.random.once_in(50) {
+        if matches!(self.options.chaos, Chaos::Rebuilding { .. } | Chaos::Copies | Chaos::Moves)
+            && self.random.once_in(50)
+        {
             let nodes = self.nodes();
             let node = nodes[self.random.below(nodes.len() as u64) as usize];
             self.asleep.push((node, now + Duration::from_micros(self.random.below(80_000))));

@@ -113,12 +113,12 @@ impl Trainer {
         }
         let config = ClientConfig {
             worker,
-            lanes: (0..options.servers).map(|server| PeerId::server(server, 0)).collect(),
+            lanes: (0..options.servers).map(|shard| options.first_tenure(shard).primary).collect(),
             consistency: options.consistency,
             epoch: 0,
             gradient_dtype: Dtype::F32,
             parameter_dtype: Dtype::F32,
-            has_copies: options.copies,
+            has_copies: options.has_tenures(),
         };
         let paths = Paths::new(network.transport(me), path_options);
         Ok(Trainer {

@@ -59,8 +59,7 @@ impl World<'_> {
         if standby.primary() != tenure.primary {
             return Ok(());
         }
-        let backup = self.lanes_of_pair(shard).into_iter().find(|lane| *lane != tenure.primary);
-        let backup = backup.expect("a pair has two");
+        let backup = tenure.other.expect("a pair has two");
         for chunk in &self.layout.shards[shard] {
             let (Some(ours), Some(theirs)) = (serving.view(*chunk), standby.view(*chunk)) else { continue };
             if ours.clock != theirs.clock

@@ -43,6 +43,7 @@ pub fn world_options(declarations: Vec<Vec<TensorSpec>>) -> WorldOptions {
         requests: false,
         copies: false,
         store_fails: false,
+        moves: false,
         change_from: None,
         change_live: None,
         elastic: Default::default(),

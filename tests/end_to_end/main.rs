@@ -33,6 +33,7 @@ mod program_c;
 mod random_faults;
 mod replicas;
 mod replicas_hosts;
+mod scaling;
 #[path = "../seccomp/filter.rs"]
 mod seccomp;
 mod seen;

@@ -134,7 +134,7 @@ impl Lanes {
     fn claim(&self) -> gradwire::Result<()> {
         for lane in [0, 1].map(|lane| PeerId { rank: self.rank, lane }) {
             let shard = shard_of(lane, 2, 1);
-            let Tenure { epoch, primary, is_paired } = self.tenures[usize::from(shard.0)];
+            let Tenure { epoch, primary, is_paired, .. } = self.tenures[usize::from(shard.0)];
             let claim = match (primary == lane, is_paired, self.alone[usize::from(shard.0)]) {
                 (true, true, true) => Claim::GoAlone,
                 (false, true, true) => Claim::TakeOver,

@@ -15,7 +15,7 @@ use super::{PATIENCE, S0, S1, cluster::Cluster, end, home, options, start, wait_
 const SHARD: ShardId = ShardId(3);
 
 fn tenure(epoch: Epoch, server: u16) -> Tenure {
-    Tenure { epoch, primary: PeerId::server(server, 0), is_paired: false }
+    Tenure { epoch, ..Tenure::alone(PeerId::server(server, 0)) }
 }
 
 /// Swaps while members come and go: nothing may be known for a while, and what was not answered may have been done.

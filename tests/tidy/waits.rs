@@ -81,6 +81,16 @@ const ALLOWED: &[(&str, &str, &str)] = &[
          writer, and the launcher ends a job whose disk hangs by `setup_ms`",
     ),
     ("src/server/memory/mod.rs", "wait without a time", "the device's own deadline (`gpu_ms`) ends it"),
+    (
+        "src/server/hosting.rs",
+        "wait without a time",
+        "the launcher's words wake it, or the end of its connection, or the end of a lane",
+    ),
+    (
+        "src/server/hosting.rs",
+        "recv",
+        "the process' own threads; each sends how it ended, and its end closes the channel",
+    ),
     ("src/server/node.rs", "recv", "the process' own threads; each sends how it ended, and its end closes the channel"),
     ("src/session/etcd.rs", "status", "the status of an HTTP answer that is there"),
     ("src/session/metrics.rs", "join", "the thread looks twice a second whether it is to end"),

@@ -17,7 +17,7 @@ use nix::sys::signal::Signal;
 use super::{Context, End, Ending, SETTLE_TIME, Sight, Supervisor};
 use crate::{
     launch::cause::Exit,
-    session::{Change, Departure, OnWorkerLoss, Order, Tenure, pair},
+    session::{Change, Departure, OnWorkerLoss, Order, Tenure},
     types::{Clock, Rank, Role, ShardId},
 };
 
@@ -43,7 +43,7 @@ pub(super) struct Losses {
     /// When to start one again.
     restarts: BTreeMap<Rank, Instant>,
     tries: BTreeMap<Rank, u32>,
-    lost: Option<(ShardId, [Rank; 2])>,
+    lost: Option<(ShardId, Vec<Rank>)>,
     /// Some shard has had no backup.
     was_alone: bool,
     /// Workers that were lost, and do not take part again yet.
@@ -54,9 +54,16 @@ pub(super) struct Losses {
     pub added: BTreeSet<Rank>,
     /// Workers that were told to leave: they are not missed, and not started again.
     leaving: BTreeSet<Rank>,
+    /// Servers that have gone since they had no shard any more.
+    retired: BTreeSet<Rank>,
 }
 
 impl Losses {
+    /// Whether a server was let go.
+    pub fn is_retired(&self, rank: Rank) -> bool {
+        self.retired.contains(&rank)
+    }
+
     /// How a rank's process ended, the last one that did, and whether it was killed.
     fn end_of(&self, rank: Rank) -> (String, bool) {
         let loss = self.open.get(&rank);
@@ -76,7 +83,7 @@ impl Supervisor {
     /// Which ranks the job goes on without, as things stand.
     pub(super) fn losable(&self) -> fn(Rank) -> bool {
         let config = &self.options.config;
-        match (config.has_replicas(), config.may_lose_workers()) {
+        match (config.has_tenures(), config.may_lose_workers()) {
             _ if !self.running => |_| false,
             (true, true) => |_| true,
             (true, false) => |rank| rank.role == Role::Server,
@@ -121,6 +128,9 @@ impl Supervisor {
 
     /// Somebody wants a worker to take part, whose seat is empty: its process is started, after the last one there has ended.
     pub(super) fn wanted(&mut self, rank: Rank) {
+        if rank.role == Role::Server {
+            return self.start_server(rank);
+        }
         let losses = &mut self.losses;
         losses.leaving.remove(&rank);
         losses.tries.remove(&rank);
@@ -197,7 +207,7 @@ impl Supervisor {
         let restarts = self.options.config.on_worker_loss == OnWorkerLoss::Restart
             && !self.losses.leaving.contains(&rank)
             && !self.workers_reported();
-        if rank.role == Role::Worker && !restarts {
+        if rank.role == Role::Worker && !restarts || self.options.config.moves_shards() {
             return self.check_finished();
         }
         let stays = match rank.role {
@@ -239,6 +249,7 @@ impl Supervisor {
                 self.losses.restarts.insert(rank, now + PAUSE); // the last one has finished, and takes its time to end
                 continue;
             }
+            self.losses.retired.remove(&rank);
             *self.losses.tries.entry(rank).or_default() += 1;
             self.lost.remove(&rank);
             let context = Context {
@@ -256,10 +267,12 @@ impl Supervisor {
 
     /// A shard is served in another way.
     pub(super) fn tenure(&mut self, shard: ShardId, tenure: Tenure, alone: &[ShardId]) {
-        let Tenure { epoch, primary, is_paired } = tenure;
+        let Tenure { epoch, primary, other, is_paired } = tenure;
+        if self.options.config.moves_shards() {
+            return;
+        }
         if is_paired {
-            let config = &self.options.config;
-            for lane in pair(shard, config.servers, config.shards_per_server) {
+            for lane in other.into_iter().chain([primary]) {
                 self.losses.tries.remove(&lane.rank);
             }
         }
@@ -271,12 +284,30 @@ impl Supervisor {
         }
     }
 
+    /// A server is to join.
+    fn start_server(&mut self, rank: Rank) {
+        match self.processes.hindrance(rank) {
+            Some(why) => {
+                let why = format!("cannot be started from here ({why})");
+                self.rendezvous.order(Order::NotStarted(rank, why));
+            }
+            None => drop(self.losses.restarts.insert(rank, Instant::now())),
+        }
+    }
+
+    /// A server that had no shard any more has left.
+    pub(super) fn retired(&mut self, rank: Rank) {
+        self.losses.retired.insert(rank);
+        self.joined.remove(&rank);
+        self.tell(&format!("{rank} has no shard any more, and leaves"));
+    }
+
     pub(super) fn store_unavailable(&self, why: &str) {
         self.tell(&format!("no copy of a shard can take over, since that cannot be written down: {why}"));
     }
 
     /// A shard has no copy left.
-    pub(super) fn copies_lost(&mut self, shard: ShardId, servers: [Rank; 2]) {
+    pub(super) fn copies_lost(&mut self, shard: ShardId, servers: Vec<Rank>) {
         if matches!(&self.ending, Some(Ending { end: End::Failed(_) | End::Interrupted(_), .. })) {
             return;
         }
@@ -287,9 +318,13 @@ impl Supervisor {
     /// Adds to what was seen how the servers ended whose shard is lost.
     pub(super) fn tell_copies_lost(&mut self) {
         let Some((shard, servers)) = self.losses.lost.take() else { return };
-        let ends = servers.map(|rank| self.losses.end_of(rank));
-        let texts = [0, 1].map(|index| format!("{} {}", servers[index], ends[index].0));
-        let text = format!("shard {} has lost both copies: {}", shard.0, texts.join(", "));
+        let ends: Vec<(String, bool)> = servers.iter().map(|rank| self.losses.end_of(*rank)).collect();
+        let texts: Vec<String> = servers.iter().zip(&ends).map(|(rank, (end, _))| format!("{rank} {end}")).collect();
+        let texts = texts.join(", ");
+        let text = match self.options.config.has_replicas() {
+            true => format!("shard {} has lost both copies: {texts}", shard.0),
+            false => format!("shard {} is lost: {texts}", shard.0),
+        };
         self.sights.push(Sight::CopiesLost { text, killed: ends.iter().any(|(_, killed)| *killed) });
     }
 }
@@ -299,6 +334,9 @@ fn words(departure: &Departure, end: &str) -> String {
     let Departure { rank, pid, host, others, .. } = departure;
     if rank.role == Role::Worker {
         return format!("{rank} (process {pid} on {host}) {end}; the job goes on without it");
+    }
+    if others.is_empty() {
+        return format!("{rank} (process {pid} on {host}) {end}; it served no shard");
     }
     let others: Vec<String> = others.iter().map(Rank::to_string).collect();
     format!("{rank} (process {pid} on {host}) {end}; its shards go on with {}", others.join(" and "))

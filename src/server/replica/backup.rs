@@ -41,6 +41,8 @@ pub struct Inheritance {
     pub versions: Vec<Version>,
     /// By worker: it has finished, and all that it gave is in.
     pub finished: Vec<bool>,
+    /// Where the shard moves: the next clock of the periodic checkpoint that the lane before has not taken; 0 if there is none.
+    pub stores_next: Clock,
 }
 
 /// The protocol of one backup.
@@ -229,7 +231,7 @@ impl Backup {
                     self.effects.push_back(BackupEffect::Change(clock, change));
                 }
                 (NoteKind::Left, None) => self.holds.finished[note.chunk.index()] = true,
-                (NoteKind::Whole, None) => self.is_whole = true,
+                (NoteKind::Whole, None) => (self.is_whole, self.holds.stores_next) = (true, note.clock),
                 _ => {
                     let has = clock.unwrap_or(0);
                     return Err(wrong(format!(

@@ -31,7 +31,7 @@ pub enum Standing {
     Stays,
     /// It serves from now on.
     Serves,
-    /// What it has is of no use: it is to begin anew, as a backup that has nothing.
+    /// What it has is of no use: it is to begin anew, as a backup that has nothing, if it is to follow at all.
     BeginsAnew,
 }
 
@@ -195,7 +195,9 @@ impl<T: Transport> Replica<T> {
         let is_mine = tenure.primary == self.me;
         match self.part.take().expect("there but while it changes") {
             Part::Serving(mut event_loop) => {
-                event_loop.set_paired(tenure.is_paired);
+                if is_mine {
+                    event_loop.set_tenure(tenure);
+                }
                 self.part = Some(Part::Serving(event_loop));
                 Ok(if is_mine { Standing::Stays } else { Standing::BeginsAnew })
             }

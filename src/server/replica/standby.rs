@@ -26,7 +26,7 @@ use crate::{
 /// What a standby begins with.
 #[derive(Clone, Debug)]
 pub struct StandbyOptions {
-    /// How it will serve, should it take over; `mirror` names the present primary.
+    /// How it will serve, should it take over.
     pub shard: ShardConfig,
     /// How memory is allocated.
     pub region: RegionOptions,
@@ -72,6 +72,8 @@ impl<T: Transport> Standby<T> {
     ) -> Result<Standby<T>> {
         let shard = &options.shard;
         let mirror = shard.mirror.as_ref().ok_or_else(|| Error::Config("a backup needs a primary".into()))?;
+        let primary = options.tenure.primary;
+        paths.suspect_after(primary, mirror.suspicion);
         memory.expect_gradients(Dtype::F32);
         let room = Room::allocate(shard, &layout, &mut memory, &mut paths, &options.region)?;
         let slot_bytes = (4 * elements_max(&layout, shard.shard)).max(64);
@@ -83,8 +85,9 @@ impl<T: Transport> Standby<T> {
             clocks: vec![shard.start_clock; chunks],
             versions: versions.map_or_else(|| vec![shard.start_clock; chunks], <[Version]>::to_vec),
             finished: vec![false; shard.workers.into()],
+            stores_next: 0,
         };
-        let mut backup = Backup::new(mirror.peer, shard.shard, layout.clone(), holds, options.is_first);
+        let mut backup = Backup::new(primary, shard.shard, layout.clone(), holds, options.is_first);
         backup.scale_by((1.0 / f64::from(shard.loss_scale.first())) as f32);
         let attachment =
             Attachment { rkey: 0, offset: 0, slot_bytes: slot_bytes as u32, slots: mirror.slots, credit: 0 };
@@ -214,7 +217,16 @@ impl<T: Transport> Standby<T> {
         self.paths.set_aside(self.backup.primary());
         self.backup.detach();
         self.lost = Some(why.into());
-        self.claim = self.is_paired.then_some(Claim::TakeOver);
+        self.claim = self.is_paired.then_some(self.succession());
+    }
+
+    /// Whether the shard moves here: this lane serves as soon as it has everything.
+    fn moves(&self) -> bool {
+        self.options.shard.mirror.as_ref().is_some_and(|mirror| mirror.moves)
+    }
+
+    fn succession(&self) -> Claim {
+        if self.moves() { Claim::Succeed } else { Claim::TakeOver }
     }
 
     /// The store's word. `true` if this copy is of no use any more: another lane serves, or this one is not counted on.
@@ -226,11 +238,16 @@ impl<T: Transport> Standby<T> {
         if tenure.primary != self.backup.primary() {
             return false; // it is this lane's turn: see `take_over`
         }
+        if tenure.other != Some(self.options.shard.me) {
+            return true;
+        }
         // What the store says may be said of a backup that was there before this one.
         let is_paired = tenure.is_paired && self.backup.is_whole();
         let was_paired = std::mem::replace(&mut self.is_paired, is_paired);
         if self.is_paired && self.lost.is_some() {
-            self.claim = Some(Claim::TakeOver);
+            self.claim = Some(self.succession());
+        } else if self.is_paired && self.moves() {
+            self.lose_primary("the shard moves here");
         }
         !self.is_paired && (was_paired || self.lost.is_some())
     }
@@ -247,6 +264,7 @@ impl<T: Transport> Standby<T> {
         self.computing.memory.expect_gradients(config.gradient_dtype);
         if let Some(mirror) = &mut config.mirror {
             mirror.is_paired = false;
+            mirror.peer = Some(self.backup.primary()).filter(|_| !mirror.moves);
         }
         let holds = self.backup.holds().clone();
         let versions = Some(holds.versions.as_slice());

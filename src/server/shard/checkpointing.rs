@@ -37,6 +37,20 @@ impl Checkpointing {
         self.periodic = self.every.map(|every| again(every) * every);
     }
 
+    /// A shard has moved here, and whoever served it before has stored all periodic checkpoints before this clock.
+    pub fn go_on_from(&mut self, clock: Clock) {
+        self.periodic = self.every.filter(|_| clock > 0).map(|_| clock);
+    }
+
+    /// The next clock of the periodic checkpoint of which no snapshot has been asked for; 0 if there is none.
+    pub fn stores_next(&self) -> Clock {
+        let asked = |periodic: Clock| self.taking && self.next() == Some(periodic);
+        match (self.periodic, self.every) {
+            (Some(periodic), Some(every)) if asked(periodic) => periodic + every,
+            (periodic, _) => periodic.unwrap_or(0),
+        }
+    }
+
     /// The clock to be stored next.
     fn next(&self) -> Option<Clock> {
         self.periodic.into_iter().chain(self.requested).min()
@@ -132,7 +146,7 @@ impl Shard {
 
     pub(super) fn advance_checkpoint(&mut self) {
         let due = self.checkpointing.holds_all(self.clock_max) || self.is_deserted();
-        if !due || self.checkpointing.taking || self.computing > 0 {
+        if !due || self.checkpointing.taking || self.computing > 0 || self.is_handing_over() {
             return;
         }
         if let Some(clock) = self.checkpointing.next() {

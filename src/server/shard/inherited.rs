@@ -34,7 +34,10 @@ impl Shard {
             (contributor.finished, contributor.said_goodbye) = (*finished, *finished);
         }
         let slowest = holds.clocks.iter().copied().min().unwrap_or(start);
-        self.checkpointing.begin_at(slowest, slowest == furthest && slowest > start);
+        match self.config.mirror.as_ref().is_some_and(|mirror| mirror.moves) {
+            true => self.checkpointing.go_on_from(holds.stores_next),
+            false => self.checkpointing.begin_at(slowest, slowest == furthest && slowest > start),
+        }
         self.count_behind();
         self.cancel_checkpoints_if_over();
         self.complete_open_positions();

@@ -10,6 +10,8 @@
 //! Invariant: while the tenure is paired nothing leaves to a worker that the backup does not hold; a step without the backup is told
 //! to somebody only after the tenure says that this lane serves alone.
 
+use std::time::Duration;
+
 use super::*;
 use crate::{
     consistency::Unproven,
@@ -23,10 +25,14 @@ pub(super) const FOR_BACKUP: u64 = 1 << 63;
 /// The other lane of a shard with two copies.
 #[derive(Clone, Debug)]
 pub struct MirrorConfig {
-    /// The lane.
-    pub peer: PeerId,
+    /// The lane that follows, if one does.
+    pub peer: Option<PeerId>,
     /// Whether it holds everything as this shard begins.
     pub is_paired: bool,
+    /// Whoever follows is to serve as soon as it has everything: the shard moves.
+    pub moves: bool,
+    /// How long the other lane may be silent before it counts as gone.
+    pub suspicion: Duration,
     /// Parts of a chunk's state: parameters, and the optimizer's slots.
     pub parts: usize,
     /// Sums and parts of state that may be under way.
@@ -64,8 +70,9 @@ struct Record {
 /// What a primary knows of its backup.
 #[derive(Debug)]
 pub(super) struct Mirror {
-    peer: PeerId,
+    peer: Option<PeerId>,
     stage: Stage,
+    moves: bool,
     parts: usize,
     /// The backup has been told that it has been sent everything.
     is_whole: bool,
@@ -89,6 +96,7 @@ impl Mirror {
         Mirror {
             peer: config.peer,
             stage: if config.is_paired { Stage::Paired } else { Stage::Alone },
+            moves: config.moves,
             parts: config.parts,
             is_whole: config.is_paired,
             slots: pool.len(),
@@ -114,9 +122,23 @@ impl Mirror {
 }
 
 impl Shard {
-    /// The other lane of this shard, if there are two copies.
+    /// The other lane of this shard, if one follows or is to.
     pub fn backup(&self) -> Option<PeerId> {
-        self.mirror.as_ref().map(|mirror| mirror.peer)
+        self.mirror.as_ref().and_then(|mirror| mirror.peer)
+    }
+
+    /// Another lane is to follow, or none: the one before, whose path is fenced, has nothing that counts.
+    pub fn set_backup(&mut self, peer: Option<PeerId>) {
+        let Some(mirror) = &mut self.mirror else { return };
+        (mirror.landing, mirror.newcomer, mirror.resumes_at, mirror.claim) = (None, None, None, None);
+        self.part_from_backup();
+        self.mirror.as_mut().expect("looked at above").peer = peer;
+    }
+
+    /// Whether the shard is about to be served by another lane: that one takes the checkpoints from here on.
+    pub fn is_handing_over(&self) -> bool {
+        let settles = |mirror: &Mirror| mirror.is_whole || mirror.stage == Stage::Parting;
+        self.mirror.as_ref().is_some_and(|mirror| mirror.moves && settles(mirror))
     }
 
     /// Whether the backup holds everything.
@@ -124,9 +146,11 @@ impl Shard {
         self.mirror.as_ref().is_some_and(|mirror| matches!(mirror.stage, Stage::Paired | Stage::Parting))
     }
 
-    /// What is to be asked of the store.
-    pub fn take_claim(&mut self) -> Option<Claim> {
-        self.mirror.as_mut()?.claim.take()
+    /// What is to be asked of the store; `stores` while a checkpoint of this lane is not on the disk, which has to come before another
+    /// lane serves in its place.
+    pub fn take_claim(&mut self, stores: bool) -> Option<Claim> {
+        let Mirror { moves, claim, .. } = self.mirror.as_mut()?;
+        claim.take_if(|claim| !(*moves && stores && *claim == Claim::Pair))
     }
 
     /// The store's word: whether the backup counts.
@@ -167,7 +191,7 @@ impl Shard {
         if let Some(mirror) = &mut self.mirror {
             (mirror.landing, mirror.newcomer, mirror.resumes_at) = (None, None, None);
             let peer = mirror.peer;
-            self.recall(peer);
+            peer.into_iter().for_each(|peer| self.recall(peer));
         }
     }
 
@@ -251,7 +275,7 @@ impl Shard {
     fn refuse_backup(&mut self) {
         let mirror = self.mirror.as_mut().expect("the caller has looked");
         mirror.landing = None;
-        let peer = mirror.peer;
+        let peer = mirror.peer.expect("a note came from it");
         self.post(peer, Note::new(NoteKind::Resume), None);
     }
 
@@ -340,12 +364,18 @@ impl Shard {
     fn pair(&mut self) {
         let mirror = self.mirror.as_mut().expect("the caller has looked");
         if !std::mem::replace(&mut mirror.is_whole, true) {
-            return self.write_down(Note::new(NoteKind::Whole), None, None, None);
+            let clock = self.checkpointing.stores_next();
+            return self.write_down(Note { clock, ..Note::new(NoteKind::Whole) }, None, None, None);
         }
         if mirror.sent.is_empty() {
             mirror.stage = Stage::Pairing;
             mirror.claim = Some(Claim::Pair);
         }
+    }
+
+    /// Whether the sum of the chunk at `place` goes to the backup before it is applied.
+    pub(super) fn is_mirrored(&self, place: usize) -> bool {
+        self.mirror.as_ref().is_some_and(|mirror| mirror.covers(place))
     }
 
     /// A slot for the sum of the chunk at `place`, if the backup is to have it.
@@ -453,7 +483,8 @@ impl Shard {
 
     fn post_record(&mut self, note: Note, payload: Option<(u64, SharedLease)>) {
         let mirror = self.mirror.as_ref().expect("the caller has looked");
-        let (peer, landing) = (mirror.peer, mirror.landing.expect("the caller has looked"));
+        let peer = mirror.peer.expect("it has said where it lands what it is sent");
+        let landing = mirror.landing.expect("the caller has looked");
         let payload = payload.map(|(number, payload)| {
             let slot = number % u64::from(landing.slots);
             let offset = landing.offset + slot * u64::from(landing.slot_bytes);

@@ -132,7 +132,7 @@ impl Shard {
         let workers = usize::from(self.config.workers);
         let first = self.window.slot(position) * workers;
         let given = self.landed[first..first + workers].iter().any(Option::is_some);
-        let fused = !self.config.two_step;
+        let fused = !self.config.two_step && !self.is_mirrored(index);
         if given && (fused && self.pool.is_empty() || !self.has_room_for_sum(index)) {
             return Turn::Waiting;
         }

@@ -5,7 +5,7 @@
 use std::{io::Write, time::Duration};
 
 use super::{
-    Address,
+    Address, Scaling,
     line::encode,
     member::{next_message, unexpected},
     message::{Control, FromLauncher, Purpose, Status, ToLauncher},
@@ -24,16 +24,36 @@ pub(crate) enum ControlAnswer {
     Changed(crate::types::Clock),
     /// A worker has left, or takes part.
     Turned(super::WorkerTurn),
+    /// The job has so many servers, and so many shards have moved.
+    Scaled(u16, u32),
 }
 
 /// Asks or orders something of a running job and waits at most `time` for the answer.
 pub(crate) fn control(address: &Address, token: &JobToken, order: Control, time: Duration) -> Result<ControlAnswer> {
+    control_with(address, token, order, time, &mut |_| {})
+}
+
+/// [`control`] of an order whose progress is told: between two news, and before the answer, `time` may pass at most.
+pub(crate) fn control_with(
+    address: &Address,
+    token: &JobToken,
+    order: Control,
+    time: Duration,
+    on_progress: &mut dyn FnMut(Scaling),
+) -> Result<ControlAnswer> {
     let caller = Caller { purpose: Purpose::Control, role: None, rank: None };
     let Connection { mut stream, mut buffer } = Connection::open(address, token, &caller)?;
     let failed = |e| Error::os("write", address.to_string(), e);
     stream.set_read_timeout(Some(time)).map_err(failed)?;
     stream.write_all(&encode(&ToLauncher::Control(order))).map_err(failed)?;
-    match next_message(&stream, &mut buffer) {
+    let answer = loop {
+        match next_message(&stream, &mut buffer) {
+            Ok(FromLauncher::Scaling(progress)) => on_progress(progress),
+            answer => break answer,
+        }
+    };
+    match answer {
+        Ok(FromLauncher::Scaled { servers, moved }) => Ok(ControlAnswer::Scaled(servers, moved)),
         Ok(FromLauncher::Status(status)) => Ok(ControlAnswer::Status(status)),
         Ok(FromLauncher::CheckpointWritten { clock }) => Ok(ControlAnswer::CheckpointWritten(clock)),
         Ok(FromLauncher::Changed { clock }) => Ok(ControlAnswer::Changed(clock)),

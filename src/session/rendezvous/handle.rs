@@ -56,6 +56,8 @@ pub enum Order {
     Fail(String),
     /// A rank's process has ended, and how.
     Gone(Rank, String),
+    /// A server that was wanted cannot be started, and why.
+    NotStarted(Rank, String),
     /// The launcher's metrics are read at this address.
     MetricsAt(SocketAddr),
     /// The last messages leave, then the port closes.

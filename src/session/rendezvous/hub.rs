@@ -166,6 +166,7 @@ impl Hub {
                 Order::Stop(reason) => self.roster.stop(reason),
                 Order::Fail(text) => self.roster.fail(text),
                 Order::Gone(rank, how) => self.roster.gone(rank, Some(how)),
+                Order::NotStarted(rank, why) => self.roster.missed(rank, &why),
                 Order::MetricsAt(address) => self.roster.set_metrics(address),
                 Order::Close => self.closing = self.closing.or(Some(Instant::now() + FAREWELL_TIME)),
             }

@@ -8,7 +8,7 @@ use std::{collections::BTreeMap, net::SocketAddr};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::WorkerTurn;
+use super::{Scaling, ShardStatus, WorkerTurn};
 use crate::{
     Error,
     layout::TensorSpec,
@@ -108,6 +108,13 @@ pub(super) enum FromLauncher {
         clock: Clock,
     },
     Turned(WorkerTurn),
+    /// How far the job is on its way to so many servers.
+    Scaling(Scaling),
+    /// The job has so many servers; so many shards have moved for that.
+    Scaled {
+        servers: u16,
+        moved: u32,
+    },
     /// The launcher's time, and which clock it reads.
     Time {
         at_ns: u64,
@@ -160,7 +167,7 @@ pub enum Report {
         /// The offer.
         proposal: Proposal,
     },
-    /// A lane of a shard with two copies wants the shard's tenure changed.
+    /// A lane wants the tenure of its shard changed.
     Claim {
         /// The lane.
         lane: u16,
@@ -170,6 +177,13 @@ pub enum Report {
         epoch: Epoch,
         /// What it wants.
         claim: Claim,
+    },
+    /// A shard that was given to this server cannot be held there.
+    Declined {
+        /// Which shard.
+        shard: ShardId,
+        /// Why.
+        text: String,
     },
     /// What has happened to the paths of a thread since it began.
     PathCounts {
@@ -300,18 +314,20 @@ pub enum Command {
         /// The offer, as from the other end.
         proposal: Proposal,
     },
-    /// A shard with two copies is served in this way from now on; also the answer to a claim that was refused.
+    /// A shard is served in this way from now on; also the answer to a claim that was refused.
     Tenure {
         /// Which shard.
         shard: ShardId,
         /// Who serves it.
         tenure: Tenure,
     },
-    /// A server's process is gone; its shards' other lanes may take over.
+    /// A server's process is gone; its shards' other lanes may take over, or go on alone.
     Gone {
         /// Which server.
         rank: Rank,
     },
+    /// This server has no shard any more, and will be given none: it may go.
+    Retire,
     /// Say what you wait for.
     TellWaits,
     /// Another part of the job failed: end at once.
@@ -345,6 +361,11 @@ pub enum Control {
         /// Not before this clock.
         at: Clock,
     },
+    /// Have so many servers; the answer comes when all shards are where they are to be, and news of each that has moved before that.
+    Scale {
+        /// How many.
+        servers: u16,
+    },
 }
 
 /// One rank, as the launcher sees it.
@@ -352,8 +373,8 @@ pub enum Control {
 pub struct RankStatus {
     /// Who.
     pub rank: Rank,
-    /// "not joined", "joined", "declared", "running", "finished", "lost", "gone", or of a worker that comes later "joining", and of one
-    /// that was told to go "leaving".
+    /// "not joined", "joined", "declared", "running", "finished", "lost", "gone", "free" of a server's seat that nobody has, or of a worker
+    /// that comes later "joining", and of one that was told to go "leaving".
     pub state: String,
     /// Its machine; empty if it has not joined.
     pub host: String,
@@ -373,32 +394,10 @@ pub struct RankStatus {
     pub reported_ms: u64,
 }
 
-/// A shard with two copies, as the launcher sees it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ShardStatus {
-    /// Which.
-    pub shard: ShardId,
-    /// Counts its tenures.
-    pub epoch: Epoch,
-    /// The server that serves it.
-    pub primary: Rank,
-    /// The server of the other copy.
-    pub backup: Rank,
-    /// The other copy: "complete" (it may take over), "catching up" or "gone".
-    pub backup_state: String,
-}
-
-impl ShardStatus {
-    /// Whether the other copy may take over.
-    pub fn has_backup(&self) -> bool {
-        self.backup_state == "complete"
-    }
-}
-
 impl Status {
     /// The shards that have two copies by right and one that may serve.
     pub fn shards_without_backup(&self) -> Vec<String> {
-        let alone = self.shards.iter().filter(|shard| !shard.has_backup());
+        let alone = self.shards.iter().filter(|shard| !shard.moves && !shard.has_backup());
         alone.map(|shard| shard.shard.0.to_string()).collect()
     }
 }
@@ -412,7 +411,7 @@ pub struct Status {
     pub instance: u64,
     /// Every rank, servers first.
     pub ranks: Vec<RankStatus>,
-    /// Every shard, where there are two copies of each; otherwise nothing.
+    /// Every shard, where there are two copies of each or they may move; otherwise nothing.
     pub shards: Vec<ShardStatus>,
     /// Workers that were lost or left, and that came, in order.
     #[serde(default)]

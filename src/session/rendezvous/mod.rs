@@ -23,6 +23,9 @@ mod recorder;
 mod roster;
 #[cfg(test)]
 mod roster_tests;
+#[cfg(test)]
+mod scaling_tests;
+mod shards;
 mod swaps;
 #[cfg(test)]
 mod tenures_tests;
@@ -37,15 +40,16 @@ use std::{
     time::{Duration, Instant},
 };
 
-pub(crate) use control::{ControlAnswer, control};
+pub(crate) use control::{ControlAnswer, control, control_with};
 pub use handle::{CheckpointSink, NoticeSink, Order, Rendezvous, RendezvousOptions};
 pub(crate) use line::LineBuffer;
 pub use line::decode_lines;
 pub use member::{Commands, Member, Reporter};
-pub use message::{Command, Control, Offer, RankStatus, Report, ShardStatus, Status, VERSION, View};
+pub use message::{Command, Control, Offer, RankStatus, Report, Status, VERSION, View};
 pub use notice::{Departure, Notice};
 pub use peer::token_from_environment;
 pub use roster::WorkerTurn;
+pub use shards::{Scaling, ShardStatus};
 
 use crate::{Error, Result, types::Rank};
 

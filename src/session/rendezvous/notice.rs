@@ -75,7 +75,7 @@ pub enum Notice {
     },
     /// A rank is gone, and the job goes on without it: a server whose shards have other copies, or a worker.
     Gone(Box<Departure>),
-    /// A process is to be started for a worker that is wanted.
+    /// A process is to be started for a worker or a server that is wanted.
     Wanted(Rank),
     /// No worker is left.
     Deserted,
@@ -84,9 +84,9 @@ pub enum Notice {
         /// Which.
         shard: ShardId,
         /// The servers that held it.
-        servers: [Rank; 2],
+        servers: Vec<Rank>,
     },
-    /// A shard with two copies is served in another way from now on.
+    /// A shard is served in another way from now on.
     Tenure {
         /// Which shard.
         shard: ShardId,
@@ -95,6 +95,33 @@ pub enum Notice {
         /// The shards that have no backup now.
         alone: Vec<ShardId>,
     },
+    /// The job is to have so many servers, for which so many shards move.
+    Scaling {
+        /// How many servers.
+        servers: u16,
+        /// How many shards.
+        moves: u32,
+    },
+    /// A shard has moved.
+    Moved {
+        /// Which.
+        shard: ShardId,
+        /// Who served it.
+        from: Rank,
+        /// Who serves it.
+        to: Rank,
+    },
+    /// The job has so many servers.
+    Scaled {
+        /// How many servers.
+        servers: u16,
+        /// How many shards have moved for that.
+        moved: u32,
+    },
+    /// The job does not get the servers that it was to have; the text says why.
+    ScaleFailed(String),
+    /// A server that had no shard any more has gone; its seat is free.
+    Retired(Rank),
     /// The store of tenures cannot be used: no copy takes over until it can; told once until then.
     StoreUnavailable(String),
     /// A rank's connection ended before it had finished.

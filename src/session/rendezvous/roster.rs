@@ -5,10 +5,12 @@
 
 mod barriers;
 mod changing;
+mod ending;
 mod members;
 mod missing;
 mod ordering;
 mod paths;
+mod scaling;
 mod standing;
 mod storing;
 mod tenures;
@@ -80,13 +82,23 @@ struct Seat {
     presence: Presence,
 }
 
-/// How a server of a job with two copies of each shard comes and goes.
+impl Seat {
+    /// A seat as the job begins; nobody is waited for to take one that is vacant.
+    fn new(is_vacant: bool) -> Seat {
+        match is_vacant {
+            true => Seat { taken: true, presence: Presence::Gone, ..Seat::default() },
+            false => Seat::default(),
+        }
+    }
+}
+
+/// How a rank of a job comes and goes that goes on without it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Presence {
     /// There since the beginning.
     #[default]
     First,
-    /// Gone; another process may take the seat.
+    /// Gone, or not there yet; another process may take the seat.
     Gone,
     /// Another process, which waits until nobody takes it for the one before.
     Waiting,
@@ -140,8 +152,9 @@ pub(super) struct Roster {
     /// Nobody is to go on without anybody any more.
     over: bool,
     view: Option<PackedView>,
-    /// By shard; empty where each has one copy.
+    /// By shard; empty where each stays where it is.
     tenures: Vec<Tenure>,
+    scale: scaling::Scale,
     /// The store's last answer was that it cannot be used.
     store_failed: bool,
     effects: VecDeque<Effect>,
@@ -149,9 +162,9 @@ pub(super) struct Roster {
 
 impl Roster {
     pub fn new(config: JobConfig, reserved: BTreeSet<Rank>, now: Instant) -> Roster {
-        let seats = config.ranks().map(|rank| (rank, Seat::default())).collect();
+        let seats = config.ranks().map(|rank| (rank, Seat::new(config.is_vacant(rank)))).collect();
         let tenures = tenures::first(&config);
-        let checkpoints = Checkpoints::new(config.shard_count(), config.has_replicas());
+        let checkpoints = Checkpoints::new(config.shard_count(), config.has_tenures());
         Roster {
             waiting: Waiting::new(&config),
             changes: Changes::new(config.shard_count() as usize),
@@ -180,6 +193,7 @@ impl Roster {
             over: false,
             view: None,
             tenures,
+            scale: scaling::Scale::default(),
             store_failed: false,
             effects: VecDeque::new(),
         }
@@ -339,7 +353,7 @@ impl Roster {
         }
         let offering = self.offering.get_or_insert_with(|| Gathering { here: BTreeSet::new(), since: now });
         offering.here.insert(rank);
-        if offering.here.len() < self.seats.len() {
+        if offering.here.len() < self.seats.values().filter(|seat| seat.presence == Presence::First).count() {
             return Ok(());
         }
         self.offering = None;
@@ -383,6 +397,7 @@ impl Roster {
                 }
             }
             Report::Claim { lane, shard, epoch, claim } => self.claim(PeerId { rank, lane }, shard, epoch, claim)?,
+            Report::Declined { shard, text } => self.declined(rank, shard, &text),
             Report::Rebuild { lane, proposal } => self.pass_on(PeerId { rank, lane }, proposal)?,
             Report::PathCounts { lane, counts } => {
                 self.seat(rank).path_counts.insert(lane, counts);
@@ -403,6 +418,7 @@ impl Roster {
             Report::MetricsAt { address } => self.seat(rank).metrics = Some(address),
             Report::Timeline(part) => self.notice(Notice::Timeline { rank, part: Box::new(part) }),
             Report::Failed { text, elsewhere } => self.failed(rank, text, elsewhere),
+            Report::Finished { .. } if self.retired(rank) => {}
             Report::Finished { summary } => {
                 self.seat(rank).finished = true;
                 self.notice(Notice::Finished { rank, summary });
@@ -411,20 +427,6 @@ impl Roster {
             }
         }
         Ok(())
-    }
-
-    /// When no worker will push any more, the servers may go.
-    fn end_servers(&mut self) {
-        let done = self.seats.iter().all(|(rank, seat)| rank.role == Role::Server || self.is_through(*rank, seat));
-        if self.dismissed || !done || self.turns_members() {
-            return; // a job that is to stop at a clock which nobody has reached ends here too
-        }
-        (self.ended, self.dismissed) = (true, true);
-        self.give_up_change();
-        self.dismiss_waiting();
-        let checkpoint = self.config.checkpoint.at_end && self.config.checkpoint.dir.is_some();
-        let clock = self.clock_reached();
-        self.send(self.everybody(), FromLauncher::Command(Command::End { clock, checkpoint }));
     }
 
     /// The furthest clock that anybody has reported.
@@ -444,22 +446,10 @@ impl Roster {
         self.layout.clone()
     }
 
-    /// Ends the job by name: every rank is told, nobody may join any more.
-    pub fn fail(&mut self, text: String) {
-        (self.ended, self.dismissed, self.over) = (true, true, true);
-        self.send(self.everybody(), FromLauncher::Command(Command::JobFailed { text }));
-    }
-
-    /// Tells every rank to end now, without a checkpoint.
-    pub fn stop(&mut self, reason: String) {
-        (self.ended, self.dismissed, self.over) = (true, true, true);
-        let command = Command::Stop { reason, checkpoint: false, clock: None };
-        self.send(self.everybody(), FromLauncher::Command(command));
-    }
-
     /// A connection is gone.
     pub fn lost(&mut self, connection: ConnectionId) {
         self.checkpoints.forget(connection);
+        self.forget_asker(connection);
         let Some(rank) = self.by_connection.remove(&connection) else { return };
         let seat = self.seat(rank);
         seat.connection = None;

@@ -20,7 +20,8 @@ use crate::{
 /// A change of a shard's tenure that has been asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Swapping {
-    pub claimant: PeerId,
+    /// Whose claim it is; the launcher's own if nobody's.
+    pub claimant: Option<PeerId>,
     pub shard: ShardId,
     pub expected: Epoch,
     pub next: Tenure,
@@ -55,7 +56,7 @@ impl Swaps {
 
     /// Asks the store.
     pub fn begin(&self, swap: Swapping) {
-        // Without a store nothing is ever answered: a job with two copies has one.
+        // Without a store nothing is ever answered: a job in which who serves may change has one.
         let _ = self.begun.as_ref().map(|begun| begun.send(swap));
     }
 

@@ -25,6 +25,9 @@ impl Roster {
         if self.config.has_replicas() {
             return Err("in a job with two copies of each shard settings cannot be changed while it runs yet".into());
         }
+        if self.config.moves_shards() {
+            return Err("in a job whose servers may join and leave settings cannot be changed while it runs yet".into());
+        }
         match (self.running, self.ended) {
             (true, false) => Ok(()),
             (_, true) => Err("nothing can be changed any more: the job is ending".into()),

@@ -62,13 +62,10 @@ impl Roster {
     }
 
     fn judge(&mut self, now: Instant) {
-        let lanes_per_server = self.config.lanes_per_server();
         let present = self.seats.iter().filter(|(_, seat)| seat.connection.is_some() && !seat.finished);
-        let expected = present.flat_map(|(rank, _)| {
-            let lanes = if rank.role == Role::Server { lanes_per_server } else { 1 };
-            (0..lanes).map(|lane| PeerId { rank: *rank, lane })
-        });
-        let verdict = self.waiting.poll(now, expected, &self.hosts());
+        let expected: Vec<PeerId> = present.flat_map(|(rank, _)| self.lanes_of(*rank)).collect();
+        let hosts = self.hosts();
+        let verdict = self.waiting.poll(now, expected.into_iter(), &hosts);
         self.tell(verdict);
         self.drop_stragglers(now);
     }

@@ -42,6 +42,7 @@ impl Roster {
                 Ok(())
             }
             Control::Change(change) => self.begin_change(connection, change),
+            Control::Scale { servers } => self.begin_scale(connection, servers),
             Control::Checkpoint => self.request_checkpoint(None, Some(connection)),
             Control::RemoveWorker { worker, at } => self.remove_worker(connection, worker, at),
             Control::AddWorker { worker, at } => self.add_worker(connection, worker, at),

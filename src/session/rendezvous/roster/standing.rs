@@ -35,6 +35,7 @@ impl Roster {
     fn state_of(&self, rank: Rank, seat: &Seat) -> &'static str {
         match seat {
             Seat { finished: true, .. } => "finished",
+            Seat { presence: Presence::Gone, pid: 0, .. } => "free",
             Seat { presence: Presence::Gone, .. } => "gone",
             Seat { taken: false, .. } => "not joined",
             Seat { connection: None, .. } => "lost",

@@ -1,4 +1,4 @@
-//! Who serves each shard of a job with two copies of each, and servers that come and go.
+//! Who serves each shard of a job where that may change, and servers that come and go.
 //!
 //! A server that is gone is told of to all; the lanes that had the other copies then claim. Another process may take its seat, and
 //! is shown the job once no tenure counts on what its predecessor held.
@@ -8,29 +8,29 @@
 
 use super::*;
 use crate::{
-    session::{Claim, ShardStatus, Swap, pair, rendezvous::notice::Departure},
+    session::{Claim, ShardStatus, Swap, rendezvous::notice::Departure},
     types::{Epoch, ShardId},
 };
 
-/// How every shard begins; nothing where each has one copy.
+/// How every shard begins; nothing where each stays where it is.
 pub(super) fn first(config: &JobConfig) -> Vec<Tenure> {
-    let shards = if config.has_replicas() { config.shard_count() as u16 } else { 0 };
-    (0..shards).map(|shard| Tenure::first(pair(ShardId(shard), config.servers, config.shards_per_server))).collect()
+    let shards = if config.has_tenures() { config.shard_count() as u16 } else { 0 };
+    (0..shards).map(|shard| config.first_tenure(ShardId(shard))).collect()
+}
+
+/// The lanes of a shard.
+fn lanes(tenure: &Tenure) -> impl Iterator<Item = PeerId> + use<> {
+    std::iter::once(tenure.primary).chain(tenure.other)
 }
 
 impl Roster {
-    fn pair(&self, shard: ShardId) -> [PeerId; 2] {
-        pair(shard, self.config.servers, self.config.shards_per_server)
-    }
-
-    /// Every shard, its lanes, and who serves it.
-    fn held(&self) -> impl Iterator<Item = (ShardId, [PeerId; 2], Tenure)> + '_ {
-        let shards = (0..).map(ShardId).zip(&self.tenures);
-        shards.map(|(shard, tenure)| (shard, self.pair(shard), *tenure))
+    /// Every shard, and who serves it.
+    pub(super) fn held(&self) -> impl Iterator<Item = (ShardId, Tenure)> + '_ {
+        (0..).map(ShardId).zip(self.tenures.iter().copied())
     }
 
     /// Whether a rank's process is there and has been shown the job.
-    fn is_there(&self, rank: Rank) -> bool {
+    pub(super) fn is_there(&self, rank: Rank) -> bool {
         let seat = &self.seats[&rank];
         let shown = matches!(seat.presence, Presence::First | Presence::Admitted);
         seat.connection.is_some() && shown && !seat.finished
@@ -63,18 +63,26 @@ impl Roster {
         if self.may_lose(rank) {
             return self.worker_gone(rank, why);
         }
+        if seat.presence == Presence::Gone && self.config.moves_shards() && rank.role == Role::Server {
+            return self.missed(rank, &why.unwrap_or("is gone".into())); // it has never joined
+        }
         if self.over || seat.finished || seat.presence == Presence::Gone || !self.is_backed(rank) {
             return;
         }
-        let of_it = self.held().map(|(_, lanes, _)| lanes.map(|lane| lane.rank)).filter(|ranks| ranks.contains(&rank));
-        let mut others: Vec<Rank> = of_it.flatten().filter(|other| *other != rank).collect();
+        let of_it = self.held().filter(|(_, tenure)| lanes(tenure).any(|lane| lane.rank == rank));
+        let ranks = of_it.flat_map(|(_, tenure)| lanes(&tenure)).map(|lane| lane.rank);
+        let mut others: Vec<Rank> = ranks.filter(|other| *other != rank).collect();
         others.sort_unstable();
         others.dedup();
         let (pid, host) = self.vacate(rank);
         if !self.ends_for_lack_of_copies() {
             self.send(self.everybody(), FromLauncher::Command(Command::Gone { rank }));
         }
+        let told = why.clone().unwrap_or("is gone".into());
         self.notice(Notice::Gone(Box::new(Departure { rank, pid, host, why, others })));
+        if self.config.moves_shards() {
+            self.missed(rank, &told);
+        }
     }
 
     /// A seat's process is of the job no more: its number and its host.
@@ -91,14 +99,18 @@ impl Roster {
 
     /// Ends the job if a shard has no copy left that has everything.
     fn ends_for_lack_of_copies(&mut self) -> bool {
-        let lost = self.held().find(|(_, lanes, tenure)| {
+        let lost = self.held().find(|(_, tenure)| {
             let serving = tenure.primary.rank;
             let serves = self.is_there(serving) || self.seats[&serving].finished;
-            !(serves || tenure.is_paired && self.is_there(tenure.other(*lanes).rank))
+            !(serves || tenure.is_paired && tenure.other.is_some_and(|other| self.is_there(other.rank)))
         });
-        let Some((shard, lanes, _)) = lost else { return false };
+        let Some((shard, tenure)) = lost else { return false };
         (self.over, self.ended) = (true, true);
-        self.notice(Notice::CopiesLost { shard, servers: lanes.map(|lane| lane.rank) });
+        let held = lanes(&tenure).filter(|_| self.config.has_replicas()).map(|lane| lane.rank);
+        let mut servers: Vec<Rank> = held.chain([tenure.primary.rank]).collect();
+        servers.sort_unstable();
+        servers.dedup();
+        self.notice(Notice::CopiesLost { shard, servers });
         true
     }
 
@@ -107,21 +119,22 @@ impl Roster {
         let Some(tenure) = self.tenures.get(usize::from(shard.0)).copied() else {
             return Err(format!("shard {} has no second copy", shard.0));
         };
-        let lanes = self.pair(shard);
-        if !lanes.contains(&lane) {
-            return Err(format!("{lane} holds no copy of shard {}", shard.0));
-        }
-        let other = tenure.other(lanes).rank;
+        let other = tenure.other.map(|other| other.rank);
         let next = match claim {
-            Claim::Pair if !self.is_there(other) => Err(format!("{other} is gone again")),
+            // A lane from which a shard has moved may not have heard of that yet.
+            _ if !tenure.names(lane) && self.config.moves_shards() => Err("it has no part in it any more".into()),
+            _ if !tenure.names(lane) => return Err(format!("{lane} holds no copy of shard {}", shard.0)),
+            Claim::Pair if !other.is_some_and(|other| self.is_there(other)) => {
+                Err("the other one is gone again".into())
+            }
             // A process that has just taken a seat has nothing of what the one before it held.
             _ if !self.is_there(lane.rank) => Err("it has not been shown the job yet".into()),
             _ if self.over => Err("the job is ending".into()),
-            _ => tenure.after(lanes, lane, epoch, claim),
+            _ => tenure.after(lane, epoch, claim),
         };
         match next {
             Ok(next) => {
-                let swap = Swapping { claimant: lane, shard, expected: tenure.epoch, next };
+                let swap = Swapping { claimant: Some(lane), shard, expected: tenure.epoch, next };
                 self.effects.push_back(Effect::Swap(swap));
             }
             Err(why) => self.refuse(lane, shard, &why),
@@ -140,22 +153,33 @@ impl Roster {
     /// The store has answered.
     pub fn swapped(&mut self, swap: Swapping, outcome: Swap) {
         let Swapping { claimant, shard, next, .. } = swap;
+        let refuse = |roster: &mut Roster, why: &str| {
+            if let Some(claimant) = claimant {
+                roster.refuse(claimant, shard, why);
+            }
+        };
+        let failed = match &outcome {
+            Swap::Unavailable(why) => Some(why.clone()),
+            _ => None,
+        };
         match outcome {
             Swap::Swapped => self.adopt(shard, next),
             // A swap whose answer never came may have been made all the same.
             Swap::Present(present) if present.epoch > self.tenures[usize::from(shard.0)].epoch => {
                 self.adopt(shard, present);
             }
-            Swap::Present(_) => self.refuse(claimant, shard, "another claim was faster"),
+            Swap::Present(_) => refuse(self, "another claim was faster"),
             Swap::Unavailable(why) => {
-                self.refuse(claimant, shard, &why);
+                refuse(self, &why);
                 if !std::mem::replace(&mut self.store_failed, true) {
                     self.notice(Notice::StoreUnavailable(why));
                 }
-                return;
             }
         }
-        self.store_failed = false;
+        self.store_failed = failed.is_some();
+        if claimant.is_none() {
+            self.gave(shard, failed);
+        }
     }
 
     /// A shard has a new tenure.
@@ -168,14 +192,16 @@ impl Roster {
             // Who serves now has not heard of it; those who have passed the clock say so, and a later one is asked for.
             self.send(self.everybody(), FromLauncher::Command(command));
         }
-        let alone = self.held().filter(|(_, _, tenure)| !tenure.is_paired).map(|(shard, ..)| shard).collect();
+        let alone = self.held().filter(|(_, tenure)| !tenure.is_paired).map(|(shard, _)| shard).collect();
         self.notice(Notice::Tenure { shard, tenure, alone });
         if self.over || self.ends_for_lack_of_copies() {
             return;
         }
-        let lanes = self.pair(shard);
-        for rank in lanes.map(|lane| lane.rank) {
-            let dropped = before.needs(rank, lanes) && !tenure.needs(rank, lanes);
+        if self.config.moves_shards() {
+            self.moved(shard, before, tenure);
+        }
+        for rank in lanes(&before).map(|lane| lane.rank) {
+            let dropped = before.needs(rank) && !tenure.needs(rank) && self.config.has_replicas();
             if dropped && self.is_there(rank) && !self.is_needed(rank) {
                 self.gone(rank, Some("was not heard by the other servers of its shards".into()));
             }
@@ -185,12 +211,12 @@ impl Roster {
 
     /// Whether a rank has a part in any shard.
     fn is_needed(&self, rank: Rank) -> bool {
-        self.held().any(|(_, lanes, tenure)| tenure.needs(rank, lanes))
+        self.held().any(|(_, tenure)| tenure.needs(rank))
     }
 
     /// Shows the job to those who have taken a seat again, as soon as no tenure means the process that held it before.
     pub(super) fn admit(&mut self) {
-        let waiting = self.seats.iter().filter(|(_, seat)| seat.presence == Presence::Waiting);
+        let waiting = self.seats.iter().filter(|(_, seat)| seat.presence == Presence::Waiting && self.running);
         let waiting: Vec<Rank> =
             waiting.map(|(rank, _)| *rank).filter(|rank| !self.is_needed(*rank) && self.may_be_shown(*rank)).collect();
         for rank in waiting {
@@ -200,6 +226,7 @@ impl Roster {
             let view = self.view.clone().expect("a job that runs has a view");
             self.send(to, FromLauncher::View(view));
         }
+        self.tend_moves();
     }
 
     /// The job ends: whoever has not been shown it yet is not needed any more.
@@ -220,8 +247,8 @@ impl Roster {
         }
         let to: Vec<ConnectionId> = seat.connection.into_iter().collect();
         self.send(to.clone(), FromLauncher::Offers(Vec::new()));
-        let changed = self.held().filter(|(_, _, tenure)| tenure.epoch > 0);
-        let changed: Vec<Command> = changed.map(|(shard, _, tenure)| Command::Tenure { shard, tenure }).collect();
+        let changed = self.held().filter(|(_, tenure)| tenure.epoch > 0);
+        let changed: Vec<Command> = changed.map(|(shard, tenure)| Command::Tenure { shard, tenure }).collect();
         for command in changed.into_iter().chain(self.checkpoints.requested()) {
             self.send(to.clone(), FromLauncher::Command(command));
         }
@@ -229,21 +256,17 @@ impl Roster {
     }
 
     pub(super) fn shards_standing(&self) -> Vec<ShardStatus> {
-        let standing = self.held().map(|(shard, lanes, tenure)| {
-            let backup = tenure.other(lanes).rank;
-            let seat = &self.seats[&backup];
-            let backup_state = match tenure.is_paired && (self.is_there(backup) || seat.finished) {
-                true => "complete",
-                false if seat.connection.is_some() => "catching up",
-                false => "gone",
+        let standing = self.held().map(|(shard, tenure)| {
+            let backup = tenure.other.map(|other| other.rank);
+            let is_held = |rank: Rank| tenure.is_paired && (self.is_there(rank) || self.seats[&rank].finished);
+            let backup_state = match backup {
+                None => "none",
+                Some(rank) if is_held(rank) => "complete",
+                Some(rank) if self.seats[&rank].connection.is_some() => "catching up",
+                Some(_) => "gone",
             };
-            ShardStatus {
-                shard,
-                epoch: tenure.epoch,
-                primary: tenure.primary.rank,
-                backup,
-                backup_state: backup_state.into(),
-            }
+            let (epoch, primary, backup_state) = (tenure.epoch, tenure.primary.rank, backup_state.into());
+            ShardStatus { shard, epoch, primary, backup, backup_state, moves: self.config.moves_shards() }
         });
         standing.collect()
     }
