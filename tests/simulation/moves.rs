@@ -13,7 +13,7 @@ use gradwire::{
     world::{Chaos, CopyCounts, Outcome, WorldOptions},
 };
 
-use super::{check_undisturbed, options, rebuilt::trained, seeds};
+use super::{check_undisturbed, options, rebuilt::trained, sample};
 
 fn with_moves(seed: u64, chaos: Chaos) -> WorldOptions {
     let base = options(seed);
@@ -52,7 +52,7 @@ fn differing(one: &[ChunkImage], other: &[ChunkImage]) -> Vec<u32> {
 /// The ledger sees every lost, doubled and torn update.
 #[test]
 fn no_update_is_lost_or_counts_twice_when_shards_move() {
-    for seed in seeds(300) {
+    for seed in sample(100, 300) {
         check_undisturbed(&with_moves(seed + 600_000, if seed % 4 == 0 { Chaos::Calm } else { Chaos::Moves }));
     }
 }
@@ -62,7 +62,8 @@ fn no_update_is_lost_or_counts_twice_when_shards_move() {
 #[test]
 fn the_final_state_is_that_of_a_job_whose_servers_stay() {
     let (mut sum, mut without) = (CopyCounts::default(), 0);
-    for seed in seeds(700) {
+    let all = sample(230, 700);
+    for &seed in &all {
         let mut optimizer = OptimizerConfig::new(OptimizerKind::ADAMW, 0.01);
         optimizer.weight_decay = 0.1;
         let change = LiveChange { learning_rate: Some(0.05), weight_decay: Some(0.2), ..LiveChange::default() };
@@ -107,6 +108,7 @@ fn the_final_state_is_that_of_a_job_whose_servers_stay() {
     }
     let told = format!("{sum:?}, {without} jobs in which no shard moved");
     println!("{told}");
-    let enough = sum.moves > 700 && sum.given_up > 50 && sum.deaths > 50 && sum.cuts > 20 && without < 200;
-    assert!(enough || seeds(700).len() < 700, "{told}");
+    let tried = all.len() as u64;
+    let enough = sum.moves > tried && 14 * sum.given_up.min(sum.deaths) > tried && 35 * sum.cuts > tried;
+    assert!(enough && 7 * without < 2 * tried || tried < 200, "{told}");
 }
