@@ -5,6 +5,7 @@ is not installed is named, with what would install it, and left out.
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
 import shutil
@@ -175,7 +176,8 @@ def answer(process):
     out, _ = process.communicate(timeout=600)
     if process.returncode != 0:
         raise SystemExit(f"a peer's process ended with {process.returncode}")
-    return float(out)
+    # The figure is what it says last: libraries print lines of their own.
+    return float(out.split()[-1])
 
 
 def free_port():
@@ -184,8 +186,9 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def run_adamw(elements, threads):
-    return answer(child("adamw-part", elements, threads))
+def part(name):
+    """Runs that part in a process of its own, with these numbers, and gives its figure."""
+    return lambda *numbers: answer(child(name, *numbers))
 
 
 def run_gloo(world, elements, steps, rounds):
@@ -311,20 +314,28 @@ def ceiling_rate(row):
     return row["ceiling_bytes_per_s"]
 
 
+def compare_adamw(table, options, size, peer, run_peer, dtype="f32"):
+    """A peer's step of AdamW beside ours, by parameters a second, with one thread and with two. `run_peer(elements, threads)` is the
+    median time of a step in seconds."""
+    elements = size // (4 if dtype == "f32" else 2)
+    what = "f32" if dtype == "f32" else f"gradients and parameters {dtype}"
+    for threads in (1, 2):
+        table.compare(
+            f"AdamW, {what}, {threads} threads, parameters a second", size, peer, "parameters/s",
+            lambda _: elements / run_peer(elements, threads),
+            lambda: ours(options.gradwire, "optimizer", "--bytes", size, "--dtype", dtype, "--threads", threads),
+            lambda row: row["parameters_per_s"],
+            lambda row: row["ceiling_bytes_per_s"] / row["bytes_per_parameter"],
+        )
+
+
 def with_torch(table, options):
     import torch
 
     name = f"torch {torch.__version__}"
     for size in options.bytes:
         elements = size // 4
-        for threads in (1, 2):
-            table.compare(
-                f"AdamW, f32, {threads} threads, parameters a second", size, f"{name} AdamW(fused=True)", "parameters/s",
-                lambda _: elements / run_adamw(elements, threads),
-                lambda: ours(options.gradwire, "optimizer", "--bytes", size, "--threads", threads),
-                lambda row: row["parameters_per_s"],
-                lambda row: row["ceiling_bytes_per_s"] / row["bytes_per_parameter"],
-            )
+        compare_adamw(table, options, size, f"{name} AdamW(fused=True)", part("adamw-part"))
         for steps, optimizer in ((False, "none"), (True, "adamw")):
             # About as long as everything else here takes.
             rounds = max(10, min(2000, int(SECONDS * 5e8 / max(size, 65536))))
@@ -340,35 +351,19 @@ def with_torch(table, options):
 def with_torch_bf16(table, options):
     import torch
 
+    peer = f"torch {torch.__version__} AdamW(fused=True) and two casts"
     for size in options.bytes:
-        elements = size // 2
-        for threads in (1, 2):
-            table.compare(
-                f"AdamW, gradients and parameters bf16, {threads} threads, parameters a second", size,
-                f"torch {torch.__version__} AdamW(fused=True) and two casts", "parameters/s",
-                lambda _: elements / answer(child("adamw-bf16-part", elements, threads)),
-                lambda: ours(options.gradwire, "optimizer", "--bytes", size, "--dtype", "bf16", "--threads", threads),
-                lambda row: row["parameters_per_s"],
-                lambda row: row["ceiling_bytes_per_s"] / row["bytes_per_parameter"],
-            )
+        compare_adamw(table, options, size, peer, part("adamw-bf16-part"), "bf16")
 
 
 def with_deepspeed(table, options):
     try:
-        import deepspeed
-    except ImportError:
+        # Importing it would print.
+        version = importlib.metadata.version("deepspeed")
+    except importlib.metadata.PackageNotFoundError:
         return print("not compared: deepspeed is not installed", file=sys.stderr)
     for size in options.bytes:
-        elements = size // 4
-        for threads in (1, 2):
-            table.compare(
-                f"AdamW, f32, {threads} threads, parameters a second", size,
-                f"DeepSpeed {deepspeed.__version__} CPUAdam", "parameters/s",
-                lambda _: elements / answer(child("deepspeed-part", elements, threads)),
-                lambda: ours(options.gradwire, "optimizer", "--bytes", size, "--threads", threads),
-                lambda row: row["parameters_per_s"],
-                lambda row: row["ceiling_bytes_per_s"] / row["bytes_per_parameter"],
-            )
+        compare_adamw(table, options, size, f"DeepSpeed {version} CPUAdam", part("deepspeed-part"))
 
 
 def with_tensorflow(table, options):
@@ -391,7 +386,7 @@ def with_redis(table, options):
         for size in options.bytes:
             table.compare(
                 "SET and GET; push-pull, 1 worker, 1 server, none, tcp", size, "Redis", "s",
-                lambda _: answer(child("redis-part", server.port, size)),
+                lambda _: part("redis-part")(server.port, size),
                 lambda: ours(options.gradwire, "push-pull", "--bytes", size), median_s, ceiling_s,
             )
     finally:
