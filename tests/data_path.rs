@@ -209,9 +209,9 @@ fn main() -> ExitCode {
             let ways = [
                 ("tcp", "epoll", false),
                 ("tcp", "uring", false),
-                ("shm", "auto", false),
-                ("shm", "auto", true),
-                ("tcp", "auto", true),
+                ("shm", "epoll", false),
+                ("shm", "epoll", true),
+                ("tcp", "epoll", true),
             ];
             for (transport, tcp_io, inline) in ways {
                 job(transport, tcp_io, inline);

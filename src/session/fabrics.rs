@@ -94,10 +94,10 @@ fn driver(
 /// How tcp moves a worker's bytes under `inline_progress`: two threads turn its engine, and a ring belongs to one.
 fn on_two_threads(asked: Io) -> Result<Io> {
     match asked {
-        Io::Auto | Io::Epoll => Ok(Io::Epoll),
+        Io::Epoll => Ok(Io::Epoll),
         Io::Uring => Err(Error::Config(
-            "GRADWIRE_TCP_IO=uring under `inline_progress`: an io_uring belongs to one thread, and two take turns here; leave it \
-             to auto, or set inline_progress=false"
+            "GRADWIRE_TCP_IO=uring under `inline_progress`: an io_uring belongs to one thread, and two take turns here; leave \
+             it away, or set inline_progress=false"
                 .into(),
         )),
     }
@@ -149,7 +149,9 @@ pub fn probe_one(fabric: Fabric) -> Result<String> {
         }
         Fabric::Tcp => {
             let options = TcpOptions::new(identity).with_environment(|name| std::env::var(name).ok())?;
-            TcpTransport::new(options)?.io().to_string()
+            let name = options.io.name();
+            TcpTransport::new(options)?;
+            format!("to any host, by {name}")
         }
     })
 }
@@ -174,7 +176,7 @@ mod tests {
 
     #[test]
     fn a_ring_of_one_thread_is_not_shared_by_two() {
-        assert_eq!(on_two_threads(Io::Auto).unwrap(), Io::Epoll);
+        assert_eq!(on_two_threads(Io::Epoll).unwrap(), Io::Epoll);
         assert!(on_two_threads(Io::Uring).unwrap_err().to_string().contains("inline_progress"));
     }
 

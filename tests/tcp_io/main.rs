@@ -1,4 +1,4 @@
-//! The two interfaces of the kernel under the tcp transport: which is chosen and why, and what io_uring must not leave behind.
+//! The two interfaces of the kernel under the tcp transport: what is said where one is refused, and what io_uring must not leave behind.
 //!
 //! What counts descriptors or memory, or is refused something by the kernel, runs in a process of its own: this test program,
 //! started again for one of its tests.

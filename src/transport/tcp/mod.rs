@@ -27,7 +27,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-pub use choice::{Io, IoChoice};
+pub use choice::Io;
 use connecting::{Call, Outcome};
 pub use options::TcpOptions;
 use path::{Open, Path, State};
@@ -59,7 +59,6 @@ const SETTLE_TIME: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub struct TcpTransport {
     options: TcpOptions,
-    choice: IoChoice,
     poller: Poller,
     /// Made by the thread that uses the transport first.
     ring: Option<Ring>,
@@ -84,7 +83,7 @@ pub struct TcpTransport {
 impl TcpTransport {
     /// A transport without paths; listens from now on if its options say so.
     pub fn new(options: TcpOptions) -> Result<TcpTransport> {
-        let choice = options.io.choose()?;
+        options.io.attempt()?;
         let mut poller = Poller::new()?;
         let (mut strangers, mut advertised) = (None, Vec::new());
         if options.listen {
@@ -95,7 +94,6 @@ impl TcpTransport {
         }
         Ok(TcpTransport {
             options,
-            choice,
             poller,
             ring: None,
             poller_is_ready: false,
@@ -112,11 +110,6 @@ impl TcpTransport {
         })
     }
 
-    /// How the kernel moves this transport's bytes, and why so.
-    pub fn io(&self) -> &IoChoice {
-        &self.choice
-    }
-
     fn path(&mut self, peer: PeerId) -> Option<(usize, &mut Path)> {
         let index = *self.index_of.get(&peer)?;
         Some((index, self.paths[index].as_mut()?))
@@ -124,14 +117,8 @@ impl TcpTransport {
 
     /// The ring, which is made here if it is wanted: no path is open before.
     fn ring(&mut self) -> Result<Option<&mut Ring>> {
-        if self.ring.is_none() && self.choice.is_uring() {
-            match Ring::open(self.poller.fd()) {
-                Ok(ring) => self.ring = Some(ring),
-                Err(trouble) => {
-                    self.choice = self.options.io.without_uring(&trouble)?;
-                    tracing::warn!("tcp goes on with {}", self.choice);
-                }
-            }
+        if self.ring.is_none() && self.options.io == Io::Uring {
+            self.ring = Some(Ring::open(self.poller.fd()).map_err(|trouble| choice::refused(&trouble))?);
         }
         Ok(self.ring.as_mut())
     }

@@ -29,7 +29,7 @@ pub struct TcpOptions {
     pub advertise: Option<IpAddr>,
     /// Requests that may be queued to one peer before `post` answers `QueueFull`.
     pub queue_limit: usize,
-    /// How the kernel moves the bytes (`GRADWIRE_TCP_IO`: auto, epoll or uring).
+    /// How the kernel moves the bytes (`GRADWIRE_TCP_IO`: epoll or uring).
     pub io: Io,
 }
 
@@ -45,11 +45,11 @@ impl TcpOptions {
             ports: None,
             advertise: None,
             queue_limit: 4096,
-            io: Io::Auto,
+            io: Io::default(),
         }
     }
 
-    /// Takes `GRADWIRE_IFNAME`, `GRADWIRE_PORTS` (`4000-4100`) and `GRADWIRE_TCP_IO` from `lookup` where nothing was said before.
+    /// Takes `GRADWIRE_IFNAME` and `GRADWIRE_PORTS` (`4000-4100`) from `lookup` where nothing was said before, and `GRADWIRE_TCP_IO`.
     pub fn with_environment(mut self, lookup: impl Fn(&str) -> Option<String>) -> Result<TcpOptions> {
         if self.interface.is_none() && self.address.is_none() {
             self.interface = lookup("GRADWIRE_IFNAME").filter(|name| !name.is_empty());
@@ -57,7 +57,7 @@ impl TcpOptions {
         if let (None, Some(text)) = (&self.ports, lookup("GRADWIRE_PORTS").filter(|ports| !ports.is_empty())) {
             self.ports = Some(parse_ports(&text)?);
         }
-        if let (Io::Auto, Some(text)) = (self.io, lookup("GRADWIRE_TCP_IO").filter(|io| !io.is_empty())) {
+        if let Some(text) = lookup("GRADWIRE_TCP_IO").filter(|io| !io.is_empty()) {
             self.io = Io::parse(&text)?;
         }
         Ok(self)
@@ -106,9 +106,10 @@ mod tests {
         assert_eq!((filled.interface.as_deref(), filled.ports.clone()), (Some("lo"), Some(4000..=4100)));
         assert!(filled.listening_ip().unwrap().is_loopback());
         let address = Some(Ipv4Addr::UNSPECIFIED.into());
-        let said = TcpOptions { ports: Some(1..=2), address, io: Io::Epoll, ..options() };
+        let said = TcpOptions { ports: Some(1..=2), address, ..options() };
         let kept = said.with_environment(environment).unwrap();
-        assert_eq!((kept.interface, kept.ports, kept.io), (None, Some(1..=2), Io::Epoll));
+        assert_eq!((kept.interface, kept.ports), (None, Some(1..=2)));
+        assert_eq!(options().with_environment(|_| None).unwrap().io, Io::Epoll);
         assert!(options().listening_ip().unwrap().is_loopback());
     }
 
