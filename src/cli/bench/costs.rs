@@ -60,6 +60,7 @@ impl Shape {
             layers: 1,
             backward_ms: 1.0,
             threads: 1,
+            no_copy: false,
             dir: ".".into(),
             settings: Vec::new(),
             json: true,
@@ -106,7 +107,7 @@ fn step_rate(threads: u16) -> Result<f64> {
     let streams = Streams {
         kind: OptimizerKind::ADAMW,
         gradient_dtype: Dtype::F32,
-        parameter_dtype: Dtype::F32,
+        wire_dtype: Some(Dtype::F32),
         elements: (BULK_BYTES / 4) * u64::from(threads),
         chunk_elements: JobConfig::default().layout_options().chunk_elements,
         workers: 1,

@@ -77,7 +77,7 @@ pub(super) const OPTIMIZER: &str = "Examples:
 --bytes is the size of a gradient in the wire's format, so the number of parameters is that over 4 (f32) or 2 (bf16, f16). A round
 steps all of them, tile by tile as a server does. The rate counts the bytes that a step must move: it reads one gradient of each
 worker, reads and writes the master parameters and each array of state (none for plain SGD, one for Adagrad, two for Adam and AdamW),
-and writes the wire copy; --json has bytes_per_parameter and parameters_per_s. The ceiling is a plain loop over the same arrays in a
+and writes the wire copy (unless --no-copy); --json has bytes_per_parameter and parameters_per_s. The ceiling is a plain loop over the same arrays in a
 process of its own, with as many threads.";
 
 pub(super) const CHECKPOINT: &str = "Examples:

@@ -29,10 +29,11 @@ pub(super) fn optimizer(choice: &Choice) -> Result<()> {
     let (gradient_dtype, parameter_dtype) = choice.dtype.dtypes();
     let configs = choice.sizes.iter().map(|size| choice.config(*size)).collect::<Result<Vec<_>>>()?;
     let about = format!(
-        "{} over memory, {} gradients in {}, {} threads; ceiling: a plain loop over the same arrays",
+        "{} over memory, {} gradients in {}, {}, {} threads; ceiling: a plain loop over the same arrays",
         word(&choice.optimizer),
         choice.workers,
         gradient_dtype,
+        if choice.no_copy { "no copy for the wire" } else { "and the copy for the wire" },
         choice.threads
     );
     let mut show = Show::new(choice, &about);
@@ -40,7 +41,7 @@ pub(super) fn optimizer(choice: &Choice) -> Result<()> {
         let streams = Streams {
             kind: choice.optimizer.kind(),
             gradient_dtype,
-            parameter_dtype,
+            wire_dtype: (!choice.no_copy).then_some(parameter_dtype),
             elements: size / choice.element_bytes(),
             chunk_elements: config.layout_options().chunk_elements,
             workers: choice.workers,
@@ -57,7 +58,7 @@ pub(super) fn optimizer(choice: &Choice) -> Result<()> {
         let per_parameter = streams.bytes_per_parameter();
         let more = object(json!({
             "dtype": word(&choice.dtype), "optimizer": word(&choice.optimizer), "repetitions": figures.len(),
-            "rounds": figure.rounds, "seconds": figure.seconds, "threads": choice.threads,
+            "rounds": figure.rounds, "seconds": figure.seconds, "threads": choice.threads, "copy": !choice.no_copy,
             "isa": crate::optim::isa(), "bytes_per_parameter": per_parameter,
             "parameters_per_s": (figure.bytes_per_s / per_parameter as f64).round(),
         }));
@@ -81,6 +82,7 @@ fn arguments(choice: &Choice, streams: &Streams, plain: bool) -> Vec<String> {
     arguments.extend(options.into_iter().flat_map(|(option, value)| [option.to_string(), value]));
     arguments.extend(pace_arguments(streams.pace));
     arguments.extend(plain.then(|| "--plain".into()));
+    arguments.extend(streams.wire_dtype.is_none().then(|| "--no-copy".into()));
     arguments
 }
 

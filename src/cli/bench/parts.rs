@@ -111,6 +111,8 @@ pub(super) struct StreamsArguments {
     #[arg(long)]
     plain: bool,
     #[arg(long)]
+    no_copy: bool,
+    #[arg(long)]
     optimizer: OptimizerArgument,
     #[arg(long)]
     dtype: DtypeArgument,
@@ -189,11 +191,11 @@ fn drive(arguments: &DriverArguments) -> Result<Measured> {
 
 fn streams(arguments: &StreamsArguments) -> Result<Vec<Measured>> {
     let (gradient_dtype, parameter_dtype) = arguments.dtype.dtypes();
-    let StreamsArguments { plain, elements, chunk_elements, workers, threads, .. } = *arguments;
+    let StreamsArguments { plain, no_copy, elements, chunk_elements, workers, threads, .. } = *arguments;
     let streams = Streams {
         kind: arguments.optimizer.kind(),
         gradient_dtype,
-        parameter_dtype,
+        wire_dtype: (!no_copy).then_some(parameter_dtype),
         elements,
         chunk_elements,
         workers,

@@ -32,8 +32,8 @@ pub struct Streams {
     pub kind: OptimizerKind,
     /// Format of the gradients.
     pub gradient_dtype: Dtype,
-    /// Format of the copy for the wire.
-    pub parameter_dtype: Dtype,
+    /// Format of the copy for the wire, if one is written.
+    pub wire_dtype: Option<Dtype>,
     /// Parameters, of all threads together.
     pub elements: u64,
     /// Elements of a chunk.
@@ -77,7 +77,11 @@ impl Streams {
     /// read and written, the wire copy written. What a cache fetches before it is overwritten is not counted.
     pub fn bytes_per_parameter(&self) -> u64 {
         let state = 1 + self.kind.state_slots() as u64;
-        u64::from(self.workers) * self.gradient_dtype.size() as u64 + 8 * state + self.parameter_dtype.size() as u64
+        u64::from(self.workers) * self.gradient_dtype.size() as u64 + 8 * state + self.wire_bytes() as u64
+    }
+
+    fn wire_bytes(&self) -> usize {
+        self.wire_dtype.map_or(0, Dtype::size)
     }
 
     /// Runs one of the two and says what each thread measured; a round is one step of all parameters.
@@ -139,7 +143,8 @@ impl Streams {
                     first: bytemuck::cast_slice_mut(arrays.first.bytes_mut()),
                     second: bytemuck::cast_slice_mut(arrays.second.bytes_mut()),
                 };
-                let mut wire = Wire { bytes: arrays.wire.bytes_mut(), dtype: self.parameter_dtype };
+                let bytes = arrays.wire.bytes_mut();
+                let mut wire = self.wire_dtype.map(|dtype| Wire { bytes, dtype });
                 let mut parts = ChunkParts {
                     config: &config,
                     rates: &rates,
@@ -147,7 +152,7 @@ impl Streams {
                     gradients: Gradients { dtype: self.gradient_dtype, contributions: &contributions, start: 0 },
                     accumulator: &mut [],
                     state: state.part(start, len),
-                    wire: Some(wire.part(start, len)),
+                    wire: wire.as_mut().map(|wire| wire.part(start, len)),
                 };
                 let mut step = ChunkStep::new(kernels, &config, arguments);
                 while !step.advance(&mut parts, TILE_ELEMENTS) {}
@@ -157,11 +162,13 @@ impl Streams {
     }
 
     fn plain(&self, arrays: &mut Arrays) {
-        match (self.gradient_dtype.size(), self.parameter_dtype.size()) {
+        match (self.gradient_dtype.size(), self.wire_bytes()) {
             (4, 4) => plain_loop::<u32, u32>(arrays),
-            (4, _) => plain_loop::<u32, u16>(arrays),
+            (4, 2) => plain_loop::<u32, u16>(arrays),
+            (4, _) => plain_loop::<u32, ()>(arrays),
             (_, 4) => plain_loop::<u16, u32>(arrays),
-            _ => plain_loop::<u16, u16>(arrays),
+            (_, 2) => plain_loop::<u16, u16>(arrays),
+            _ => plain_loop::<u16, ()>(arrays),
         }
     }
 }
@@ -182,7 +189,7 @@ impl Arrays {
             master: allocate(elements * 4)?,
             first: allocate(if slots > 0 { elements * 4 } else { 0 })?,
             second: allocate(if slots > 1 { elements * 4 } else { 0 })?,
-            wire: allocate(elements * streams.parameter_dtype.size())?,
+            wire: allocate(elements * streams.wire_bytes())?,
         })
     }
 }
@@ -191,6 +198,27 @@ impl Arrays {
 trait Number: bytemuck::Pod {
     fn widen(self) -> u32;
     fn narrow(sum: u32) -> Self;
+
+    /// The numbers that lie in `bytes`.
+    fn all(bytes: &mut [u8], _count: usize) -> &mut [Self] {
+        bytemuck::cast_slice_mut(bytes)
+    }
+}
+
+/// In the place of a copy that is not written.
+impl Number for () {
+    #[inline(always)]
+    fn widen(self) -> u32 {
+        0
+    }
+
+    #[inline(always)]
+    fn narrow(_: u32) {}
+
+    fn all(_: &mut [u8], count: usize) -> &mut [()] {
+        // Takes no memory.
+        vec![(); count].leak()
+    }
 }
 
 impl Number for u32 {
@@ -223,7 +251,7 @@ fn plain_loop<G: Number, W: Number>(arrays: &mut Arrays) {
     let master: &mut [u32] = bytemuck::cast_slice_mut(master.bytes_mut());
     let first: &mut [u32] = bytemuck::cast_slice_mut(first.bytes_mut());
     let second: &mut [u32] = bytemuck::cast_slice_mut(second.bytes_mut());
-    let wire: &mut [W] = bytemuck::cast_slice_mut(wire.bytes_mut());
+    let wire = W::all(wire.bytes_mut(), master.len());
     let gradients: Vec<&[G]> = gradients.iter().map(|gradient| bytemuck::cast_slice(gradient.bytes())).collect();
     let mut sums = [0u32; RUN];
     for start in (0..master.len()).step_by(RUN) {
@@ -310,7 +338,7 @@ mod tests {
         Streams {
             kind,
             gradient_dtype: dtype,
-            parameter_dtype: dtype,
+            wire_dtype: Some(dtype),
             elements: 5000,
             chunk_elements: 1024,
             workers,
@@ -326,6 +354,8 @@ mod tests {
         assert_eq!(of(OptimizerKind::ADAGRAD, Dtype::F32, 1), 4 + 16 + 4);
         assert_eq!(of(OptimizerKind::ADAMW, Dtype::F32, 1), 4 + 24 + 4);
         assert_eq!(of(OptimizerKind::ADAMW, Dtype::Bf16, 4), 8 + 24 + 2);
+        let alone = Streams { wire_dtype: None, ..streams(OptimizerKind::ADAMW, Dtype::F32, 1) };
+        assert_eq!(alone.bytes_per_parameter(), 4 + 24);
     }
 
     #[test]
