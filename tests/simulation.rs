@@ -11,6 +11,8 @@
 mod bits;
 #[path = "simulation/copies.rs"]
 mod copies;
+#[path = "simulation/decided.rs"]
+mod decided;
 #[path = "simulation/elastic.rs"]
 mod elastic;
 #[path = "simulation/live.rs"]

@@ -217,7 +217,7 @@ impl World<'_> {
                     self.begin_anew(index)?;
                 }
             }
-            News::Tenure(..) => {}
+            News::Tenure(shard, tenure) => replica.set_lane(ShardId(shard as u16), tenure.primary, now),
         }
         Ok(())
     }
@@ -239,6 +239,9 @@ impl World<'_> {
         let standby = build::build_standby(self.options, &self.layout, &self.network, &copy);
         let mut standby = standby.map_err(|error| error.to_string())?;
         standby.join(self.now);
+        for (other, tenure) in self.copies.tenures.iter().enumerate().filter(|(other, _)| *other != shard) {
+            standby.set_lane(ShardId(other as u16), tenure.primary);
+        }
         self.servers[index].replica = Some(Replica::following(me, tenure, standby));
         Ok(())
     }
@@ -318,7 +321,9 @@ impl World<'_> {
             return false;
         }
         let within = |world: &mut Self, most: u64| world.now + Duration::from_micros(world.random.below(most));
-        match self.random.below(8) {
+        // Where steps are decided upon, the lanes of two shards may lose each other too.
+        let (decider, kinds) = (self.copies.tenures[0].primary, if self.options.decides() { 10 } else { 8 });
+        match self.random.below(kinds) {
             0..3 => {
                 // Mostly the launcher sees at once that a process has died; a host that is gone tells nobody.
                 let most = if self.random.once_in(3) { 8_000_000 } else { 50_000 };
@@ -339,6 +344,11 @@ impl World<'_> {
                 self.copies.counts.cuts += 1;
             }
             5 => self.network.break_path(one, other),
+            8 if decider != one => self.network.break_path(decider, one),
+            9 if decider != one => {
+                let until = within(self, 8_000_000);
+                self.network.cut(decider, one, until);
+            }
             _ => self.network.break_path(primary, worker),
         }
         true

@@ -15,7 +15,7 @@ use super::{check_undisturbed, options, rebuilt::trained, sample};
 /// Of so many seeds of each test every run tries some.
 const SEEDS: u64 = 10_000;
 
-fn with_copies(seed: u64, chaos: Chaos) -> WorldOptions {
+pub fn with_copies(seed: u64, chaos: Chaos) -> WorldOptions {
     let base = options(seed);
     let clocks = 4 + base.clocks * 3;
     WorldOptions {
