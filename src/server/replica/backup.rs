@@ -41,6 +41,8 @@ pub struct Inheritance {
     pub clocks: Vec<Clock>,
     /// By chunk, in shard order: its version.
     pub versions: Vec<Version>,
+    /// To how many clocks anybody has pushed; what was passed beyond that may never begin.
+    pub clocks_pushed: Clock,
     /// By worker: it has finished, and all that it gave is in.
     pub finished: Vec<bool>,
     /// Where the shard moves: the next clock of the periodic checkpoint that the lane before has not taken; 0 if there is none.
@@ -56,6 +58,7 @@ impl Inheritance {
         Inheritance {
             clocks: vec![config.start_clock; chunks],
             versions: versions.map_or_else(|| vec![config.start_clock; chunks], <[Version]>::to_vec),
+            clocks_pushed: config.start_clock,
             finished: vec![false; config.workers.into()],
             stores_next: 0,
             reduced: vec![None; chunks],
@@ -256,6 +259,9 @@ impl Backup {
             let Some((note, lease)) = self.queue.pop_front() else { break };
             let place = self.place(note.chunk);
             let clock = self.holds.clocks.get(place).copied();
+            if matches!(note.kind, NoteKind::Replica | NoteKind::Passed) {
+                self.holds.clocks_pushed = self.holds.clocks_pushed.max(note.credit);
+            }
             let wrong = |what: String| Error::Protocol { peer: self.primary, what };
             match (note.kind, lease) {
                 (NoteKind::Replica, Some(lease))

@@ -30,7 +30,8 @@ impl Shard {
             self.window.finish(position);
         }
         let furthest = through.into_iter().max().unwrap_or(start);
-        (self.clock_max, self.clocks_pushed) = (holds.clocks.iter().copied().max().unwrap_or(start), furthest);
+        self.clock_max = holds.clocks.iter().copied().max().unwrap_or(start);
+        self.clocks_pushed = holds.clocks_pushed.max(self.clock_max);
         for (contributor, finished) in self.contributors.iter_mut().zip(&holds.finished) {
             contributor.inherits = true;
             (contributor.finished, contributor.said_goodbye) = (*finished, *finished);

@@ -340,12 +340,12 @@ impl Shard {
             return false;
         }
         debug_assert!(sum.is_some() == (weight > 0), "a chunk is copied while nothing is computed over it");
-        let chunk = self.chunks[index].id;
+        let (chunk, credit) = (self.chunks[index].id, self.clocks_pushed);
         let note = match &sum {
-            None => Note { chunk, clock, ..Note::new(NoteKind::Passed) },
+            None => Note { chunk, clock, credit, ..Note::new(NoteKind::Passed) },
             Some(_) => {
                 let length = self.chunks[index].len * 4;
-                Note { chunk, clock, version: weight.into(), length, ..Note::new(NoteKind::Replica) }
+                Note { chunk, clock, version: weight.into(), credit, length, ..Note::new(NoteKind::Replica) }
             }
         };
         self.chunks[index].is_unheld = true;

@@ -467,15 +467,16 @@ impl Shard {
         if self.chunks[index].busy {
             return Turn::Idle; // its computation touches it again when done
         }
+        let is_stored_first = self.checkpointing.holds_all(self.clock_max);
         if let Some(reduced) = self.chunks[index].reduced.filter(|_| self.mirror.is_some())
             && self.is_decided(reduced.clock)
         {
-            return self.start_apply(index, reduced);
+            return if is_stored_first { Turn::Waiting } else { self.start_apply(index, reduced) };
         }
         if self.chunks[index].is_unheld || self.is_decision_unheld || self.is_copying(index) {
             return Turn::Idle; // the backup's word touches it, or the last part
         }
-        if self.checkpointing.holds_all(self.clock_max) {
+        if is_stored_first {
             return Turn::Waiting;
         }
         match self.answer(index) {
