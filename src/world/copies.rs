@@ -64,6 +64,8 @@ pub(super) struct Copies {
     pub begun: BTreeMap<PeerId, u64>,
     /// Servers that are gone: when that is noticed, and whether it has been.
     pub gone: BTreeMap<u16, (Instant, bool)>,
+    /// Until when the lanes of two shards hear nothing of each other.
+    pub parted: Option<Instant>,
     /// A server that does not run, until then.
     pub stopped: Option<(u16, Instant)>,
     /// By lane: the tenure of its shard that it heard of last, in the present life of its process.
@@ -116,6 +118,7 @@ impl World<'_> {
         };
         copies.gone.is_empty()
             && copies.stopped.is_none()
+            && copies.parted.is_none_or(|until| until < self.now)
             && copies.tenures.iter().all(|tenure| tenure.is_paired)
             && self.servers.iter().all(is_paired)
     }
@@ -348,6 +351,7 @@ impl World<'_> {
             9 if decider != one => {
                 let until = within(self, 8_000_000);
                 self.network.cut(decider, one, until);
+                self.copies.parted = Some(until);
             }
             _ => self.network.break_path(primary, worker),
         }
