@@ -11,6 +11,8 @@
 mod bits;
 #[path = "simulation/copies.rs"]
 mod copies;
+#[path = "simulation/decided.rs"]
+mod decided;
 #[path = "simulation/elastic.rs"]
 mod elastic;
 #[path = "simulation/live.rs"]
@@ -19,8 +21,6 @@ mod live;
 mod moves;
 #[path = "simulation/rebuilt.rs"]
 mod rebuilt;
-#[path = "simulation/states.rs"]
-mod states;
 
 use std::{collections::HashMap, time::Duration};
 
@@ -180,7 +180,6 @@ fn options(seed: u64) -> WorldOptions {
         clocks: 1 + random.below(8),
         uneven: false,
         hasty: false,
-        sets_rates: false,
         requests: false,
         copies: false,
         store_fails: false,

@@ -293,9 +293,10 @@ impl<T: Transport> EventLoop<T> {
         }
     }
 
-    /// Begins where another lane ended, with what a backup of it holds; workers come by themselves.
+    /// Begins where another lane ended, with what a backup of it holds; workers and other shards' lanes come by themselves.
     pub(super) fn inherit(&mut self, holds: &Inheritance) {
         self.shard.inherit(holds);
+        self.shard.lanes().into_iter().for_each(|lane| self.paths.set_aside(lane));
         for worker in 0..holds.finished.len() {
             let worker = PeerId::worker(worker as u16);
             self.paths.set_aside(worker);
@@ -368,7 +369,7 @@ impl<T: Transport> EventLoop<T> {
     }
 
     /// A worker is connected, for the first time or again: its landing slots are opened and it is told of them. Another shard is told
-    /// something only over a path that was rebuilt.
+    /// what it may lack.
     fn attach(&mut self, peer: PeerId) -> Result<()> {
         let is_rebuilt = self.paths.generation(peer) > 0;
         if self.shard.backup() == Some(peer) {
@@ -376,13 +377,11 @@ impl<T: Transport> EventLoop<T> {
             return Ok(());
         }
         if peer.rank.role == Role::Server {
-            if is_rebuilt {
-                self.shard.resume_lane(peer);
-            }
+            self.shard.meet_lane(peer);
             return Ok(());
         }
         let worker = peer.rank.index;
-        if is_rebuilt {
+        if is_rebuilt || self.shard.has_inherited(worker) {
             self.shard.resume(worker);
         }
         let fabric = self.paths.fabric(peer);
@@ -429,6 +428,9 @@ impl<T: Transport> EventLoop<T> {
                 Effect::TellChanges => {
                     for (clock, change) in self.computing.memory.rates().changes() {
                         self.shard.mirror_change(clock, change);
+                    }
+                    for (clock, limit) in self.shard.live_state().clip_norm {
+                        self.shard.mirror_change(clock, LiveChange { clip_norm: Some(limit), ..LiveChange::default() });
                     }
                     self.shard.begin_copying();
                 }

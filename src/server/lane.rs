@@ -234,8 +234,8 @@ impl Lane {
                 }
             }
             Command::Gone { rank } => self.replica.handle_gone(rank),
-            Command::Tenure { .. } => {} // another shard's
-            Command::Retire => {}        // the process', once it has no lane
+            Command::Tenure { shard, tenure } => self.replica.set_lane(shard, tenure.primary, Instant::now()),
+            Command::Retire => {} // the process', once it has no lane
             Command::End { clock, checkpoint } => self.end = Some((clock, checkpoint)),
             Command::JobFailed { text } => return Err(Error::JobFailed(text)),
         }

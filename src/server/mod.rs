@@ -24,6 +24,6 @@ pub use memory::{ChunkImage, ChunkView, InitialValues, Memory, MemoryOptions, No
 pub use node::run;
 pub use replica::{Backup, BackupEffect, Inheritance, Part as LanePart, Replica, Standby, StandbyOptions, Standing};
 pub use shard::{
-    Contribution, Decision, DecisionConfig, DecisionRules, Effect, Figures, Lacking, LiveState, MirrorConfig, Part,
-    Shard, ShardConfig, Task, Work,
+    Contribution, Decided, Decision, DecisionConfig, DecisionRules, Effect, Figures, Lacking, LiveState, MirrorConfig,
+    Part, Reduced, Shard, ShardConfig, Task, Work,
 };

@@ -207,8 +207,10 @@ impl LaneThread {
         matches!(self.begins, Begins::First)
     }
 
-    /// The tenure under which this lane begins: a lane that begins again hears of one that another serves.
-    fn tenure(&mut self) -> Result<Tenure> {
+    /// The tenure under which this lane begins: a lane that begins again hears of one that another serves. Who serves the other
+    /// shards goes into `decision`, as far as it is heard on the way.
+    fn tenure(&mut self, decision: Option<&mut DecisionConfig>) -> Result<Tenure> {
+        let mut lanes = decision.map(|decision| &mut decision.lanes);
         let shard = self.shard();
         match self.begins {
             Begins::First => return Ok(self.plan.config.first_tenure(shard)),
@@ -221,6 +223,11 @@ impl LaneThread {
             match self.commands.0.poll()? {
                 Some(Command::Tenure { shard: of, tenure }) if of == shard && tenure.primary != self.me => {
                     return Ok(tenure);
+                }
+                Some(Command::Tenure { shard: of, tenure }) if of != shard => {
+                    if let Some(known) = lanes.as_mut().and_then(|lanes| lanes.get_mut(usize::from(of.0))) {
+                        *known = tenure.primary;
+                    }
                 }
                 Some(Command::JobFailed { text }) => return Err(Error::JobFailed(text)),
                 Some(Command::Stop { reason, .. }) => return Err(Error::JobFailed(reason)),
@@ -272,7 +279,8 @@ impl LaneThread {
     /// Pins the thread, then allocates: memory lies beside whoever touches it.
     fn build(mut self) -> Result<Lane> {
         let (plan, shard) = (self.plan.clone(), self.shard());
-        let tenure = self.tenure()?;
+        let mut decision = plan.decision();
+        let tenure = self.tenure(decision.as_mut())?;
         let device = device_of(&plan.devices, shard);
         let topology = Topology::discover();
         let core = beside(&topology, self.core, device.and_then(|device| device.numa_node), self.me.lane);
@@ -308,7 +316,7 @@ impl LaneThread {
             consistency: config.consistency,
             slots: config.slots(&ShardShape::of(&plan.layout, shard))?,
             two_step: config.is_two_step(),
-            decision: plan.decision(),
+            decision,
             loss_scale: config.loss_scale,
             live: resume::live(config)?,
             epoch: 0,

@@ -22,9 +22,6 @@ impl JobConfig {
                 refuse("the copies of a shard are on different servers: `servers` must be at least 2")
             }
             2 if !self.consistency.aggregates() => refuse("that needs `consistency` bsp"),
-            2 if self.decides() => refuse(
-                "with two copies `optimizer.clip.global_norm`, `skip_nonfinite` and a dynamic `loss_scale.mode` are not built yet",
-            ),
             2 if self.rebuild_ms == 0 => {
                 refuse("workers reach another copy by rebuilding paths: `rebuild_ms` must not be 0")
             }

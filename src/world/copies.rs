@@ -64,6 +64,8 @@ pub(super) struct Copies {
     pub begun: BTreeMap<PeerId, u64>,
     /// Servers that are gone: when that is noticed, and whether it has been.
     pub gone: BTreeMap<u16, (Instant, bool)>,
+    /// Until when the lanes of two shards hear nothing of each other.
+    pub parted: Option<Instant>,
     /// A server that does not run, until then.
     pub stopped: Option<(u16, Instant)>,
     /// By lane: the tenure of its shard that it heard of last, in the present life of its process.
@@ -116,6 +118,7 @@ impl World<'_> {
         };
         copies.gone.is_empty()
             && copies.stopped.is_none()
+            && copies.parted.is_none_or(|until| until < self.now)
             && copies.tenures.iter().all(|tenure| tenure.is_paired)
             && self.servers.iter().all(is_paired)
     }
@@ -136,34 +139,28 @@ impl World<'_> {
         for (_, claimant, epoch, claim) in due {
             let shard = self.servers.iter().find(|node| node.me == claimant).expect("a lane").shard;
             let tenure = self.copies.tenures[shard];
-            match tenure.after(claimant, epoch, claim).ok().map(|next| (next, self.swap(shard, next))) {
-                Some((next, Some(present))) if next == present => {
+            match tenure.after(claimant, epoch, claim) {
+                Ok(_) if self.copies.stored[shard].epoch > tenure.epoch => {
+                    self.copies.tenures[shard] = self.copies.stored[shard]; // a claim that nobody was told of
+                    self.tell_everybody(News::Tenure(shard, self.copies.stored[shard]));
+                }
+                Ok(next) if self.options.store_fails && self.random.once_in(3) => {
+                    if self.random.once_in(2) {
+                        self.copies.stored[shard] = next;
+                    }
+                    self.copies.counts.unanswered += 1;
+                    self.tell(claimant, News::Tenure(shard, tenure));
+                }
+                Ok(next) => {
+                    (self.copies.tenures[shard], self.copies.stored[shard]) = (next, next);
                     self.copies.counts.takeovers += u64::from(claim == Claim::TakeOver);
                     self.copies.counts.moves += u64::from(claim == Claim::Succeed);
                     self.copies.counts.pairings += u64::from(claim == Claim::Pair);
+                    self.tell_everybody(News::Tenure(shard, next));
                 }
-                Some((_, Some(_))) => {} // a claim that nobody was told of
-                None | Some((_, None)) => self.tell(claimant, News::Tenure(shard, tenure)),
+                Err(_) => self.tell(claimant, News::Tenure(shard, tenure)),
             }
         }
-    }
-
-    /// Has the store put another tenure in the place of the one that the launcher knows: what holds now, of which everybody is told.
-    /// Nothing if there is no answer; it may have been done all the same.
-    pub(super) fn swap(&mut self, shard: usize, next: Tenure) -> Option<Tenure> {
-        let stored = self.copies.stored[shard];
-        let is_known = stored.epoch == self.copies.tenures[shard].epoch;
-        if is_known && self.options.store_fails && self.random.once_in(3) {
-            if self.random.once_in(2) {
-                self.copies.stored[shard] = next;
-            }
-            self.copies.counts.unanswered += 1;
-            return None;
-        }
-        let present = if is_known { next } else { stored };
-        (self.copies.tenures[shard], self.copies.stored[shard]) = (present, present);
-        self.tell_everybody(News::Tenure(shard, present));
-        Some(present)
     }
 
     pub(super) fn tell_everybody(&mut self, news: News) {
@@ -219,16 +216,11 @@ impl World<'_> {
             News::Gone(rank) => replica.handle_gone(rank),
             News::Tenure(shard, tenure) if shard == own => {
                 if replica.set_tenure(tenure, now).map_err(|error| error.to_string())? == Standing::BeginsAnew {
-                    if self.options.moves && self.servers[index].storing.is_some() {
-                        return Err(format!(
-                            "{node} is done with shard {shard}, and a snapshot of it is not on the disk"
-                        ));
-                    }
                     self.copies.counts.deposed += u64::from(self.options.copies);
                     self.begin_anew(index)?;
                 }
             }
-            News::Tenure(..) => {}
+            News::Tenure(shard, tenure) => replica.set_lane(ShardId(shard as u16), tenure.primary, now),
         }
         Ok(())
     }
@@ -250,6 +242,9 @@ impl World<'_> {
         let standby = build::build_standby(self.options, &self.layout, &self.network, &copy);
         let mut standby = standby.map_err(|error| error.to_string())?;
         standby.join(self.now);
+        for (other, tenure) in self.copies.tenures.iter().enumerate().filter(|(other, _)| *other != shard) {
+            standby.set_lane(ShardId(other as u16), tenure.primary);
+        }
         self.servers[index].replica = Some(Replica::following(me, tenure, standby));
         Ok(())
     }
@@ -329,7 +324,9 @@ impl World<'_> {
             return false;
         }
         let within = |world: &mut Self, most: u64| world.now + Duration::from_micros(world.random.below(most));
-        match self.random.below(8) {
+        // Where steps are decided upon, the lanes of two shards may lose each other too.
+        let (decider, kinds) = (self.copies.tenures[0].primary, if self.options.decides() { 10 } else { 8 });
+        match self.random.below(kinds) {
             0..3 => {
                 // Mostly the launcher sees at once that a process has died; a host that is gone tells nobody.
                 let most = if self.random.once_in(3) { 8_000_000 } else { 50_000 };
@@ -350,6 +347,12 @@ impl World<'_> {
                 self.copies.counts.cuts += 1;
             }
             5 => self.network.break_path(one, other),
+            8 if decider != one => self.network.break_path(decider, one),
+            9 if decider != one => {
+                let until = within(self, 8_000_000);
+                self.network.cut(decider, one, until);
+                self.copies.parted = Some(until);
+            }
             _ => self.network.break_path(primary, worker),
         }
         true

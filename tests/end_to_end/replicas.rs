@@ -20,6 +20,7 @@ use nix::{sys::signal::Signal, unistd::Pid};
 
 use crate::{
     broken_paths::{clock, ranks},
+    decisions::scaling,
     jobs::{PATIENCE, digests, end, home, options, run, stored, wait_for_text, with_variable},
     program::model,
 };
@@ -27,8 +28,23 @@ use crate::{
 /// Steps for each fault: its end comes long after the backup is back.
 const STEPS: u64 = 300;
 
-fn job(home: &Path, fabric: Fabric, replicas: u16, faults: u64) -> JobOptions {
-    let mut options = options(home, "train");
+/// Of which job.
+#[derive(Clone, Copy)]
+enum Kind {
+    Plain,
+    /// Every step is clipped, some are skipped, and the loss scale moves.
+    Decided,
+}
+
+fn job(home: &Path, (fabric, kind): (Fabric, Kind), replicas: u16, faults: u64) -> JobOptions {
+    let mut options = match kind {
+        Kind::Plain => options(home, "train"),
+        Kind::Decided => options(home, "spoilt"),
+    };
+    if let Kind::Decided = kind {
+        options.config.optimizer.clip.global_norm = Some(3.0);
+        options.config.loss_scale = scaling();
+    }
     options.config.servers = 3;
     options.config.replicas = replicas;
     options.config.transports = vec![fabric];
@@ -63,11 +79,11 @@ pub fn wait_until(job: &Job, what: &str, met: impl Fn() -> bool) -> Duration {
     since.elapsed()
 }
 
-fn disturbed(fabric: Fabric, signals: &[Signal], seed: u64, count: u64) {
+fn disturbed((fabric, kind): (Fabric, Kind), signals: &[Signal], seed: u64, count: u64) {
     let mut random = SimRandom::new(seed);
     let (home_of, calm_home) = (home(), home());
-    let undisturbed = run(job(calm_home.path(), fabric, 1, count));
-    let options = job(home_of.path(), fabric, 2, count);
+    let undisturbed = run(job(calm_home.path(), (fabric, kind), 1, count));
+    let options = job(home_of.path(), (fabric, kind), 2, count);
     let steps = STEPS * (count + 1);
     let mut job = Job::start(options).unwrap();
     wait_for_text(&job, "begins clock 3");
@@ -118,21 +134,27 @@ fn faults() -> (u64, u64) {
 #[test]
 fn killed_and_stopped_servers_change_no_bit_over_tcp() {
     let (count, seed) = faults();
-    disturbed(Fabric::Tcp, &[Signal::SIGKILL, Signal::SIGSTOP], seed, count);
+    disturbed((Fabric::Tcp, Kind::Plain), &[Signal::SIGKILL, Signal::SIGSTOP], seed, count);
+}
+
+#[test]
+fn killed_and_stopped_servers_change_no_bit_where_steps_are_decided_upon() {
+    let (count, seed) = faults();
+    disturbed((Fabric::Tcp, Kind::Decided), &[Signal::SIGKILL, Signal::SIGSTOP], seed + 2, count);
 }
 
 #[test]
 fn killed_and_stopped_servers_change_no_bit_in_shared_memory() {
     let (count, seed) = faults();
-    disturbed(Fabric::Shm, &[Signal::SIGKILL, Signal::SIGSTOP], seed + 1, count);
+    disturbed((Fabric::Shm, Kind::Plain), &[Signal::SIGKILL, Signal::SIGSTOP], seed + 1, count);
 }
 
 /// Both servers of a pair at once: the job ends by name, and goes on from its checkpoint.
 #[test]
 fn a_job_that_loses_both_copies_ends_by_name_and_resumes() {
     let (home_of, calm_home) = (home(), home());
-    let undisturbed = run(job(calm_home.path(), Fabric::Tcp, 1, 1));
-    let mut first = Job::start(job(home_of.path(), Fabric::Tcp, 2, 1)).unwrap();
+    let undisturbed = run(job(calm_home.path(), (Fabric::Tcp, Kind::Plain), 1, 1));
+    let mut first = Job::start(job(home_of.path(), (Fabric::Tcp, Kind::Plain), 2, 1)).unwrap();
     wait_for_text(&first, "begins clock 250");
     let servers =
         ranks(home_of.path()).into_iter().filter(|rank| rank.name != "server 2" && rank.name.starts_with("server"));
@@ -141,7 +163,7 @@ fn a_job_that_loses_both_copies_ends_by_name_and_resumes() {
     let reason = outcome.reason.clone().unwrap_or_default();
     assert!(outcome.code != 0 && reason.contains("has lost both copies"), "{reason}\n{}", first.output());
     drop(first);
-    let mut again = job(home_of.path(), Fabric::Tcp, 2, 1);
+    let mut again = job(home_of.path(), (Fabric::Tcp, Kind::Plain), 2, 1);
     again.config.resume = Some(home_of.path().join("checkpoints"));
     let output = run(again);
     assert_eq!(digests(&output), digests(&undisturbed), "{output}");

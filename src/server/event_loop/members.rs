@@ -3,7 +3,7 @@
 //! Invariant: nothing is taken from a worker after it was expelled, and its slots are opened to nobody but a later process of it.
 
 use super::*;
-use crate::session::NEVER;
+use crate::{session::NEVER, types::ShardId};
 
 impl<T: Transport> EventLoop<T> {
     /// See [`Shard::prepare_change`]. A worker that is lost is expelled; [`NEVER`] for a change that this shard cannot make.
@@ -20,6 +20,13 @@ impl<T: Transport> EventLoop<T> {
     pub fn expel(&mut self, worker: u16) {
         self.paths.expel(PeerId::worker(worker));
         self.shard.expel(worker);
+    }
+
+    /// Another lane serves a shard: the path by which steps are decided upon leads there.
+    pub fn set_lane(&mut self, shard: ShardId, lane: PeerId, now: Instant) {
+        if let Some(before) = self.shard.set_lane(shard, lane) {
+            self.paths.redirect(before, lane, now);
+        }
     }
 
     /// Workers whose paths are lost where the job goes on without them, and why.

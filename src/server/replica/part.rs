@@ -10,7 +10,7 @@ use crate::{
     server::{EventLoop, Progress},
     session::{Claim, Paths, Proposal, Tenure},
     transport::{Transport, Wakeup},
-    types::{Epoch, PeerId, Rank},
+    types::{Epoch, PeerId, Rank, ShardId},
 };
 
 /// The pause after a claim that was refused.
@@ -161,6 +161,14 @@ impl<T: Transport> Replica<T> {
             Part::Following(standby) => standby.take_claim(),
         };
         claim.map(|claim| (epoch, claim))
+    }
+
+    /// Another lane serves another shard.
+    pub fn set_lane(&mut self, shard: ShardId, lane: PeerId, now: Instant) {
+        match self.part() {
+            Part::Serving(event_loop) => event_loop.set_lane(shard, lane, now),
+            Part::Following(standby) => standby.set_lane(shard, lane),
+        }
     }
 
     /// A server's process is gone.

@@ -7,7 +7,7 @@
 
 use std::{collections::BTreeMap, sync::Arc, time::Instant};
 
-use super::{Backup, BackupEffect, Inheritance};
+use super::{Backup, BackupEffect};
 use crate::{
     Error, Result,
     layout::Layout,
@@ -19,7 +19,7 @@ use crate::{
     },
     session::{Claim, Paths, Proposal, Tenure},
     transport::{Completion, Endpoint, MemoryRegion, Transport, Wakeup},
-    types::{ChunkId, Clock, Dtype, Epoch, PeerId, Role, Version},
+    types::{ChunkId, Clock, Dtype, Epoch, PeerId, Role, ShardId, Version},
     wire::Attachment,
 };
 
@@ -80,15 +80,7 @@ impl<T: Transport> Standby<T> {
         let count = mirror.slots as usize;
         let (landing, slots) = slots("replica", (count, slot_bytes), &options.region, &mut paths)?;
         let landing = landing.expect("a mirror has slots");
-        let chunks = layout.shards[usize::from(shard.shard.0)].len();
-        let holds = Inheritance {
-            clocks: vec![shard.start_clock; chunks],
-            versions: versions.map_or_else(|| vec![shard.start_clock; chunks], <[Version]>::to_vec),
-            finished: vec![false; shard.workers.into()],
-            stores_next: 0,
-        };
-        let mut backup = Backup::new(primary, shard.shard, layout.clone(), holds, options.is_first);
-        backup.scale_by((1.0 / f64::from(shard.loss_scale.first())) as f32);
+        let backup = Backup::new(primary, shard, layout.clone(), versions, options.is_first);
         let attachment =
             Attachment { rkey: 0, offset: 0, slot_bytes: slot_bytes as u32, slots: mirror.slots, credit: 0 };
         Ok(Standby {
@@ -122,6 +114,13 @@ impl<T: Transport> Standby<T> {
         T: Wakeup,
     {
         (self.paths.transport(), self.computing.memory.wakeup())
+    }
+
+    /// Another lane serves another shard: should this one take over, it decides with that one.
+    pub fn set_lane(&mut self, shard: ShardId, lane: PeerId) {
+        let decision = self.options.shard.decision.as_mut();
+        let known = decision.and_then(|decision| decision.lanes.get_mut(usize::from(shard.0)));
+        known.into_iter().for_each(|known| *known = lane);
     }
 
     /// Begins the path to the primary, as everybody begins theirs.
@@ -260,6 +259,7 @@ impl<T: Transport> Standby<T> {
     /// Becomes the event loop of the shard, under a tenure that says so.
     pub fn take_over(mut self, now: Instant) -> Result<EventLoop<T>> {
         debug_assert!(self.is_settled() && self.lost.is_some(), "the store was asked after that");
+        self.set_lane(self.options.shard.shard, self.options.shard.me);
         let mut config = self.options.shard;
         self.computing.memory.expect_gradients(config.gradient_dtype);
         if let Some(mirror) = &mut config.mirror {
@@ -340,10 +340,13 @@ impl<T: Transport> Standby<T> {
         if let Some(rate) = change.learning_rate {
             self.computing.memory.set_learning_rate(rate, clock, done)?;
         }
-        match change.weight_decay {
-            Some(decay) => self.computing.memory.set_weight_decay(decay, clock, done),
-            None => Ok(()),
+        if let Some(decay) = change.weight_decay {
+            self.computing.memory.set_weight_decay(decay, clock, done)?;
         }
+        if let Some(limit) = change.clip_norm {
+            self.backup.limit_norm(limit, clock);
+        }
+        Ok(())
     }
 
     fn compute(&mut self) -> Result<bool> {
@@ -351,6 +354,8 @@ impl<T: Transport> Standby<T> {
         let mut ended = false;
         while let Some(work) = self.computing.advance(self.paths.recorder())? {
             self.backup.handle_computed(work)?;
+            // Whose gradient it was is for the primary to say.
+            while self.computing.memory.take_not_finite().is_some() {}
             ended = true;
         }
         Ok(ended)

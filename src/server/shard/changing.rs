@@ -9,7 +9,8 @@ impl Shard {
     /// Begins nothing of `clock` and later clocks until [`Shard::settle_change`]; of a later one if that clock has begun here. Gives
     /// the first clock that is held.
     pub fn prepare_change(&mut self, number: u64, clock: Clock) -> Clock {
-        let begun = self.chunks.iter().filter_map(|chunk| chunk.reduced.map(|(clock, _)| clock + 1)).max().unwrap_or(0);
+        let begun =
+            self.chunks.iter().filter_map(|chunk| chunk.reduced.map(|reduced| reduced.clock + 1)).max().unwrap_or(0);
         let possible = begun.max(self.clock_max + u64::from(self.computing > 0)).max(self.decided_here());
         let from = clock.max(possible);
         self.held = Some((number, from));

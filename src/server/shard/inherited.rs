@@ -17,18 +17,21 @@ impl Shard {
                 chunk.gate.on_all_applied(*clock - 1);
             }
         }
-        let open = holds.clocks.iter().enumerate().map(|(place, clock)| position(*clock, count, place));
+        // A chunk whose sum is held is through with the positions of that clock too.
+        let through: Vec<Clock> = holds.through().collect();
+        let open = through.iter().enumerate().map(|(place, clock)| position(*clock, count, place));
         let base = open.min().unwrap_or(0);
         self.window = Window::new(self.config.slots, self.config.workers.into(), base);
-        for (place, clock) in holds.clocks.iter().enumerate() {
+        for (place, clock) in through.iter().enumerate() {
             let done = (start..*clock).rev().map(|clock| position(clock, count, place));
             self.inherited.extend(done.take_while(|position| *position > base));
         }
         for position in self.inherited.clone() {
             self.window.finish(position);
         }
-        let furthest = holds.clocks.iter().copied().max().unwrap_or(start);
-        self.clock_max = furthest;
+        let furthest = through.into_iter().max().unwrap_or(start);
+        self.clock_max = holds.clocks.iter().copied().max().unwrap_or(start);
+        self.clocks_pushed = holds.clocks_pushed.max(self.clock_max);
         for (contributor, finished) in self.contributors.iter_mut().zip(&holds.finished) {
             contributor.inherits = true;
             (contributor.finished, contributor.said_goodbye) = (*finished, *finished);
@@ -38,9 +41,15 @@ impl Shard {
             true => self.checkpointing.go_on_from(holds.stores_next),
             false => self.checkpointing.begin_at(slowest, slowest == furthest && slowest > start),
         }
+        self.inherit_decisions(holds);
         self.count_behind();
         self.cancel_checkpoints_if_over();
         self.complete_open_positions();
+    }
+
+    /// Whether this lane has taken the shard over.
+    pub fn has_inherited(&self, worker: u16) -> bool {
+        self.contributors[usize::from(worker)].inherits
     }
 
     /// Workers that have finished go; with two copies only once both have all that they gave and know that they have finished.

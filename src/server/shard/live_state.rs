@@ -5,7 +5,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::*;
-use crate::optim::LossScaler;
+use crate::optim::{LossScaleConfig, LossScaler};
 
 /// Live changes and the loss scale of a shard; of all shards the decider knows most.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -22,10 +22,20 @@ pub struct LiveState {
     pub staleness: Vec<(Clock, u64)>,
 }
 
+impl LiveState {
+    /// Where the loss scale stands as a job begins, or goes on.
+    pub(in crate::server) fn scaler(&self, config: &LossScaleConfig) -> LossScaler {
+        self.loss_scale.filter(|_| config.is_dynamic()).unwrap_or_else(|| LossScaler::new(config))
+    }
+}
+
 impl Shard {
     /// What has changed, as it is now.
     pub fn live_state(&self) -> LiveState {
-        let (clip_norm, loss_scale) = self.deciding.changed();
+        let (clip_norm, loss_scale) = match &self.deciding {
+            Deciding::Here(collector) => collector.changed(),
+            Deciding::Nothing | Deciding::There { .. } => (Vec::new(), None),
+        };
         LiveState { clip_norm, loss_scale, staleness: self.staleness.clone() }
     }
 
@@ -51,6 +61,11 @@ impl Shard {
         let contributor = &self.contributors[usize::from(worker)];
         let listens = contributor.slot_bytes > 0 && !contributor.finished;
         if !self.config.loss_scale.is_dynamic() || !listens {
+            return;
+        }
+        // Of a decision that the backup does not hold nobody is told.
+        self.is_scale_untold |= self.is_decision_unheld;
+        if self.is_decision_unheld {
             return;
         }
         let (peer, version) = (contributor.peer, self.loss_scale.to_bits().into());

@@ -2,13 +2,15 @@
 //!
 //! Every sum goes to the backup before the step that it makes is told to anybody: while a chunk's record is not acknowledged, the
 //! chunk answers nobody and begins no further step, and its position in the window stays unfinished, so that workers keep the
-//! gradients of which it is made. A backup that has nothing is sent the state first, chunk by chunk, while training goes on;
-//! a chunk's sums follow from the moment its state has been copied.
+//! gradients of which it is made. So does a step's decision, for which all chunks wait. A backup that has nothing is sent the state
+//! first, chunk by chunk, while training goes on; a chunk's sums follow from the moment its state has been copied.
 //!
 //! Records are kept until they are acknowledged, and sent again over a path that was rebuilt.
 //!
 //! Invariant: while the tenure is paired nothing leaves to a worker that the backup does not hold; a step without the backup is told
 //! to somebody only after the tenure says that this lane serves alone.
+
+mod filling;
 
 use std::time::Duration;
 
@@ -61,10 +63,24 @@ struct Record {
     note: Note,
     /// The number of the payload among all payloads, and the payload.
     payload: Option<(u64, SharedLease)>,
-    /// A sum: the place of its chunk, and the window position that waits for it.
-    held: Option<(usize, u64)>,
-    /// A worker's farewell.
-    left: Option<u16>,
+    then: Then,
+}
+
+/// What waits for a record to be acknowledged.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Then {
+    Nothing,
+    /// Of a sum: its chunk answers and goes on, and the position is finished.
+    GoOn {
+        place: usize,
+        position: u64,
+    },
+    /// A worker that has finished may go.
+    Dismiss(u16),
+    /// The last decision may be told.
+    Tell,
+    /// The lane of another shard may hear that it is known to measure nothing any more.
+    Part(usize),
 }
 
 /// What a primary knows of its backup.
@@ -279,98 +295,20 @@ impl Shard {
         self.post(peer, Note::new(NoteKind::Resume), None);
     }
 
-    /// A backup that has nothing is there.
-    fn begin_to_fill(&mut self) {
-        let mirror = self.mirror.as_mut().expect("the caller has looked");
-        mirror.stage = Stage::Greeting;
-        for worker in 0..self.contributors.len() {
-            if self.contributors[worker].said_goodbye {
-                self.write_down(Note { chunk: ChunkId(worker as u32), ..Note::new(NoteKind::Left) }, None, None, None);
-            }
-        }
-        self.effects.push_back(Effect::TellChanges);
-    }
-
-    /// The changes of the past have been told to a backup that has nothing: the state follows.
-    pub fn begin_copying(&mut self) {
-        if let Some(mirror) = self.mirror.as_mut().filter(|mirror| mirror.stage == Stage::Greeting) {
-            mirror.stage = Stage::Filling { place: 0, part: 0 };
-            self.fill();
-        }
-    }
-
     /// Live changes go to the backup.
     pub fn mirror_change(&mut self, clock: Clock, change: crate::optim::LiveChange) {
+        for note in change_notes(clock, change) {
+            self.mirror_note(note, Then::Nothing);
+        }
+    }
+
+    /// A note goes to the backup as a record of its own. `false` if there is nobody to tell: what waits for it need not.
+    pub(super) fn mirror_note(&mut self, note: Note, then: Then) -> bool {
         let follows = self.mirror.as_ref().is_some_and(|mirror| mirror.stage != Stage::Alone);
         if follows {
-            change_notes(clock, change).for_each(|note| self.write_down(note, None, None, None));
+            self.write_down(note, None, then);
         }
-    }
-
-    /// Copies the next part of the state for a backup that has nothing, if one is to be copied and there is room.
-    pub(super) fn fill(&mut self) {
-        let Some(Mirror { stage: Stage::Filling { place, part }, pool, .. }) = &mut self.mirror else { return };
-        let (place, part) = (*place, *part);
-        if place == self.chunks.len() {
-            return self.pair();
-        }
-        let chunk = &self.chunks[place];
-        if chunk.busy || chunk.reduced.is_some() {
-            return; // its computation looks here again when it is done
-        }
-        let Some(lease) = pool.pop() else { return };
-        let (id, clock) = (chunk.id, chunk.gate.slowest());
-        let work = Work::new(Task::CopyOut(Part::ALL[part]), id, clock);
-        let contributions = self.spare.pop().unwrap_or_default();
-        self.compute(place, Work { contributions, sum: Some(lease), version: chunk.version, ..work });
-    }
-
-    /// A part of the state has been copied.
-    pub(super) fn copied_out(&mut self, index: usize, work: Work, part: Part) {
-        let sum = work.sum.expect("a copy has somewhere to go");
-        let mirror = self.mirror.as_mut().expect("only a mirror copies");
-        let is_awaited = mirror.stage == Stage::Filling { place: index, part: part as usize };
-        if !is_awaited {
-            mirror.pool.push(sum); // the backup was lost meanwhile
-            return;
-        }
-        let next = match part as usize + 1 {
-            next if next < mirror.parts => Stage::Filling { place: index, part: next },
-            _ => Stage::Filling { place: index + 1, part: 0 },
-        };
-        mirror.stage = next;
-        let length = self.chunks[index].len * 4;
-        let (chunk, clock) = (work.chunk, work.clock);
-        let note = Note {
-            chunk,
-            clock,
-            weight: part as u16,
-            version: work.version,
-            credit: work.steps,
-            length,
-            ..Note::new(NoteKind::State)
-        };
-        self.write_down(note, Some(sum.freeze()), None, None);
-        self.fill();
-    }
-
-    /// Whether the chunk at `place` is being copied for the backup: no step begins before all parts of one clock are there.
-    pub(super) fn is_copying(&self, place: usize) -> bool {
-        let stage = self.mirror.as_ref().map(|mirror| mirror.stage);
-        matches!(stage, Some(Stage::Filling { place: copied, part }) if copied == place && part > 0)
-    }
-
-    /// All of the state has been copied: once the backup has it all, it may count.
-    fn pair(&mut self) {
-        let mirror = self.mirror.as_mut().expect("the caller has looked");
-        if !std::mem::replace(&mut mirror.is_whole, true) {
-            let clock = self.checkpointing.stores_next();
-            return self.write_down(Note { clock, ..Note::new(NoteKind::Whole) }, None, None, None);
-        }
-        if mirror.sent.is_empty() {
-            mirror.stage = Stage::Pairing;
-            mirror.claim = Some(Claim::Pair);
-        }
+        follows
     }
 
     /// Whether the sum of the chunk at `place` goes to the backup before it is applied.
@@ -402,34 +340,29 @@ impl Shard {
             return false;
         }
         debug_assert!(sum.is_some() == (weight > 0), "a chunk is copied while nothing is computed over it");
-        let chunk = self.chunks[index].id;
+        let (chunk, credit) = (self.chunks[index].id, self.clocks_pushed);
         let note = match &sum {
-            None => Note { chunk, clock, ..Note::new(NoteKind::Passed) },
+            None => Note { chunk, clock, credit, ..Note::new(NoteKind::Passed) },
             Some(_) => {
                 let length = self.chunks[index].len * 4;
-                Note { chunk, clock, version: weight.into(), length, ..Note::new(NoteKind::Replica) }
+                Note { chunk, clock, version: weight.into(), credit, length, ..Note::new(NoteKind::Replica) }
             }
         };
         self.chunks[index].is_unheld = true;
-        self.write_down(note, sum.map(Lease::freeze), Some((index, position)), None);
+        self.write_down(note, sum.map(Lease::freeze), Then::GoOn { place: index, position });
         true
     }
 
     /// A worker has finished, and all that it gave is in; it may go once the backup knows that too.
     pub(super) fn mirror_left(&mut self, worker: u16) -> bool {
-        let follows = self.mirror.as_ref().is_some_and(|mirror| mirror.stage != Stage::Alone);
-        if follows {
-            let note = Note { chunk: ChunkId(worker.into()), ..Note::new(NoteKind::Left) };
-            self.write_down(note, None, None, Some(worker));
-        }
-        follows
+        self.mirror_note(Note { chunk: ChunkId(worker.into()), ..Note::new(NoteKind::Left) }, Then::Dismiss(worker))
     }
 
     /// Whether nothing waits for the backup.
     pub(super) fn is_held_by_backup(&self) -> bool {
         self.mirror.as_ref().is_none_or(|mirror| match mirror.stage {
             Stage::Paired | Stage::Parting => mirror.sent.is_empty(),
-            _ => !self.chunks.iter().any(|chunk| chunk.is_unheld),
+            _ => !self.is_decision_unheld && !self.chunks.iter().any(|chunk| chunk.is_unheld),
         })
     }
 
@@ -449,25 +382,28 @@ impl Shard {
 
     /// A record is acknowledged, or nobody is left to do so: what waited for it goes on.
     fn settle(&mut self, record: Record) {
-        let Record { payload, held, left, .. } = record;
+        let Record { payload, then, .. } = record;
         if let (Some((_, shared)), Some(mirror)) = (payload, &mut self.mirror) {
             match shared.thaw() {
                 Ok(lease) => mirror.pool.push(lease),
                 Err(shared) => mirror.parting.push(shared),
             }
         }
-        if let Some((index, position)) = held {
-            self.chunks[index].is_unheld = false;
-            self.finish_position(0, position);
-            self.touch(index);
-        }
-        if let Some(worker) = left {
-            self.dismiss(worker);
+        match then {
+            Then::Nothing => {}
+            Then::GoOn { place, position } => {
+                self.chunks[place].is_unheld = false;
+                self.finish_position(0, position);
+                self.touch(place);
+            }
+            Then::Dismiss(worker) => self.dismiss(worker),
+            Then::Tell => self.tell_decision(),
+            Then::Part(shard) => self.part_from_shard(shard),
         }
         self.fill();
     }
 
-    fn write_down(&mut self, note: Note, payload: Option<SharedLease>, held: Option<(usize, u64)>, left: Option<u16>) {
+    fn write_down(&mut self, note: Note, payload: Option<SharedLease>, then: Then) {
         let mirror = self.mirror.as_mut().expect("only a mirror records");
         let payload = payload.map(|payload| {
             mirror.payloads += 1;
@@ -475,7 +411,7 @@ impl Shard {
         });
         let carried = payload.clone();
         let is_attached = mirror.landing.is_some();
-        mirror.sent.push(Record { note, payload, held, left });
+        mirror.sent.push(Record { note, payload, then });
         if is_attached {
             self.post_record(note, carried);
         }

@@ -8,11 +8,12 @@
 
 mod changing;
 mod checkpointing;
+mod collector;
 mod contributor;
+mod deciding;
 mod decision;
 mod figures;
 mod inherited;
-mod lane_link;
 mod live_state;
 mod membership;
 mod mirror;
@@ -24,11 +25,7 @@ mod tests;
 mod waiting;
 mod work;
 
-use std::{
-    collections::{BTreeMap, VecDeque},
-    sync::Arc,
-    time::Instant,
-};
+use std::{collections::VecDeque, sync::Arc, time::Instant};
 
 use crate::{
     Error, Result,
@@ -41,11 +38,11 @@ use crate::{
     wire::{Attachment, Note, NoteFlags, NoteKind},
 };
 use checkpointing::Checkpointing;
+pub(in crate::server) use collector::set_limit;
 use contributor::Contributor;
-use decision::Deciding;
-pub use decision::{Decision, DecisionConfig, DecisionRules};
+use deciding::Deciding;
+pub use decision::{Decided, Decision, DecisionConfig, DecisionRules};
 pub use figures::Figures;
-use lane_link::LaneLink;
 pub use live_state::LiveState;
 use membership::Membership;
 pub use mirror::MirrorConfig;
@@ -53,7 +50,7 @@ use mirror::{FOR_BACKUP, Mirror};
 use reply::{PendingPull, PendingReply};
 use step::Arrival;
 pub use waiting::Lacking;
-pub use work::{Contribution, Part, Task, Work};
+pub use work::{Contribution, Part, Reduced, Task, Work};
 
 /// What a shard is told at birth.
 #[derive(Clone, Debug)]
@@ -139,8 +136,8 @@ struct ChunkState {
     complete: VecDeque<u64>,
     /// `Immediate`: arrivals that wait for their step.
     arrived: VecDeque<Arrival>,
-    /// Two-step: the clock and weight of what lies in the accumulator (weight 0: nothing).
-    reduced: Option<(Clock, u32)>,
+    /// Two-step: what lies in the accumulator.
+    reduced: Option<Reduced>,
     /// The backup has not got the last sum: nobody may be told of the step that it makes.
     is_unheld: bool,
 }
@@ -209,8 +206,10 @@ pub struct Shard {
     /// Bounds of staleness that were set while the job runs, each with its first clock; the clocks ascend.
     staleness: Vec<(Clock, u64)>,
     deciding: Deciding,
-    /// What goes to and comes from other shards.
-    links: BTreeMap<PeerId, LaneLink>,
+    /// The backup has not got the last decision: nobody may be told of it.
+    is_decision_unheld: bool,
+    /// Workers have not been told of the last change of the loss scale.
+    is_scale_untold: bool,
     /// Of a shard with two copies: what is known of the other one.
     mirror: Option<Mirror>,
     /// Of a shard that was taken over: positions that were finished out of turn. Their contributions come again, and count no more.
@@ -244,8 +243,7 @@ impl Shard {
     ) -> Shard {
         let order = &layout.shards[usize::from(config.shard.0)];
         let (bound, start) = (config.consistency.bound(), config.start_clock);
-        let resumed = config.live.loss_scale.filter(|_| config.loss_scale.is_dynamic());
-        let loss_scale = resumed.map_or(config.loss_scale.first(), |scaler| scaler.scale);
+        let loss_scale = config.live.scaler(&config.loss_scale).scale;
         let chunks: Vec<ChunkState> = order
             .iter()
             .enumerate()
@@ -274,7 +272,8 @@ impl Shard {
             loss_scale,
             staleness: config.live.staleness.clone(),
             deciding: Deciding::new(&config, &layout),
-            links: BTreeMap::new(),
+            is_decision_unheld: false,
+            is_scale_untold: false,
             mirror: config.mirror.as_ref().map(|mirror| Mirror::new(mirror, sums)),
             inherited: Vec::new(),
             computing: 0,
@@ -327,7 +326,7 @@ impl Shard {
             return self.on_backup_note(from, &note);
         }
         if !is_worker {
-            return self.on_lane_note(from, &note);
+            return self.on_decision_note(from, &note);
         }
         let worker = from.rank.index;
         if self.has_left(from) && note.kind != NoteKind::Attach {
@@ -468,15 +467,16 @@ impl Shard {
         if self.chunks[index].busy {
             return Turn::Idle; // its computation touches it again when done
         }
-        if let Some((clock, weight)) = self.chunks[index].reduced
-            && self.mirror.is_some()
+        let is_stored_first = self.checkpointing.holds_all(self.clock_max);
+        if let Some(reduced) = self.chunks[index].reduced.filter(|_| self.mirror.is_some())
+            && self.is_decided(reduced.clock)
         {
-            return self.start_apply(index, clock, weight);
+            return if is_stored_first { Turn::Waiting } else { self.start_apply(index, reduced) };
         }
-        if self.chunks[index].is_unheld || self.is_copying(index) {
+        if self.chunks[index].is_unheld || self.is_decision_unheld || self.is_copying(index) {
             return Turn::Idle; // the backup's word touches it, or the last part
         }
-        if self.checkpointing.holds_all(self.clock_max) {
+        if is_stored_first {
             return Turn::Waiting;
         }
         match self.answer(index) {

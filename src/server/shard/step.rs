@@ -47,13 +47,15 @@ impl Shard {
         note: &Note,
         contribution: Option<Contribution>,
     ) -> Result<()> {
-        let is_inherited = self.inherited.contains(&position);
-        if is_inherited || !self.contributors[usize::from(worker)].membership.takes(note.clock) {
-            // It counts as received, and no more.
+        if self.inherited.contains(&position) {
             let peer = self.contributors[usize::from(worker)].peer;
             self.effects.extend(contribution.map(|landed| Effect::Arm { peer, slot: landed.lease }));
             self.want_reply(worker, index, note);
             self.touch(index);
+            return Ok(());
+        }
+        if !self.contributors[usize::from(worker)].membership.takes(note.clock) {
+            self.pass_over(worker, note, contribution);
             return Ok(());
         }
         self.record(worker, position)?;
@@ -111,9 +113,9 @@ impl Shard {
 
     /// Starts the chunk's next computation if there is one.
     pub(super) fn start_next(&mut self, index: usize) -> Turn {
-        if let Some((clock, weight)) = self.chunks[index].reduced {
+        if let Some(reduced) = self.chunks[index].reduced {
             // Before the decision there is nothing to do; the decision touches every chunk.
-            return if clock < self.decided { self.start_apply(index, clock, weight) } else { Turn::Idle };
+            return if self.is_decided(reduced.clock) { self.start_apply(index, reduced) } else { Turn::Idle };
         }
         if self.config.consistency.aggregates() { self.start_aggregate(index) } else { self.start_immediate(index) }
     }
@@ -191,10 +193,11 @@ impl Shard {
         Turn::Progressed
     }
 
-    pub(super) fn start_apply(&mut self, index: usize, clock: Clock, weight: u32) -> Turn {
+    pub(super) fn start_apply(&mut self, index: usize, Reduced { clock, weight, .. }: Reduced) -> Turn {
         if weight == 0 || self.decision.skips {
             self.chunks[index].reduced = None;
             self.pass_clock(index, clock);
+            self.fill();
             return Turn::Progressed;
         }
         let Some(lease) = self.pool.pop() else { return Turn::Waiting };
@@ -236,7 +239,8 @@ impl Shard {
             }
             Task::Reduce => {
                 let is_held = self.mirror_sum(index, work.position, (work.clock, work.weight), work.sum.take());
-                self.reduced(index, work.clock, work.weight, work.squared_norm.unwrap_or(0.0));
+                let squared_norm = work.squared_norm.unwrap_or(0.0);
+                self.reduced(index, Reduced { clock: work.clock, weight: work.weight, squared_norm });
                 if !is_held {
                     self.finish_position(worker, work.position);
                 }
@@ -260,7 +264,7 @@ impl Shard {
     fn skip(&mut self, index: usize, clock: Clock, position: u64) {
         let is_held = self.mirror_sum(index, position, (clock, 0), None);
         if self.config.two_step {
-            self.reduced(index, clock, 0, 0.0);
+            self.reduced(index, Reduced { clock, weight: 0, squared_norm: 0.0 });
         } else {
             self.pass_clock(index, clock);
         }
@@ -315,18 +319,18 @@ impl Shard {
 
     /// Two-step: a chunk's contributions lie in its accumulator. When those of all chunks do, and it has been decided what
     /// becomes of the step, all may be applied.
-    fn reduced(&mut self, index: usize, clock: Clock, weight: u32, squared_norm: f64) {
-        self.chunks[index].reduced = Some((clock, weight));
+    fn reduced(&mut self, index: usize, reduced: Reduced) {
+        self.chunks[index].reduced = Some(reduced);
+        if !matches!(self.deciding, Deciding::Nothing) {
+            return self.measure(index);
+        }
         if self.mirror.is_some() {
-            return; // nothing is decided, and no chunk waits for another
+            return; // no chunk waits for another
         }
         self.reduced += 1;
         if self.reduced == self.chunks.len() {
             self.reduced = 0;
-            if matches!(self.deciding, Deciding::Nothing) {
-                self.on_decision(clock, Decision::taken(self.loss_scale));
-            }
+            self.on_decision(reduced.clock, Decision::taken(self.loss_scale));
         }
-        self.measured(index, clock, squared_norm);
     }
 }

@@ -25,8 +25,7 @@ impl Shard {
         }
         let least = lacking.iter().filter_map(|(.., clock)| *clock).min();
         lacking.retain(|(.., clock)| clock.is_none() || *clock == least);
-        let lanes = self.config.decision.iter().flat_map(|decision| decision.peers(&self.layout, self.config.shard));
-        lacking.extend(lanes.filter_map(|lane| {
+        lacking.extend(self.lanes().into_iter().filter_map(|lane| {
             let (chunk, clock) = self.lacking_of_lane(lane)?;
             (!self.lane_has_left(lane)).then_some((lane, Owed::Decision, chunk, Some(clock)))
         }));

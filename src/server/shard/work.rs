@@ -87,6 +87,17 @@ pub struct Work {
     pub squared_norm: Option<f64>,
 }
 
+/// A sum that lies in a chunk's accumulator, or is known to be empty.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Reduced {
+    /// Whose step it makes.
+    pub clock: Clock,
+    /// The number of gradients that the mean divides by; 0: nobody gave anything.
+    pub weight: u32,
+    /// The squared norm of the mean gradient, where it is needed.
+    pub squared_norm: f64,
+}
+
 impl Work {
     pub(in crate::server) fn new(task: Task, chunk: ChunkId, clock: Clock) -> Work {
         Work {

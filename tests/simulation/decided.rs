@@ -1,0 +1,84 @@
+//! Shards with two copies whose steps are decided upon: the norm of the whole gradient is clipped, steps are skipped, and the loss
+//! scale moves, while servers die, stop and lose each other, whoever of them decides.
+//!
+//! Invariant: a decision that any lane has applied is the one that all apply: the bits are those of the undisturbed job without copies.
+
+use gradwire::{
+    layout::Init,
+    optim::{LiveChange, OptimizerConfig, OptimizerKind, Reduction},
+    world::{Chaos, CopyCounts, WorldOptions},
+};
+
+use super::{
+    check_undisturbed,
+    copies::with_copies,
+    rebuilt::{MOVING, trained},
+    sample,
+};
+
+/// Of so many seeds of each test every run tries some.
+const SEEDS: u64 = 10_000;
+
+/// The ledger sees every lost, doubled and torn update; what is decided here leaves every step as it is.
+#[test]
+fn no_update_is_lost_or_counts_twice_when_deciders_die() {
+    for seed in sample(300, SEEDS) {
+        let mut world = with_copies(seed + 700_000, if seed % 4 == 0 { Chaos::Calm } else { Chaos::Copies });
+        world.optimizer.clip.global_norm = Some(1e30);
+        check_undisturbed(&world);
+    }
+}
+
+fn decided(seed: u64) -> WorldOptions {
+    let mut optimizer = OptimizerConfig::new(OptimizerKind::ADAMW, 0.01);
+    optimizer.weight_decay = 0.1;
+    let kind = seed % 4;
+    optimizer.clip.global_norm = (kind != 2).then_some(0.5);
+    let change = LiveChange { learning_rate: Some(0.05), clip_norm: Some(0.2), ..LiveChange::default() };
+    let base = with_copies(seed + 800_000, Chaos::Copies);
+    let mut world = WorldOptions {
+        reduction: Reduction::Mean,
+        optimizer,
+        skip_nonfinite: kind == 1,
+        loss_scale: if kind >= 2 { MOVING } else { base.loss_scale },
+        // Who pushes and does not wait cannot know the next loss scale: a job refuses that.
+        separate_pull: base.separate_pull && kind < 2,
+        change_from: (kind != 2 && seed % 3 == 1).then_some((1 + seed % 9, change)),
+        ..base
+    };
+    for declaration in &mut world.declarations {
+        declaration.iter_mut().for_each(|spec| spec.init = Init::Normal(0.02));
+    }
+    world
+}
+
+/// With and without copies, in calm and while servers die: the same bits, in parameters, in the optimizer's state, and in what is
+/// decided by.
+#[test]
+fn decisions_are_those_of_a_job_without_copies() {
+    let mut counts = CopyCounts::default();
+    let seeds = sample(500, SEEDS);
+    for seed in seeds.iter().copied() {
+        let world = decided(seed);
+        let outcome = trained(&world);
+        let calm = trained(&WorldOptions { chaos: Chaos::Calm, copies: false, ..world });
+        for (shard, (left, right)) in outcome.finals.iter().zip(&calm.finals).enumerate() {
+            assert_eq!(left.rates, right.rates, "seed {seed}, shard {shard}: {:?}", outcome.copies);
+            assert_eq!(left.live, right.live, "seed {seed}, shard {shard}: {:?}", outcome.copies);
+            for (left, right) in left.chunks.iter().zip(&right.chunks) {
+                let same = (left.steps, &left.master, &left.first, &left.second)
+                    == (right.steps, &right.master, &right.first, &right.second);
+                let chunk = left.chunk.0;
+                assert!(same, "seed {seed}, shard {shard}, chunk {chunk} differs: {:?}", outcome.copies);
+            }
+        }
+        counts.takeovers += outcome.copies.takeovers;
+        counts.pairings += outcome.copies.pairings;
+        counts.deposed += outcome.copies.deposed;
+        counts.compared += outcome.copies.compared;
+    }
+    let told = format!("{} seeds: {counts:?}", seeds.len());
+    println!("{told}");
+    let is_enough = counts.takeovers > 50 && counts.pairings > 50 && counts.deposed > 5 && counts.compared > 10_000;
+    assert!(is_enough || seeds.len() < 200, "{told}");
+}
