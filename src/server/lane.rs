@@ -218,9 +218,7 @@ impl Lane {
                 }
             }
             Command::Change { number, change } => {
-                if let Some(serving) = self.replica.serves() {
-                    serving.settle_change(number, change)?;
-                }
+                self.replica.settle_change(number, change)?;
             }
             Command::Rebuild { lane, proposal } if lane == self.lane => {
                 self.replica.proposed(proposal, Instant::now());

@@ -2,9 +2,10 @@
 //! every shard.
 //!
 //! First every lane is asked to prepare: it begins nothing of a clock ahead, and says which. The latest of their clocks is one that
-//! nobody has begun; then every lane is told to change at it, and goes on.
+//! nobody has begun; then every lane is told to change at it, and goes on. A lane that takes a shard over meanwhile is asked too, and
+//! the answer of the one before counts no more; of settings that were settled earlier it is told before it serves.
 //!
-//! Invariant: pure; a change is settled once, when every lane has prepared, at a clock that none of them has begun.
+//! Invariant: pure; a change is settled once, when whoever serves each shard has prepared, at a clock that none of them has begun.
 #![forbid(unsafe_code)]
 
 use std::{collections::BTreeMap, fmt};
@@ -13,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     optim::LiveChange,
-    types::{Clock, PeerId, Rank},
+    types::{Clock, Rank, ShardId},
 };
 
 /// What changes from one clock on, on every shard.
@@ -52,22 +53,26 @@ impl fmt::Display for Change {
 #[derive(Debug)]
 struct Open {
     change: Change,
-    prepared: BTreeMap<PeerId, Clock>,
+    /// For which clock every lane was asked to prepare.
+    clock: Clock,
+    prepared: BTreeMap<ShardId, Clock>,
 }
 
 /// The changes of one job, one at a time.
 #[derive(Debug)]
 pub struct Changes {
-    lanes: usize,
+    shards: usize,
     open: Option<Open>,
+    /// Settings that were changed, in order: the number of the change, the clock from which on it holds, and what it is.
+    settings: Vec<(u64, Clock, Change)>,
     /// The number of the change that is open, or of the last one.
     number: u64,
 }
 
 impl Changes {
-    /// Of a job with so many lanes.
-    pub fn new(lanes: usize) -> Changes {
-        Changes { lanes, open: None, number: 0 }
+    /// Of a job with so many shards.
+    pub fn new(shards: usize) -> Changes {
+        Changes { shards, open: None, settings: Vec::new(), number: 0 }
     }
 
     /// Begins a change at `at` or the first later clock that is possible: its number, and the clock for which every lane is to
@@ -81,10 +86,23 @@ impl Changes {
             return Err("another change is being made; try again in a moment".into());
         }
         self.number += 1;
-        self.open = Some(Open { change, prepared: BTreeMap::new() });
         // Who waits for a worker that is gone, or for one that is there again, holds as early as is possible.
         let waits = matches!(change, Change::Lost(_) | Change::Opens(_) | Change::Joins(_));
-        Ok((self.number, if waits { at } else { at.max(reached.saturating_add(MARGIN)) }))
+        let clock = if waits { at } else { at.max(reached.saturating_add(MARGIN)) };
+        self.open = Some(Open { change, clock, prepared: BTreeMap::new() });
+        Ok((self.number, clock))
+    }
+
+    /// Another lane serves a shard: what it, and with it everybody, is to be asked to prepare for, if a change is under way.
+    pub fn displaced(&mut self, shard: ShardId) -> Option<(u64, Clock, Change)> {
+        let open = self.open.as_mut()?;
+        open.prepared.remove(&shard);
+        Some((self.number, open.clock, open.change))
+    }
+
+    /// All settings that were changed, in order, with the numbers of the changes.
+    pub fn settings(&self) -> &[(u64, Clock, Change)] {
+        &self.settings
     }
 
     /// Whether a change is under way.
@@ -97,16 +115,20 @@ impl Changes {
         self.open.as_ref().map(|open| open.change)
     }
 
-    /// A lane begins nothing of `from` and later clocks: the change and its clock, if it was the last lane; [`NEVER`] if any of them
-    /// cannot make it.
-    pub fn prepared(&mut self, number: u64, lane: PeerId, from: Clock) -> Option<(Clock, Change)> {
+    /// Whoever serves a shard begins nothing of `from` and later clocks: the change and its clock, if it was the last one; [`NEVER`] if
+    /// any of them cannot make it.
+    pub fn prepared(&mut self, number: u64, shard: ShardId, from: Clock) -> Option<(Clock, Change)> {
         let open = self.open.as_mut().filter(|_| number == self.number)?;
-        open.prepared.insert(lane, from);
-        if open.prepared.len() < self.lanes {
+        open.prepared.insert(shard, from);
+        if open.prepared.len() < self.shards {
             return None;
         }
         let clock = open.prepared.values().copied().max()?;
-        self.open.take().map(|open| (clock, open.change))
+        let change = self.open.take().map(|open| open.change)?;
+        if matches!(change, Change::Settings(_)) {
+            self.settings.push((number, clock, change));
+        }
+        Some((clock, change))
     }
 
     /// Gives up the change that is open: its number, by which every lane goes on without it.
@@ -123,7 +145,7 @@ mod tests {
     fn a_change_is_settled_at_the_latest_clock_and_once() {
         let change = Change::Settings(LiveChange { learning_rate: Some(0.5), ..LiveChange::default() });
         let mut changes = Changes::new(2);
-        let (one, two) = (PeerId::server(0, 0), PeerId::server(1, 0));
+        let (one, two) = (ShardId(0), ShardId(1));
         assert_eq!(changes.begin(change, 0, 7), Ok((1, 9)));
         assert!(changes.begin(change, 0, 7).unwrap_err().contains("another change"));
         assert_eq!(changes.prepared(1, one, 12), None);
@@ -131,8 +153,22 @@ mod tests {
         assert_eq!(changes.prepared(0, two, 9), None, "an older change");
         assert_eq!(changes.prepared(1, two, 9), Some((12, change)));
         assert_eq!(changes.prepared(1, two, 9), None);
+        assert_eq!(changes.settings(), [(1, 12, change)]);
         changes.begin(change, 30, 20).unwrap();
         assert_eq!(changes.cancel(), Some(2));
         assert_eq!((changes.cancel(), changes.prepared(2, one, 30)), (None, None));
+    }
+
+    /// Whoever has taken a shard over has promised nothing yet.
+    #[test]
+    fn what_a_lane_has_said_counts_no_more_when_another_serves() {
+        let change = Change::Settings(LiveChange { learning_rate: Some(0.5), ..LiveChange::default() });
+        let mut changes = Changes::new(2);
+        assert_eq!(changes.displaced(ShardId(0)), None);
+        changes.begin(change, 0, 7).unwrap();
+        changes.prepared(1, ShardId(0), 9);
+        assert_eq!(changes.displaced(ShardId(0)), Some((1, 9, change)));
+        assert_eq!(changes.prepared(1, ShardId(1), 9), None);
+        assert_eq!(changes.prepared(1, ShardId(0), 11), Some((11, change)));
     }
 }

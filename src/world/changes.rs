@@ -6,21 +6,22 @@
 
 use std::collections::VecDeque;
 
-use super::*;
+use super::{copies::News, *};
 use crate::session::{Change, Changes, NEVER};
 
 /// What is on its way between the launcher and a server's lane.
 #[derive(Clone, Copy, Debug)]
 enum Message {
     Prepare(u64, Clock, Change),
-    Prepared(u64, Clock),
+    /// By which lane.
+    Prepared(u64, PeerId, Clock),
     Settle(u64, Option<(Clock, Change)>),
 }
 
 /// Changes that are made while the job runs.
 #[derive(Debug)]
 pub(super) struct Changing {
-    book: Changes,
+    pub book: Changes,
     /// The round in which each is asked for, if no other is being made then, and the clock from which on.
     pub wanted: VecDeque<(u64, Change, Clock)>,
     /// The round in which a message comes, the server that it comes to or from, and the message.
@@ -71,14 +72,15 @@ impl World<'_> {
         for (_, server, message) in self.changing.under_way.extract_if(.., due).collect::<Vec<_>>() {
             match message {
                 Message::Prepare(number, clock, change) => {
-                    let lane = self.server(server).expect("no change is made where copies are");
+                    let lane = self.server(server).expect("where there are no copies everybody serves");
                     let from = lane.prepare_change(number, clock, change);
-                    let later = round + 1 + self.random.below(50);
-                    self.changing.under_way.push((later, server, Message::Prepared(number, from)));
+                    self.prepared(round, server, (number, PeerId::server(server as u16, 0), from));
                 }
-                Message::Prepared(number, from) => {
-                    let lane = PeerId::server(server as u16, 0);
-                    if let Some(settled) = self.changing.book.prepared(number, lane, from) {
+                Message::Prepared(number, lane, from) => {
+                    if self.copies.tenures[server].primary != lane {
+                        continue; // another one serves in its place
+                    }
+                    if let Some(settled) = self.changing.book.prepared(number, ShardId(server as u16), from) {
                         let made = Some(settled).filter(|(clock, _)| *clock != NEVER);
                         self.changing.settled.extend(made);
                         self.tell_all(round, Message::Settle(number, made));
@@ -86,7 +88,7 @@ impl World<'_> {
                     }
                 }
                 Message::Settle(number, settled) => {
-                    let server = self.server(server).expect("no change is made where copies are");
+                    let server = self.server(server).expect("where there are no copies everybody serves");
                     let changed = server.settle_change(number, settled);
                     changed.map_err(|error| error.to_string())?;
                 }
@@ -95,7 +97,22 @@ impl World<'_> {
         Ok(())
     }
 
+    /// A lane's answer is on its way to the launcher.
+    pub(super) fn prepared(&mut self, round: u64, shard: usize, (number, lane, from): (u64, PeerId, Clock)) {
+        let later = round + 1 + self.random.below(50);
+        self.changing.under_way.push((later, shard, Message::Prepared(number, lane, from)));
+    }
+
     fn tell_all(&mut self, round: u64, message: Message) {
+        if self.options.copies {
+            // In one order with the news of who serves.
+            match message {
+                Message::Prepare(number, clock, change) => self.tell_everybody(News::Prepare(number, clock, change)),
+                Message::Settle(number, settled) => self.tell_everybody(News::Settle(number, settled)),
+                Message::Prepared(..) => unreachable!("that is for the launcher"),
+            }
+            return;
+        }
         for server in 0..usize::from(self.options.servers) {
             let earlier = self.changing.under_way.iter().filter(|(_, of, _)| *of == server).map(|(due, ..)| *due + 1);
             let due = (round + 1 + self.random.below(50)).max(earlier.max().unwrap_or(0));

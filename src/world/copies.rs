@@ -11,7 +11,7 @@ use std::collections::VecDeque;
 use super::*;
 use crate::{
     server::{Replica, Standing},
-    session::{Claim, Tenure},
+    session::{Change, Claim, Tenure},
     types::{Epoch, Rank, Role},
 };
 
@@ -23,6 +23,10 @@ pub const SUSPICION: Duration = Duration::from_secs(2);
 pub(super) enum News {
     Tenure(usize, Tenure),
     Gone(Rank),
+    /// A change is to be prepared for: its number, and from which clock on.
+    Prepare(u64, Clock, Change),
+    /// A change is settled.
+    Settle(u64, Option<(Clock, Change)>),
 }
 
 /// What happened to the copies of a job.
@@ -141,8 +145,7 @@ impl World<'_> {
             let tenure = self.copies.tenures[shard];
             match tenure.after(claimant, epoch, claim) {
                 Ok(_) if self.copies.stored[shard].epoch > tenure.epoch => {
-                    self.copies.tenures[shard] = self.copies.stored[shard]; // a claim that nobody was told of
-                    self.tell_everybody(News::Tenure(shard, self.copies.stored[shard]));
+                    self.adopt(shard, self.copies.stored[shard]); // a claim that nobody was told of
                 }
                 Ok(next) if self.options.store_fails && self.random.once_in(3) => {
                     if self.random.once_in(2) {
@@ -152,14 +155,29 @@ impl World<'_> {
                     self.tell(claimant, News::Tenure(shard, tenure));
                 }
                 Ok(next) => {
-                    (self.copies.tenures[shard], self.copies.stored[shard]) = (next, next);
+                    self.copies.stored[shard] = next;
                     self.copies.counts.takeovers += u64::from(claim == Claim::TakeOver);
                     self.copies.counts.moves += u64::from(claim == Claim::Succeed);
                     self.copies.counts.pairings += u64::from(claim == Claim::Pair);
-                    self.tell_everybody(News::Tenure(shard, next));
+                    self.adopt(shard, next);
                 }
                 Err(_) => self.tell(claimant, News::Tenure(shard, tenure)),
             }
+        }
+    }
+
+    /// A shard has a new tenure. Whoever takes over is told of settled changes first, and asked to prepare for what is under way.
+    fn adopt(&mut self, shard: usize, next: Tenure) {
+        let before = std::mem::replace(&mut self.copies.tenures[shard], next);
+        let is_taken_over = before.primary != next.primary;
+        for (number, clock, change) in self.changing.book.settings().to_vec() {
+            if is_taken_over {
+                self.tell(next.primary, News::Settle(number, Some((clock, change))));
+            }
+        }
+        self.tell_everybody(News::Tenure(shard, next));
+        if is_taken_over && let Some((number, clock, change)) = self.changing.book.displaced(ShardId(shard as u16)) {
+            self.tell_everybody(News::Prepare(number, clock, change));
         }
     }
 
@@ -219,6 +237,13 @@ impl World<'_> {
                     self.copies.counts.deposed += u64::from(self.options.copies);
                     self.begin_anew(index)?;
                 }
+            }
+            News::Prepare(number, clock, change) => {
+                let from = replica.serves().map(|serving| serving.prepare_change(number, clock, change));
+                from.into_iter().for_each(|from| self.prepared(self.round, own, (number, node, from)));
+            }
+            News::Settle(number, settled) => {
+                replica.settle_change(number, settled).map_err(|error| error.to_string())?;
             }
             News::Tenure(shard, tenure) => replica.set_lane(ShardId(shard as u16), tenure.primary, now),
         }

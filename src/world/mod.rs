@@ -235,6 +235,7 @@ struct World<'a> {
     watch: Watch,
     moves: Moves,
     trainers: Vec<Trainer>,
+    round: u64,
     snapshots: Vec<Vec<Snapshot>>,
     /// Nodes that do not run any more.
     halted: Vec<PeerId>,
@@ -319,6 +320,7 @@ impl<'a> World<'a> {
             watch: Watch::default(),
             moves: Moves::default(),
             trainers,
+            round: 0,
             snapshots,
             halted: Vec::new(),
             asleep: Vec::new(),
@@ -376,6 +378,7 @@ impl<'a> World<'a> {
     /// Turns until every worker has finished and every server is done, or somebody fails.
     fn run(&mut self, program: &mut dyn Program) -> Result<Option<(PeerId, Error)>, String> {
         for round in 0u64.. {
+            self.round = round;
             self.network.advance(self.now);
             self.wreak(round);
             self.request(round);

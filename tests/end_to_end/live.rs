@@ -8,6 +8,7 @@ use gradwire::{launch::Job, optim::LiveChange, session::Fabric, types::Clock, wo
 
 use crate::{
     bits::{same, simulate, world_options},
+    broken_paths::ranks,
     jobs::{end, home, options, stored, wait_for_text, with_variable},
     program::{STEPS, gradient, model, spoilt_gradient},
 };
@@ -48,6 +49,38 @@ fn a_changed_setting_gives_the_bits_of_a_schedule_that_had_it_from_the_start() {
         let mut world = WorldOptions { change_from: Some((clock, change)), ..world_options(all.clone()) };
         world.optimizer.clip.global_norm = Some(3.0);
         same(&simulate(world, gradient), &stored(home.path(), &all), fabric.name());
+    }
+}
+
+/// Whoever takes over holds what the one before it had promised to hold, and knows what was settled.
+#[test]
+fn settings_change_while_a_server_is_lost() {
+    const CLOCKS: Clock = 300;
+    let all = vec![model(); 2];
+    for victim in ["server 0", "server 1"] {
+        let home = home();
+        let mut options = options(home.path(), "train");
+        (options.config.servers, options.config.replicas) = (2, 2);
+        options.config.transports = vec![Fabric::Tcp];
+        options.config.optimizer.clip.global_norm = Some(3.0);
+        with_variable(&mut options, "WORKER_STEPS", CLOCKS);
+        with_variable(&mut options, "WORKER_PAUSE_MS", 10);
+        let mut job = Job::start(options).unwrap();
+        wait_for_text(&job, "at clock 10");
+        let victim = ranks(home.path()).into_iter().find(|rank| rank.name == victim).unwrap();
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(victim.pid), nix::sys::signal::Signal::SIGKILL).unwrap();
+        let told = set(home.path(), &["lr=0.003", "clip-norm=1.5"]);
+        let text = String::from_utf8_lossy(&told.stdout).into_owned() + &String::from_utf8_lossy(&told.stderr);
+        let outcome = end(&mut job);
+        assert_eq!(outcome.code, 0, "{:?}\n{}", outcome.reason, job.output());
+        let clock = text.strip_prefix("lr = 0.003, clip-norm = 1.5 from clock ").expect(&text);
+        let clock: Clock = clock.trim().strip_suffix(" on").expect(&text).parse().expect(&text);
+        assert!(clock > 10 && clock < CLOCKS, "{text}");
+        let change = LiveChange { learning_rate: Some(0.003), clip_norm: Some(1.5), ..LiveChange::default() };
+        let mut world =
+            WorldOptions { change_from: Some((clock, change)), clocks: CLOCKS, ..world_options(all.clone()) };
+        world.optimizer.clip.global_norm = Some(3.0);
+        same(&simulate(world, gradient), &stored(home.path(), &all), &victim.name);
     }
 }
 

@@ -6,7 +6,7 @@
 use gradwire::{
     layout::Init,
     optim::{LiveChange, OptimizerConfig, OptimizerKind, Reduction},
-    world::{Chaos, CopyCounts, WorldOptions},
+    world::{Chaos, CopyCounts, Outcome, WorldOptions},
 };
 
 use super::{
@@ -27,6 +27,43 @@ fn no_update_is_lost_or_counts_twice_when_deciders_die() {
         world.optimizer.clip.global_norm = Some(1e30);
         check_undisturbed(&world);
     }
+}
+
+fn same_chunks(seed: u64, outcome: &Outcome, calm: &Outcome) {
+    for (shard, (left, right)) in outcome.finals.iter().zip(&calm.finals).enumerate() {
+        for (left, right) in left.chunks.iter().zip(&right.chunks) {
+            let same = (left.steps, &left.master, &left.first, &left.second)
+                == (right.steps, &right.master, &right.first, &right.second);
+            let chunk = left.chunk.0;
+            assert!(same, "seed {seed}, shard {shard}, chunk {chunk} differs: {:?}", outcome.copies);
+        }
+    }
+}
+
+/// Settings that are changed while servers die hold from the clock on that is printed, on every shard, whoever serves it then.
+#[test]
+fn settings_change_while_servers_die() {
+    let (mut changed, mut with_takeovers) = (0, 0);
+    let seeds = sample(300, SEEDS);
+    for seed in seeds.iter().copied() {
+        let mut world = WorldOptions { change_from: None, ..decided(seed + 50_000) };
+        if seed % 3 == 0 {
+            (world.skip_nonfinite, world.loss_scale, world.optimizer.clip) = Default::default();
+        }
+        let clip_norm = world.optimizer.clip.global_norm.map(|_| 0.2);
+        let change =
+            LiveChange { learning_rate: Some(0.05), weight_decay: Some(0.2), clip_norm, ..LiveChange::default() };
+        world.change_live = Some(change);
+        let outcome = trained(&world);
+        let change_from = outcome.changed.map(|clock| (clock, change));
+        let calm = WorldOptions { chaos: Chaos::Calm, copies: false, change_live: None, change_from, ..world };
+        same_chunks(seed, &outcome, &trained(&calm));
+        changed += u64::from(change_from.is_some());
+        with_takeovers += u64::from(change_from.is_some() && outcome.copies.takeovers > 0);
+    }
+    let told = format!("settings changed under {changed} of {} seeds, {with_takeovers} with take-overs", seeds.len());
+    println!("{told}");
+    assert!(with_takeovers > 50 || seeds.len() < 200, "{told}");
 }
 
 fn decided(seed: u64) -> WorldOptions {
@@ -65,13 +102,8 @@ fn decisions_are_those_of_a_job_without_copies() {
         for (shard, (left, right)) in outcome.finals.iter().zip(&calm.finals).enumerate() {
             assert_eq!(left.rates, right.rates, "seed {seed}, shard {shard}: {:?}", outcome.copies);
             assert_eq!(left.live, right.live, "seed {seed}, shard {shard}: {:?}", outcome.copies);
-            for (left, right) in left.chunks.iter().zip(&right.chunks) {
-                let same = (left.steps, &left.master, &left.first, &left.second)
-                    == (right.steps, &right.master, &right.first, &right.second);
-                let chunk = left.chunk.0;
-                assert!(same, "seed {seed}, shard {shard}, chunk {chunk} differs: {:?}", outcome.copies);
-            }
         }
+        same_chunks(seed, &outcome, &calm);
         counts.takeovers += outcome.copies.takeovers;
         counts.pairings += outcome.copies.pairings;
         counts.deposed += outcome.copies.deposed;

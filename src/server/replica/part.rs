@@ -8,9 +8,9 @@ use super::Standby;
 use crate::{
     Error, Result,
     server::{EventLoop, Progress},
-    session::{Claim, Paths, Proposal, Tenure},
+    session::{Change, Claim, Paths, Proposal, Tenure},
     transport::{Transport, Wakeup},
-    types::{Epoch, PeerId, Rank, ShardId},
+    types::{Clock, Epoch, PeerId, Rank, ShardId},
 };
 
 /// The pause after a claim that was refused.
@@ -41,6 +41,8 @@ pub struct Replica<T> {
     tenure: Tenure,
     /// A claim was refused, or the store could not be asked: none is made before.
     patient_until: Option<Instant>,
+    /// The number of the last change that this lane has heard of; an earlier one may be told again.
+    settled: u64,
     /// Always there but while it changes.
     part: Option<Part<T>>,
 }
@@ -48,12 +50,12 @@ pub struct Replica<T> {
 impl<T: Transport> Replica<T> {
     /// A lane that serves.
     pub fn serving(me: PeerId, tenure: Tenure, event_loop: EventLoop<T>) -> Replica<T> {
-        Replica { me, tenure, patient_until: None, part: Some(Part::Serving(Box::new(event_loop))) }
+        Replica { me, tenure, patient_until: None, settled: 0, part: Some(Part::Serving(Box::new(event_loop))) }
     }
 
     /// A lane that follows.
     pub fn following(me: PeerId, tenure: Tenure, standby: Standby<T>) -> Replica<T> {
-        Replica { me, tenure, patient_until: None, part: Some(Part::Following(Box::new(standby))) }
+        Replica { me, tenure, patient_until: None, settled: 0, part: Some(Part::Following(Box::new(standby))) }
     }
 
     /// Its part.
@@ -161,6 +163,27 @@ impl<T: Transport> Replica<T> {
             Part::Following(standby) => standby.take_claim(),
         };
         claim.map(|claim| (epoch, claim))
+    }
+
+    /// A change is settled, or given up. A lane that follows hears of it by its primary, and keeps it for the case that it takes over
+    /// from one that has not heard.
+    ///
+    /// # Errors
+    ///
+    /// As [`EventLoop::settle_change`].
+    pub fn settle_change(&mut self, number: u64, change: Option<(Clock, Change)>) -> Result<()> {
+        if number <= self.settled {
+            return Ok(());
+        }
+        self.settled = number;
+        match (self.part(), change) {
+            (Part::Serving(event_loop), change) => event_loop.settle_change(number, change),
+            (Part::Following(standby), Some((clock, Change::Settings(change)))) => {
+                standby.keep_change(clock, change);
+                Ok(())
+            }
+            (Part::Following(_), _) => Ok(()),
+        }
     }
 
     /// Another lane serves another shard.

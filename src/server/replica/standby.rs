@@ -57,6 +57,8 @@ pub struct Standby<T> {
     claim: Option<Claim>,
     /// The primary has said that nothing more will come.
     is_dismissed: bool,
+    /// Changes of settings that the launcher has told of; the primary may not have heard of the last ones.
+    changes: Vec<(Clock, LiveChange)>,
     /// Offers of those who knew earlier than this lane that it has taken over.
     early: BTreeMap<PeerId, Proposal>,
 }
@@ -99,6 +101,7 @@ impl<T: Transport> Standby<T> {
             lost: None,
             claim: None,
             is_dismissed: false,
+            changes: Vec::new(),
             early: BTreeMap::new(),
         })
     }
@@ -114,6 +117,31 @@ impl<T: Transport> Standby<T> {
         T: Wakeup,
     {
         (self.paths.transport(), self.computing.memory.wakeup())
+    }
+
+    /// Settings change from a clock on.
+    pub fn keep_change(&mut self, clock: Clock, change: LiveChange) {
+        self.changes.push((clock, change));
+    }
+
+    /// What of the changes that were told is not known to this copy. Whoever served had begun nothing of their clocks then.
+    fn unheard(&self) -> Vec<(Clock, LiveChange)> {
+        let holds = self.backup.holds();
+        let begun = holds.through().max().unwrap_or(0);
+        let limits = holds.decided.iter().flat_map(|decided| &decided.limits);
+        let limits: Vec<Clock> = limits.map(|(clock, _)| *clock).collect();
+        let rates: Vec<_> = self.computing.memory.rates().changes().collect();
+        let is_known = |clock: Clock, of: fn(&LiveChange) -> bool| {
+            rates.iter().any(|(known, change)| *known == clock && of(change))
+        };
+        let lacking = |(clock, change): &(Clock, LiveChange)| {
+            let learning_rate =
+                change.learning_rate.filter(|_| !is_known(*clock, |known| known.learning_rate.is_some()));
+            let weight_decay = change.weight_decay.filter(|_| !is_known(*clock, |known| known.weight_decay.is_some()));
+            let clip_norm = change.clip_norm.filter(|_| !limits.contains(clock));
+            (*clock, LiveChange { learning_rate, weight_decay, clip_norm, ..*change })
+        };
+        self.changes.iter().filter(|(clock, _)| *clock >= begun).map(lacking).collect()
     }
 
     /// Another lane serves another shard: should this one take over, it decides with that one.
@@ -260,6 +288,7 @@ impl<T: Transport> Standby<T> {
     pub fn take_over(mut self, now: Instant) -> Result<EventLoop<T>> {
         debug_assert!(self.is_settled() && self.lost.is_some(), "the store was asked after that");
         self.set_lane(self.options.shard.shard, self.options.shard.me);
+        let unheard = self.unheard();
         let mut config = self.options.shard;
         self.computing.memory.expect_gradients(config.gradient_dtype);
         if let Some(mirror) = &mut config.mirror {
@@ -271,6 +300,7 @@ impl<T: Transport> Standby<T> {
         let mut serving =
             EventLoop::in_room(self.room, config, self.layout, self.computing.memory, self.paths, versions)?;
         serving.inherit(&holds);
+        unheard.into_iter().try_for_each(|(clock, change)| serving.change_from(clock, change))?;
         for (_, proposal) in self.early {
             serving.paths().proposed(proposal, now);
         }

@@ -15,7 +15,8 @@ use super::{
     swaps::Swapping,
 };
 use crate::{
-    session::{Claim, JobConfig, Proposal, Swap, Tenure, TenureLog, TenureStore, pair},
+    optim::LiveChange,
+    session::{Change, Claim, JobConfig, Proposal, Swap, Tenure, TenureLog, TenureStore, pair},
     transport::Endpoint,
     types::{Epoch, PeerId, Rank, Role, ShardId},
 };
@@ -461,4 +462,33 @@ fn a_job_that_was_told_to_end_loses_nobody() {
     stage.lose(1);
     stage.lose(2);
     assert!(stage.departures().is_empty() && stage.copies_lost().is_none());
+}
+
+/// Whoever takes over has promised nothing, and the one before it may not have heard what was settled.
+#[test]
+fn whoever_takes_over_is_told_what_was_settled_and_asked_to_prepare() {
+    let mut stage = Stage::running();
+    let change = LiveChange { learning_rate: Some(0.5), ..LiveChange::default() };
+    let prepared =
+        |number, shard, place: usize, from| Report::Prepared { number, lane: lanes(shard)[place].lane, from };
+    for number in [1, 2] {
+        stage.say(99, ToLauncher::Control(Control::Change(change)));
+        let shards = if number == 1 { 0..SERVERS } else { 0..2 };
+        shards.for_each(|shard| stage.report(u64::from(shard), prepared(number, shard, 0, 9 * number)));
+    }
+    stage.lose(1);
+    stage.forget();
+    stage.claim(2, 1, 1, 0, Claim::TakeOver);
+    let settled = Command::Change { number: 1, change: Some((9, Change::Settings(change))) };
+    let told: Vec<_> = stage.sent.iter().filter(|(to, _)| *to == 2).map(|(_, message)| message).collect();
+    let [first, FromLauncher::Command(Command::Tenure { .. }), last] = told[..] else { panic!("{told:?}") };
+    assert!(matches!(first, FromLauncher::Command(command) if *command == settled), "{first:?}");
+    assert!(matches!(last, FromLauncher::Command(Command::Prepare { number: 2, .. })), "{last:?}");
+    stage.report(2, prepared(2, 2, 0, 19));
+    assert!(
+        !stage.notices.iter().any(|notice| matches!(notice, Notice::Changed { .. })),
+        "of shard 1 the new lane is awaited"
+    );
+    stage.report(2, prepared(2, 1, 1, 22));
+    assert!(stage.notices.contains(&Notice::Changed { clock: 22, change: Change::Settings(change) }));
 }

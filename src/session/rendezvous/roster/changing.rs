@@ -6,6 +6,7 @@ use super::*;
 use crate::{
     optim::LiveChange,
     session::{Change, NEVER},
+    types::ShardId,
 };
 
 impl Roster {
@@ -22,9 +23,6 @@ impl Roster {
 
     fn may_change(&self, change: &LiveChange) -> Result<(), String> {
         change.check(&self.config.optimizer, self.config.consistency).map_err(|error| error.to_string())?;
-        if self.config.has_replicas() {
-            return Err("in a job with two copies of each shard settings cannot be changed while it runs yet".into());
-        }
         if self.config.moves_shards() {
             return Err("in a job whose servers may join and leave settings cannot be changed while it runs yet".into());
         }
@@ -35,9 +33,30 @@ impl Roster {
         }
     }
 
+    /// Another lane is to serve a shard: it is told of settings that were changed before it does, since whoever served may not have
+    /// heard of them.
+    pub(super) fn tell_settings(&mut self, rank: Rank) {
+        let to = || self.seats[&rank].connection.into_iter().collect();
+        let settled = |(number, clock, change): &(u64, Clock, Change)| {
+            FromLauncher::Command(Command::Change { number: *number, change: Some((*clock, *change)) })
+        };
+        let messages: Vec<_> = self.changes.settings().iter().map(|change| (to(), settled(change))).collect();
+        messages.into_iter().for_each(|(to, message)| self.send(to, message));
+    }
+
+    /// Another lane serves a shard, and has promised nothing yet: all are asked to prepare once more.
+    pub(super) fn prepare_again(&mut self, shard: ShardId) {
+        let Some((number, clock, change)) = self.changes.displaced(shard) else { return };
+        self.send(self.everybody(), FromLauncher::Command(Command::Prepare { number, clock, change }));
+    }
+
     /// A lane begins nothing of `from` and later clocks.
     pub(super) fn on_prepared(&mut self, lane: PeerId, number: u64, from: Clock) {
-        let Some((clock, change)) = self.changes.prepared(number, lane, from) else { return };
+        let shard = self.config.shard_of(lane);
+        if self.tenures.get(usize::from(shard.0)).is_some_and(|tenure| tenure.primary != lane) {
+            return; // another one serves in its place
+        }
+        let Some((clock, change)) = self.changes.prepared(number, shard, from) else { return };
         let settled = (clock != NEVER).then_some((clock, change));
         self.send(self.everybody(), FromLauncher::Command(Command::Change { number, change: settled }));
         if settled.is_none() {

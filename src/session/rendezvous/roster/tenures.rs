@@ -185,10 +185,15 @@ impl Roster {
     /// A shard has a new tenure.
     fn adopt(&mut self, shard: ShardId, tenure: Tenure) {
         let before = std::mem::replace(&mut self.tenures[usize::from(shard.0)], tenure);
+        let is_taken_over = before.primary != tenure.primary;
+        if is_taken_over {
+            self.tell_settings(tenure.primary.rank);
+        }
         self.send(self.everybody(), FromLauncher::Command(Command::Tenure { shard, tenure }));
-        if before.primary != tenure.primary
-            && let Some(command) = self.checkpoints.requested()
-        {
+        if is_taken_over {
+            self.prepare_again(shard);
+        }
+        if is_taken_over && let Some(command) = self.checkpoints.requested() {
             // Who serves now has not heard of it; those who have passed the clock say so, and a later one is asked for.
             self.send(self.everybody(), FromLauncher::Command(command));
         }
