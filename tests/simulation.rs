@@ -21,6 +21,8 @@ mod live;
 mod moves;
 #[path = "simulation/rebuilt.rs"]
 mod rebuilt;
+#[path = "simulation/states.rs"]
+mod states;
 
 use std::{collections::HashMap, time::Duration};
 
@@ -180,6 +182,7 @@ fn options(seed: u64) -> WorldOptions {
         clocks: 1 + random.below(8),
         uneven: false,
         hasty: false,
+        sets_rates: false,
         requests: false,
         copies: false,
         store_fails: false,

@@ -381,7 +381,7 @@ impl<T: Transport> EventLoop<T> {
             return Ok(());
         }
         let worker = peer.rank.index;
-        if is_rebuilt || self.shard.has_inherited(worker) {
+        if is_rebuilt {
             self.shard.resume(worker);
         }
         let fabric = self.paths.fabric(peer);

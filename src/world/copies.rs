@@ -143,25 +143,14 @@ impl World<'_> {
         for (_, claimant, epoch, claim) in due {
             let shard = self.servers.iter().find(|node| node.me == claimant).expect("a lane").shard;
             let tenure = self.copies.tenures[shard];
-            match tenure.after(claimant, epoch, claim) {
-                Ok(_) if self.copies.stored[shard].epoch > tenure.epoch => {
-                    self.adopt(shard, self.copies.stored[shard]); // a claim that nobody was told of
-                }
-                Ok(next) if self.options.store_fails && self.random.once_in(3) => {
-                    if self.random.once_in(2) {
-                        self.copies.stored[shard] = next;
-                    }
-                    self.copies.counts.unanswered += 1;
-                    self.tell(claimant, News::Tenure(shard, tenure));
-                }
-                Ok(next) => {
-                    self.copies.stored[shard] = next;
+            match tenure.after(claimant, epoch, claim).ok().map(|next| (next, self.swap(shard, next))) {
+                Some((next, Some(present))) if next == present => {
                     self.copies.counts.takeovers += u64::from(claim == Claim::TakeOver);
                     self.copies.counts.moves += u64::from(claim == Claim::Succeed);
                     self.copies.counts.pairings += u64::from(claim == Claim::Pair);
-                    self.adopt(shard, next);
                 }
-                Err(_) => self.tell(claimant, News::Tenure(shard, tenure)),
+                Some((_, Some(_))) => {} // a claim that nobody was told of
+                None | Some((_, None)) => self.tell(claimant, News::Tenure(shard, tenure)),
             }
         }
     }
@@ -179,6 +168,24 @@ impl World<'_> {
         if is_taken_over && let Some((number, clock, change)) = self.changing.book.displaced(ShardId(shard as u16)) {
             self.tell_everybody(News::Prepare(number, clock, change));
         }
+    }
+
+    /// Has the store put another tenure in the place of the one that the launcher knows: what holds now, of which everybody is told.
+    /// Nothing if there is no answer; it may have been done all the same.
+    pub(super) fn swap(&mut self, shard: usize, next: Tenure) -> Option<Tenure> {
+        let stored = self.copies.stored[shard];
+        let is_known = stored.epoch == self.copies.tenures[shard].epoch;
+        if is_known && self.options.store_fails && self.random.once_in(3) {
+            if self.random.once_in(2) {
+                self.copies.stored[shard] = next;
+            }
+            self.copies.counts.unanswered += 1;
+            return None;
+        }
+        let present = if is_known { next } else { stored };
+        self.copies.stored[shard] = present;
+        self.adopt(shard, present);
+        Some(present)
     }
 
     pub(super) fn tell_everybody(&mut self, news: News) {
@@ -234,6 +241,11 @@ impl World<'_> {
             News::Gone(rank) => replica.handle_gone(rank),
             News::Tenure(shard, tenure) if shard == own => {
                 if replica.set_tenure(tenure, now).map_err(|error| error.to_string())? == Standing::BeginsAnew {
+                    if self.options.moves && self.servers[index].storing.is_some() {
+                        return Err(format!(
+                            "{node} is done with shard {shard}, and a snapshot of it is not on the disk"
+                        ));
+                    }
                     self.copies.counts.deposed += u64::from(self.options.copies);
                     self.begin_anew(index)?;
                 }

@@ -42,6 +42,8 @@ impl ElasticOptions {
 /// Where a worker that was lost is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Absence {
+    /// It does not run until then, and goes on as if nothing had been.
+    Asleep(Instant),
     /// The launcher does not know yet; at this round it will, if no lane tells it before.
     Unnoticed(u64),
     /// The lanes are being told.
@@ -73,6 +75,8 @@ pub(super) struct Elastic {
     next: u64,
     /// Processes that came again too late.
     refused: u64,
+    /// Workers that went on, or may, after they were lost.
+    pub ghosts: u64,
     pub lacked: Vec<(u16, ChunkId, Clock)>,
 }
 
@@ -95,6 +99,8 @@ impl World<'_> {
         }
         for (worker, absence) in self.elastic.absences.clone() {
             match absence {
+                // Unless some lane has lost it meanwhile, it has kept the others waiting, and no more.
+                Absence::Asleep(until) if until <= self.now => drop(self.elastic.absences.remove(&worker)),
                 Absence::Unnoticed(at) if at <= round => self.notice_loss(worker, round),
                 Absence::Out(Some(at)) if at <= round => self.begin_again(worker)?,
                 Absence::Begun(false) if self.trainers[usize::from(worker)].engine.is_attached() => {
@@ -196,6 +202,12 @@ impl World<'_> {
         }
         self.elastic.lost += 1;
         self.elastic.next = round + self.random.below(3000);
+        if !self.elastic.absences.contains_key(&worker) && self.random.once_in(6) {
+            let until = self.now + Duration::from_micros(self.random.below(20_000_000));
+            self.asleep.push((me, until));
+            self.elastic.absences.insert(worker, Absence::Asleep(until));
+            return;
+        }
         self.halted.push(me);
         if !self.random.once_in(4) || self.elastic.absences.contains_key(&worker) {
             // It dies: its paths break, and mostly the launcher sees at once that it is gone.
@@ -209,8 +221,10 @@ impl World<'_> {
     }
 
     fn notice_loss(&mut self, worker: u16, round: u64) {
-        if !self.elastic.absences.get(&worker).is_some_and(|absence| matches!(absence, Absence::Unnoticed(_))) {
-            return;
+        match self.elastic.absences.get(&worker) {
+            Some(Absence::Unnoticed(_)) => {}
+            Some(Absence::Asleep(_)) | None => self.elastic.ghosts += 1, // it may have gone on just now
+            Some(_) => return,
         }
         self.elastic.absences.insert(worker, Absence::Noticed);
         let is_void = |change: Change| [Change::Joins(worker), Change::Leaves(worker)].contains(&change);
@@ -260,8 +274,18 @@ impl World<'_> {
         let trainer = Trainer::again(self.options, &self.layout, &self.network, worker, life, self.now);
         self.trainers.insert(index, trainer.map_err(|error| error.to_string())?);
         self.halted.retain(|halted| *halted != PeerId::worker(worker));
+        self.asleep.retain(|(asleep, _)| *asleep != PeerId::worker(worker));
         self.elastic.absences.insert(worker, Absence::Begun(false));
         Ok(())
+    }
+
+    /// A worker's process has failed: whether that is a loss that is known already.
+    pub(super) fn fails_in_vain(&mut self, worker: u16) -> bool {
+        let is_out = matches!(self.elastic.absences.get(&worker), Some(Absence::Noticed | Absence::Out(_)));
+        if is_out {
+            self.halted.push(PeerId::worker(worker));
+        }
+        is_out
     }
 
     /// Whether a worker was lost, and no other process has begun in its place, nor will.

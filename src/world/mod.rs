@@ -133,6 +133,8 @@ pub struct WorldOptions {
     pub uneven: bool,
     /// Workers do not wait for their last pushes: they finish while these are under way.
     pub hasty: bool,
+    /// The first worker's program sets the learning rate now and then.
+    pub sets_rates: bool,
     /// Checkpoints are asked for at random moments, of each shard at another.
     pub requests: bool,
     /// Push and pull apart, instead of asking for the reply with the push.
@@ -205,6 +207,8 @@ pub struct Outcome {
     pub changes: Vec<(Clock, Change)>,
     /// Contributions of workers that were lost, without which steps were taken: worker, chunk, clock.
     pub lacked: Vec<(u16, ChunkId, Clock)>,
+    /// Workers that were lost, and whose processes went on or were about to.
+    pub ghosts: u64,
     /// Simulated time.
     pub elapsed: Duration,
     /// Payloads that the network damaged.
@@ -273,6 +277,7 @@ pub fn run(options: &WorldOptions, program: &mut dyn Program) -> Result<Outcome,
         changed: world.changing.settings_from(),
         changes: world.changing.settled,
         lacked: world.elastic.lacked,
+        ghosts: world.elastic.ghosts,
         elapsed: world.now - world.start,
         corrupted: world.network.corrupted(),
         paths,
@@ -402,10 +407,10 @@ impl<'a> World<'a> {
             }
             self.watch_copies()?;
             if self.is_done() {
-                return Ok(None);
+                return self.watch_the_end().map(|()| None);
             }
             if self.now - self.progressed > STALL {
-                let standing = if self.options.copies { self.standing() } else { String::new() };
+                let standing = if self.options.has_tenures() { self.standing() } else { String::new() };
                 return Err(format!(
                     "deadlock: nothing got on for {} s; {}; {standing}",
                     STALL.as_secs(),
@@ -465,6 +470,7 @@ impl<'a> World<'a> {
                 }
                 Ok(Ok(false))
             }
+            Err(_) if self.fails_in_vain(me.rank.index) => Ok(Ok(false)),
             Err(error) => Ok(Err((me, error))),
         }
     }

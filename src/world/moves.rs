@@ -8,17 +8,21 @@
 use super::{copies::News, *};
 use crate::{
     session::{Step, next_step},
-    types::Rank,
+    types::{Epoch, Rank},
 };
 
 /// How many servers there are to be.
 #[derive(Debug, Default)]
 pub(super) struct Moves {
     servers: Option<u16>,
+    /// How often somebody has said so.
+    wishes: u64,
     /// When that changes next.
     changes_at: Option<Instant>,
     /// What the store is asked, and when it answers: a shard, and who is to follow there.
     asked: Option<(Instant, ShardId, Option<PeerId>)>,
+    /// Under which tenure a lane would not hold what it was given, and when the launcher hears of it.
+    declined: BTreeMap<PeerId, (Epoch, Instant)>,
 }
 
 impl WorldOptions {
@@ -42,7 +46,9 @@ impl World<'_> {
     /// When something about moves is due next.
     pub(super) fn moves_due(&self) -> Option<Instant> {
         let moves = &self.moves;
-        moves.changes_at.into_iter().chain(moves.asked.map(|(due, ..)| due)).min()
+        let declined = moves.declined.iter().filter(|(lane, (epoch, _))| self.is_given(**lane, *epoch));
+        let declined = declined.map(|(_, (_, due))| *due).filter(|_| moves.asked.is_none());
+        moves.changes_at.into_iter().chain(moves.asked.map(|(due, ..)| due)).chain(declined).min()
     }
 
     /// The launcher's part between two rounds.
@@ -55,19 +61,31 @@ impl World<'_> {
         if let Some((_, shard, to)) = self.moves.asked.take_if(|(due, ..)| *due <= now) {
             let place = usize::from(shard.0);
             if let Some(next) = self.copies.tenures[place].given_to(to) {
-                (self.copies.tenures[place], self.copies.stored[place]) = (next, next);
-                self.copies.counts.given_up += u64::from(to.is_none());
-                self.tell_everybody(News::Tenure(place, next));
+                let is_given = self.swap(place, next) == Some(next);
+                self.copies.counts.given_up += u64::from(is_given && to.is_none());
             }
+        }
+        let is_due = |(lane, (epoch, due)): (&PeerId, &(Epoch, Instant))| *due <= now && self.is_given(*lane, *epoch);
+        let declined = self.moves.declined.iter().find_map(|each| is_due(each).then_some(ShardId(each.0.lane)));
+        if self.moves.asked.is_none()
+            && let Some(shard) = declined
+        {
+            self.moves.asked = Some((now, shard, None)); // whoever serves would wait for it
         }
         let next =
             next_step(&self.copies.tenures, self.moves.servers, |rank| !self.copies.gone.contains_key(&rank.index));
+        // After the last wish every shard has to get on where it is then.
+        let may_wish = self.moves.changes_at.is_none() && self.moves.wishes < 1 + self.options.seed % 9;
         match next {
             Step::Give(shard, to) if self.moves.asked.is_none() => {
                 let due = self.now + Duration::from_micros(self.random.below(20_000));
                 self.moves.asked = Some((due, shard, to));
             }
-            Step::Rests if self.moves.changes_at.is_none() => {
+            // Somebody changes his mind while a shard is on its way.
+            Step::Moves(_) if may_wish && self.random.once_in(2_000) => {
+                self.moves.changes_at = Some(self.now);
+            }
+            Step::Rests if may_wish => {
                 let longest = if self.random.once_in(2) { 2_000 } else { 200_000 };
                 self.moves.changes_at = Some(self.now + Duration::from_micros(self.random.below(longest)));
             }
@@ -75,6 +93,7 @@ impl World<'_> {
         }
         if self.moves.changes_at.is_some_and(|at| at <= self.now) {
             self.moves.changes_at = None;
+            self.moves.wishes += 1;
             self.moves.servers = Some(1 + self.random.below(self.options.servers.into()) as u16);
         }
         Ok(())
@@ -116,10 +135,24 @@ impl World<'_> {
         let is_there = !self.copies.gone.contains_key(&me.rank.index);
         match self.copies.heard.get(&me).copied() {
             Some(tenure) if self.options.moves && is_there && tenure.other == Some(me) => {
+                if self.moves.declined.get(&me).is_some_and(|(epoch, _)| *epoch == tenure.epoch) {
+                    return Ok(());
+                }
+                if self.options.chaos == Chaos::Moves && self.random.once_in(20) {
+                    let heard = self.now + Duration::from_micros(self.random.below(50_000));
+                    self.moves.declined.insert(me, (tenure.epoch, heard)); // it has not the memory
+                    return Ok(());
+                }
                 self.join(index, me, (shard, tenure))
             }
             _ => Ok(()),
         }
+    }
+
+    /// Whether a lane is to follow, under the tenure of this epoch.
+    fn is_given(&self, lane: PeerId, epoch: Epoch) -> bool {
+        let tenure = self.copies.tenures[usize::from(lane.lane)];
+        tenure.epoch == epoch && tenure.other == Some(lane) && !tenure.is_paired
     }
 
     /// Does something to a shard on the move; `false` if this is no moment for it.
@@ -136,29 +169,34 @@ impl World<'_> {
         let within = |world: &mut Self, most: u64| world.now + Duration::from_micros(world.random.below(most));
         let claims = || self.copies.claims.iter().any(|(_, claimant, ..)| claimant.rank == to.rank);
         let serves = claims() || self.copies.tenures.iter().any(|tenure| tenure.primary.rank == to.rank);
-        match self.random.below(8) {
+        match self.random.below(10) {
             0..3 if !serves => {
                 let most = if self.random.once_in(3) { 3_000_000 } else { 50_000 };
                 let noticed = within(self, most);
                 self.kill(to.rank.index, noticed);
                 self.copies.counts.deaths += 1;
             }
-            3 if !serves => {
-                let until = within(self, 4_000_000);
-                let lanes = self.servers.iter().map(|node| node.me).filter(|lane| lane.rank == to.rank);
-                self.halted.extend(lanes);
-                self.copies.stopped = Some((to.rank.index, until));
-                self.copies.counts.deaths += 1;
-            }
-            4 => {
+            3 if !serves => self.stop(to.rank),
+            // It stops, and may be deposed before it goes on.
+            4 => self.stop(from.rank),
+            5 => {
                 let until = within(self, 4_000_000);
                 self.network.cut(from, to, until);
                 self.copies.counts.cuts += 1;
             }
-            5 => self.network.break_path(from, worker),
-            6 => self.network.break_path(to, worker),
+            6 => self.network.break_path(from, worker),
+            7 => self.network.break_path(to, worker),
+            8 => [from, to].into_iter().for_each(|lane| self.network.break_path(lane, worker)),
             _ => self.network.break_path(from, to),
         }
         true
+    }
+
+    /// A server does not run for a while, for less long than its workers wait for it.
+    fn stop(&mut self, server: Rank) {
+        let until = self.now + Duration::from_micros(self.random.below(4_000_000));
+        self.halted.extend(self.servers.iter().map(|node| node.me).filter(|lane| lane.rank == server));
+        self.copies.stopped = Some((server.index, until));
+        self.copies.counts.deaths += 1;
     }
 }

@@ -48,6 +48,10 @@ pub(super) struct Trainer {
     clocks: Clock,
     separate_pull: bool,
     hasty: bool,
+    /// In haste it asks for parameters all the same.
+    asks_in_haste: bool,
+    /// It sets the learning rate at clocks that this decides.
+    sets_rates: Option<u64>,
     loss_scale: f32,
     aggregates: bool,
     /// From this clock until that one it is not of the job, as it was told.
@@ -128,6 +132,8 @@ impl Trainer {
             clocks: options.clocks_of(worker),
             separate_pull: options.separate_pull,
             hasty: options.hasty,
+            asks_in_haste: options.elastic.is_active(),
+            sets_rates: (options.sets_rates && worker == 0).then_some(options.seed),
             loss_scale: options.loss_scale.first(),
             aggregates: options.consistency.aggregates(),
             absent: options.elastic.told_of(worker),
@@ -212,7 +218,7 @@ impl Trainer {
         while self.phase == Phase::Backward && now >= self.backward_at {
             let Some(index) = self.backward.pop() else {
                 self.phase = Phase::Waiting;
-                if self.leaves_in_haste() {
+                if self.leaves_in_haste() || self.is_out() {
                     self.finish();
                 } else if self.separate_pull {
                     // A version counts clocks under `Aggregate` only.
@@ -221,7 +227,7 @@ impl Trainer {
                 }
                 return;
             };
-            let wants_reply = !self.separate_pull && !self.leaves_in_haste();
+            let wants_reply = !self.separate_pull && (!self.leaves_in_haste() || self.asks_in_haste);
             let (worker, clock, loss_scale) = (self.worker, self.clock, self.loss_scale);
             let Chunk { id, gradient, parameters, version } = &mut self.chunks[index];
             let mut lease = gradient.take().expect("gradients are at home when a clock begins");
@@ -243,7 +249,8 @@ impl Trainer {
 
     /// At its last clock, a program in haste finishes as soon as it has pushed.
     fn leaves_in_haste(&self) -> bool {
-        self.hasty && self.clock + 1 == self.clocks
+        let told = self.absent.filter(|(_, until)| until.is_none()).map_or(self.clocks, |(from, _)| from);
+        self.hasty && self.clock + 1 == self.clocks.min(told)
     }
 
     /// Once everything is home, the next clock begins.
@@ -272,12 +279,18 @@ impl Trainer {
         }
     }
 
-    /// It is of the job no more from a clock on, which it may have begun.
+    /// It is of the job no more from a clock on, which it may have begun. Every other program has noticed only when it has pushed all
+    /// of that clock.
     fn leave(&mut self, clock: Clock) {
         self.absent = Some((clock, None));
-        if clock <= self.clock && matches!(self.phase, Phase::Backward | Phase::Waiting) {
+        let notices = self.phase == Phase::Waiting || self.phase == Phase::Backward && self.worker.is_multiple_of(2);
+        if self.is_out() && notices {
             self.finish();
         }
+    }
+
+    fn is_out(&self) -> bool {
+        self.absent.is_some_and(|(from, until)| from <= self.clock && until.is_none())
     }
 
     fn finish(&mut self) {
@@ -298,6 +311,11 @@ impl Trainer {
             self.backward.swap(last, random.below(last as u64 + 1) as usize);
         }
         self.backward_at = now + Duration::from_micros(random.below(5_000));
+        // Dice of its own: the rates are the same, whatever else happens.
+        if self.sets_rates.is_some_and(|seed| SimRandom::new(seed ^ self.clock << 16).once_in(3)) {
+            let rate = 0.002 * (1 + self.clock % 7) as f64;
+            self.commands.push_back(Command::SetLearningRate { rate, clock: self.clock });
+        }
     }
 
     fn chunk(&mut self, id: ChunkId) -> &mut Chunk {

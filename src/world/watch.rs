@@ -18,7 +18,7 @@ impl World<'_> {
     /// One lane serves a shard in an epoch, and a backup that counts has the bits of its primary wherever both have come to the same
     /// clock.
     pub(super) fn watch_copies(&mut self) -> Result<(), String> {
-        if !self.options.copies {
+        if !self.options.has_tenures() {
             return Ok(());
         }
         for node in &self.servers {
@@ -30,6 +30,22 @@ impl World<'_> {
             }
         }
         (0..usize::from(self.options.servers)).try_for_each(|shard| self.compare_copies(shard))
+    }
+
+    /// When all is done nobody follows who counts and whom nobody knows of, or no shard would move any more.
+    pub(super) fn watch_the_end(&self) -> Result<(), String> {
+        let copies = &self.copies;
+        let is_stuck = |(shard, tenure): (usize, &Tenure)| {
+            let serves =
+                self.servers.iter().filter(|node| node.shard == shard).filter_map(|node| node.replica.as_ref());
+            let serving =
+                serves.filter(|replica| replica.served().is_some()).max_by_key(|replica| replica.tenure().epoch);
+            tenure.is_paired && serving.is_some_and(|replica| replica.tenure() == *tenure)
+        };
+        match self.options.moves && copies.tenures.iter().enumerate().any(is_stuck) {
+            true => Err(format!("a shard has two lanes that count, and goes nowhere: {}", self.standing())),
+            false => Ok(()),
+        }
     }
 
     /// Who serves and who follows, in words.
@@ -44,7 +60,8 @@ impl World<'_> {
             };
             format!("{} of shard {} {part}", node.me, node.shard)
         };
-        let lanes: Vec<String> = self.servers.iter().map(lane).collect();
+        let lanes = self.servers.iter().filter(|node| node.replica.is_some() || self.options.copies);
+        let lanes: Vec<String> = lanes.map(lane).collect();
         format!("{}; the store: {:?}; halted: {:?}", lanes.join(", "), self.copies.tenures, self.halted)
     }
 
@@ -56,10 +73,7 @@ impl World<'_> {
         let Some(serving) = present.find_map(Replica::served) else { return Ok(()) };
         let follows = |replica: &&Replica<_>| replica.followed().is_some_and(|standby| standby.is_paired());
         let Some(standby) = replicas().find(follows).and_then(Replica::followed) else { return Ok(()) };
-        if standby.primary() != tenure.primary {
-            return Ok(());
-        }
-        let backup = tenure.other.expect("a pair has two");
+        let Some(backup) = tenure.other.filter(|_| standby.primary() == tenure.primary) else { return Ok(()) };
         for chunk in &self.layout.shards[shard] {
             let (Some(ours), Some(theirs)) = (serving.view(*chunk), standby.view(*chunk)) else { continue };
             if ours.clock != theirs.clock

@@ -40,6 +40,7 @@ pub fn world_options(declarations: Vec<Vec<TensorSpec>>) -> WorldOptions {
         clocks: STEPS,
         uneven: false,
         hasty: false,
+        sets_rates: false,
         requests: false,
         copies: false,
         store_fails: false,

@@ -25,8 +25,8 @@ use crate::{
 
 const STEPS: u64 = 900;
 
-fn job(home: &Path, fabric: Fabric) -> JobOptions {
-    let mut options = options(home, "train");
+fn job(home: &Path, part: &str, fabric: Fabric) -> JobOptions {
+    let mut options = options(home, part);
     options.config.transports = vec![fabric];
     options.config.checkpoint.every = Some(150);
     options.config.checkpoint.keep = 100;
@@ -82,11 +82,20 @@ fn states(home: &Path) -> Vec<(u64, State)> {
     states
 }
 
-fn grows_and_shrinks(fabric: Fabric) {
+/// Files of the last checkpoint that were not written for it.
+fn linked(home: &Path) -> usize {
+    let last = gradwire::checkpoint::latest(&home.join("checkpoints")).unwrap().checkpoint.unwrap();
+    last.manifest().files.iter().filter(|file| file.since.is_some()).count()
+}
+
+/// What has not changed is not written again where `incremental` says so; what it is compared with is written whole.
+fn grows_and_shrinks(fabric: Fabric, incremental: bool) {
     let (home_of, calm_home) = (home(), home());
-    let undisturbed = run(job(calm_home.path(), fabric));
-    let mut options = job(home_of.path(), fabric);
+    let part = if incremental { "frozen" } else { "train" };
+    let undisturbed = run(job(calm_home.path(), part, fabric));
+    let mut options = job(home_of.path(), part, fabric);
     options.config.max_servers = 4;
+    options.config.checkpoint.incremental = incremental;
     let mut job = Job::start(options).unwrap();
     wait_for_text(&job, "begins clock 20");
     let told = scale(home_of.path(), "4");
@@ -117,23 +126,24 @@ fn grows_and_shrinks(fabric: Fabric) {
     let clocks: Vec<u64> =
         both.inspect(|(one, other)| assert!(one == other, "clock {}", one.0)).map(|(one, _)| one.0).collect();
     assert_eq!(clocks, [150, 300, 450, 600, 750, 900], "all that were to be written");
+    assert_eq!((linked(home_of.path()) > 0, linked(calm_home.path())), (incremental, 0));
 }
 
 #[test]
-fn a_job_that_grows_and_shrinks_has_the_undisturbed_jobs_bits_over_tcp() {
-    grows_and_shrinks(Fabric::Tcp);
+fn a_job_that_grows_and_shrinks_and_stores_changes_has_the_undisturbed_jobs_bits_over_tcp() {
+    grows_and_shrinks(Fabric::Tcp, true);
 }
 
 #[test]
 fn a_job_that_grows_and_shrinks_has_the_undisturbed_jobs_bits_in_shared_memory() {
-    grows_and_shrinks(Fabric::Shm);
+    grows_and_shrinks(Fabric::Shm, false);
 }
 
 /// A server that dies as it joins: the job goes on without it, says so, and may be scaled again.
 #[test]
 fn a_server_that_cannot_join_is_gone_on_without() {
     let home_of = home();
-    let mut options = job(home_of.path(), Fabric::Tcp);
+    let mut options = job(home_of.path(), "train", Fabric::Tcp);
     options.config.max_servers = 3;
     let mut job = Job::start(options).unwrap();
     wait_for_text(&job, "begins clock 3");
@@ -166,8 +176,8 @@ fn a_server_that_cannot_join_is_gone_on_without() {
 #[test]
 fn a_server_that_serves_and_dies_ends_the_job_by_name_and_it_resumes() {
     let (home_of, calm_home) = (home(), home());
-    let undisturbed = run(job(calm_home.path(), Fabric::Tcp));
-    let mut options = job(home_of.path(), Fabric::Tcp);
+    let undisturbed = run(job(calm_home.path(), "train", Fabric::Tcp));
+    let mut options = job(home_of.path(), "train", Fabric::Tcp);
     options.config.max_servers = 3;
     let mut first = Job::start(options).unwrap();
     wait_for_text(&first, "begins clock 20");
@@ -179,7 +189,7 @@ fn a_server_that_serves_and_dies_ends_the_job_by_name_and_it_resumes() {
     let reason = outcome.reason.clone().unwrap_or_default();
     assert!(outcome.code != 0 && reason.contains("is lost: server 2"), "{reason}\n{}", first.output());
     drop(first);
-    let mut again = job(home_of.path(), Fabric::Tcp);
+    let mut again = job(home_of.path(), "train", Fabric::Tcp);
     (again.config.servers, again.config.max_servers) = (1, 2);
     again.config.resume = Some(home_of.path().join("checkpoints"));
     let mut again = Job::start(again).unwrap();

@@ -5,12 +5,15 @@
 
 use gradwire::{
     consistency::Consistency,
-    layout::Init,
-    optim::{LiveChange, OptimizerConfig, OptimizerKind, Reduction},
     world::{Chaos, WorldOptions},
 };
 
-use super::{check_undisturbed, options, rebuilt::trained, sample};
+use super::{
+    check_undisturbed, options,
+    rebuilt::trained,
+    sample,
+    states::{differing, with_state},
+};
 
 /// Of so many seeds of each test every run tries some.
 const SEEDS: u64 = 10_000;
@@ -46,39 +49,13 @@ fn the_final_state_is_that_of_a_job_without_copies() {
     let (mut takeovers, mut pairings, mut deposed, mut cuts, mut compared, mut unanswered) = (0, 0, 0, 0, 0, 0);
     let seeds = sample(700, SEEDS);
     for seed in seeds.iter().copied() {
-        let mut optimizer = OptimizerConfig::new(OptimizerKind::ADAMW, 0.01);
-        optimizer.weight_decay = 0.1;
-        let change = LiveChange { learning_rate: Some(0.05), weight_decay: Some(0.2), ..LiveChange::default() };
-        let mut world = WorldOptions {
-            reduction: Reduction::Mean,
-            optimizer,
-            change_from: seed.is_multiple_of(2).then_some((1 + seed % 9, change)),
-            ..with_copies(seed + 500_000, Chaos::Copies)
-        };
-        for declaration in &mut world.declarations {
-            declaration.iter_mut().for_each(|spec| spec.init = Init::Normal(0.02));
-        }
+        let world = with_state(seed, with_copies(seed + 500_000, Chaos::Copies));
         let outcome = trained(&world);
         let calm = trained(&WorldOptions { chaos: Chaos::Calm, copies: false, ..world });
         for (shard, (left, right)) in outcome.finals.iter().zip(&calm.finals).enumerate() {
             assert_eq!(left.rates, right.rates, "seed {seed}, shard {shard}: {:?}", outcome.copies);
-            for (left, right) in left.chunks.iter().zip(&right.chunks) {
-                let wrong = [
-                    (left.steps != right.steps, "steps"),
-                    (left.master != right.master, "parameters"),
-                    (left.first != right.first, "first state"),
-                    (left.second != right.second, "second state"),
-                ];
-                let wrong: Vec<_> = wrong.iter().filter(|(wrong, _)| *wrong).map(|(_, what)| what).collect();
-                let chunk = left.chunk.0;
-                assert!(
-                    wrong.is_empty(),
-                    "seed {seed}, shard {shard}, chunk {chunk}: {wrong:?}, steps {} and {}: {:?}",
-                    left.steps,
-                    right.steps,
-                    outcome.copies
-                );
-            }
+            let wrong = differing(&left.chunks, &right.chunks);
+            assert!(wrong.is_empty(), "seed {seed}, shard {shard}: {wrong:?} differ: {:?}", outcome.copies);
         }
         takeovers += outcome.copies.takeovers;
         pairings += outcome.copies.pairings;

@@ -151,7 +151,7 @@ fn turning(seed: u64) -> WorldOptions {
     let leaves = if seed.is_multiple_of(7) { 0 } else { 1 + seed as u32 % 3 };
     base.elastic = ElasticOptions { losses, leaves, empty, restarts: !seed.is_multiple_of(3), ..base.elastic };
     let chaos = if seed % 3 == 1 { Chaos::Rebuilding { corrupt: 0 } } else { Chaos::Calm };
-    WorldOptions { chaos, clocks: 6 + seed % 12, ..base }
+    WorldOptions { chaos, clocks: 6 + seed % 12, hasty: seed % 6 == 1 || seed % 5 == 3, ..base }
 }
 
 fn survived(options: &WorldOptions, program: &mut dyn Program) -> Outcome {
@@ -172,6 +172,8 @@ struct Counts {
     left: usize,
     /// Workers that came to seats that had been empty.
     came: usize,
+    /// Workers that went on after they were lost.
+    ghosts: u64,
 }
 
 impl Counts {
@@ -185,6 +187,7 @@ impl Counts {
         self.lost += story.absences.len();
         self.joined += story.absences.iter().filter(|(.., until)| until.is_some()).count();
         self.lacked += outcome.lacked.len();
+        self.ghosts += outcome.ghosts;
         let lacks = |worker: u16| story.lacked.iter().any(|(of, ..)| *of == worker);
         self.clean += story.absences.iter().filter(|(worker, ..)| !lacks(*worker)).count();
     }
@@ -194,7 +197,7 @@ impl Counts {
     }
 
     fn are_many(&self) -> bool {
-        self.lost > 50 && self.joined > 20 && self.lacked > 50 && self.clean > 10
+        self.lost > 50 && self.joined > 20 && self.lacked > 50 && self.clean > 10 && self.ghosts > 5
     }
 }
 

@@ -7,13 +7,17 @@ use std::collections::BTreeSet;
 
 use gradwire::{
     consistency::Consistency,
-    layout::Init,
-    optim::{LiveChange, OptimizerConfig, OptimizerKind, Reduction},
+    optim::LearningRates,
     server::ChunkImage,
     world::{Chaos, CopyCounts, Outcome, WorldOptions},
 };
 
-use super::{check_undisturbed, options, rebuilt::trained, sample};
+use super::{
+    check_undisturbed, options,
+    rebuilt::trained,
+    sample,
+    states::{differing, with_state},
+};
 
 fn with_moves(seed: u64, chaos: Chaos) -> WorldOptions {
     let base = options(seed);
@@ -24,29 +28,28 @@ fn with_moves(seed: u64, chaos: Chaos) -> WorldOptions {
         uneven: seed.is_multiple_of(5),
         hasty: seed.is_multiple_of(7),
         requests: seed.is_multiple_of(4),
-        checkpoint_every: seed.is_multiple_of(3).then_some(1 + seed % 4),
+        // Wide windows too: half of one is then more than one position.
+        slots: if seed % 6 == 1 { 8 + seed as u32 % 9 } else { base.slots },
+        checkpoint_every: (seed % 3 != 1).then_some(1 + seed % 4),
         moves: true,
+        store_fails: chaos == Chaos::Moves && seed % 8 == 5,
         chaos,
         ..base
     }
 }
 
-/// Whoever serves stores each clock's state once, however often the shard has moved.
-fn check_stored_once(outcome: &Outcome, seed: u64) {
+/// Whoever serves stores each clock's state once, however often the shard has moved; none is left out.
+fn check_stored(world: &WorldOptions, outcome: &Outcome, seed: u64) {
     for (shard, snapshots) in outcome.snapshots.iter().enumerate() {
-        let clocks: BTreeSet<_> = snapshots.iter().map(|snapshot| snapshot.clock).collect();
         let all: Vec<_> = snapshots.iter().map(|snapshot| snapshot.clock).collect();
-        assert_eq!(clocks.len(), all.len(), "seed {seed}, shard {shard}: {all:?}");
+        let clocks: BTreeSet<_> = all.iter().copied().collect();
+        // Who asks may ask for what is there already.
+        assert!(clocks.len() == all.len() || world.requests, "seed {seed}, shard {shard}: {all:?}");
+        let is_empty = outcome.finals[shard].chunks.is_empty();
+        let Some(every) = world.checkpoint_every.filter(|_| !is_empty && !world.uneven) else { continue };
+        let mut due = (1..).map(|times| times * every).take_while(|clock| *clock < world.clocks);
+        assert!(due.all(|clock| clocks.contains(&clock)), "seed {seed}, shard {shard}: {all:?}, each {every}");
     }
-}
-
-/// The chunks of which anything differs that training goes by.
-fn differing(one: &[ChunkImage], other: &[ChunkImage]) -> Vec<u32> {
-    let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
-    let of = |image: &ChunkImage| (image.steps, bits(&image.master), bits(&image.first), bits(&image.second));
-    assert_eq!(one.len(), other.len());
-    let differ = one.iter().zip(other).filter(|(one, other)| of(one) != of(other));
-    differ.map(|(one, _)| one.chunk.0).collect()
 }
 
 /// The ledger sees every lost, doubled and torn update.
@@ -64,27 +67,25 @@ fn the_final_state_is_that_of_a_job_whose_servers_stay() {
     let (mut sum, mut without) = (CopyCounts::default(), 0);
     let all = sample(230, 700);
     for &seed in &all {
-        let mut optimizer = OptimizerConfig::new(OptimizerKind::ADAMW, 0.01);
-        optimizer.weight_decay = 0.1;
-        let change = LiveChange { learning_rate: Some(0.05), weight_decay: Some(0.2), ..LiveChange::default() };
-        let mut world = WorldOptions {
-            reduction: Reduction::Mean,
-            optimizer,
-            change_from: seed.is_multiple_of(2).then_some((1 + seed % 9, change)),
-            ..with_moves(seed + 700_000, if seed % 4 == 0 { Chaos::Calm } else { Chaos::Moves })
-        };
-        for declaration in &mut world.declarations {
-            declaration.iter_mut().for_each(|spec| spec.init = Init::Normal(0.02));
+        let chaos = if seed % 4 == 0 { Chaos::Calm } else { Chaos::Moves };
+        let mut world = with_state(seed, with_moves(seed + 700_000, chaos));
+        // Whoever sets rates has to have a part in everything, or they do not hold everywhere from the same clock on.
+        if seed % 5 == 2 {
+            let first = world.declarations[0].clone();
+            world.declarations.fill(first);
+            world.sets_rates = true;
         }
         let outcome = trained(&world);
-        let calm = trained(&WorldOptions { chaos: Chaos::Calm, moves: false, ..world });
-        if !world.requests {
-            check_stored_once(&outcome, seed); // who asks may ask for what is there already
-        }
+        let calm = WorldOptions { chaos: Chaos::Calm, moves: false, store_fails: false, ..world.clone() };
+        let calm = trained(&calm);
+        check_stored(&world, &outcome, seed);
         let stored = |snapshots: &[Vec<_>]| snapshots.iter().flatten().cloned().collect::<Vec<_>>();
         let (moved, stayed) = (stored(&outcome.snapshots), stored(&calm.snapshots));
         for (shard, (left, right)) in outcome.finals.iter().zip(&calm.finals).enumerate() {
-            assert_eq!(left.rates, right.rates, "seed {seed}, shard {shard}: {:?}", outcome.copies);
+            // Rates that hold no more are forgotten now or later.
+            let at_the_end = |rates: &LearningRates| (rates.rate(0, world.clocks), rates.weight_decay(world.clocks));
+            let same = left.rates == right.rates || world.sets_rates;
+            assert!(same && at_the_end(&left.rates) == at_the_end(&right.rates), "seed {seed}, shard {shard}");
             let wrong = differing(&left.chunks, &right.chunks);
             assert!(wrong.is_empty(), "seed {seed}, shard {shard}: {wrong:?} differ: {:?}", outcome.copies);
         }
@@ -96,13 +97,14 @@ fn the_final_state_is_that_of_a_job_whose_servers_stay() {
             let wrong = same.map(|right| differing(&left.chunks, &right.chunks)).unwrap_or_default();
             assert!(wrong.is_empty(), "seed {seed}: the checkpoint of clock {}: {wrong:?} differ", left.clock);
         }
-        let CopyCounts { deaths, cuts, moves, given_up, .. } = outcome.copies;
+        let CopyCounts { deaths, cuts, moves, given_up, unanswered, .. } = outcome.copies;
         without += u64::from(moves == 0);
         sum = CopyCounts {
             deaths: sum.deaths + deaths,
             cuts: sum.cuts + cuts,
             moves: sum.moves + moves,
             given_up: sum.given_up + given_up,
+            unanswered: sum.unanswered + unanswered,
             ..sum
         };
     }
@@ -110,5 +112,5 @@ fn the_final_state_is_that_of_a_job_whose_servers_stay() {
     println!("{told}");
     let tried = all.len() as u64;
     let enough = sum.moves > tried && 14 * sum.given_up.min(sum.deaths) > tried && 35 * sum.cuts > tried;
-    assert!(enough && 7 * without < 2 * tried || tried < 200, "{told}");
+    assert!(enough && 3 * without < tried || tried < 200, "{told}");
 }

@@ -47,11 +47,6 @@ impl Shard {
         self.complete_open_positions();
     }
 
-    /// Whether this lane has taken the shard over.
-    pub fn has_inherited(&self, worker: u16) -> bool {
-        self.contributors[usize::from(worker)].inherits
-    }
-
     /// Workers that have finished go; with two copies only once both have all that they gave and know that they have finished.
     pub(super) fn dismiss_finished(&mut self) {
         for worker in 0..self.config.workers {

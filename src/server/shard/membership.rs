@@ -44,11 +44,6 @@ impl Membership {
         self.presence == Presence::Joining || self.is_member(clock)
     }
 
-    /// Whether it may ask for parameters of `version` or later: those after a clock of its own, or before one.
-    pub fn may_have(&self, version: Version) -> bool {
-        self.takes(version) || version.checked_sub(1).is_none_or(|clock| self.takes(clock))
-    }
-
     /// A path to its process is there.
     pub fn connected(&mut self) {
         if self.presence == Presence::Gone {
@@ -133,10 +128,6 @@ impl Shard {
             membership.awaited_from = Clock::MAX;
             // Where nobody else has a part, what it lacks of these clocks is written down all the same.
             self.clocks_pushed = self.clocks_pushed.max(clock);
-        }
-        for chunk in &mut self.chunks {
-            chunk.replies.retain(|reply| reply.worker != worker || reply.clock < clock);
-            chunk.pulls.retain(|pull| pull.worker != worker || pull.min_version <= clock);
         }
         let first = clock.saturating_mul(self.chunks.len() as u64).max(self.window.base());
         for position in first..self.window.end() {
@@ -224,13 +215,6 @@ impl Shard {
         let lacking = self.members(index, clock).filter(lacks).map(|worker| (worker, chunk, clock));
         let lacking: Vec<_> = lacking.collect();
         self.lacked.extend(lacking);
-    }
-
-    /// What comes of a clock at which its worker is not of the job counts as received, and no more.
-    pub(super) fn pass_over(&mut self, worker: u16, note: &Note, contribution: Option<Contribution>) {
-        let peer = self.contributors[usize::from(worker)].peer;
-        self.effects.extend(contribution.map(|landed| Effect::Arm { peer, slot: landed.lease }));
-        self.note_contribution(worker, note.flags.contains(NoteFlags::WANTS_REPLY));
     }
 
     pub(super) fn cancel_checkpoints_if_over(&mut self) {

@@ -45,9 +45,6 @@ impl Shard {
         if note.flags.contains(NoteFlags::REPLY_AGAIN) {
             return self.on_reply_again(worker, index, note.clock);
         }
-        if !contributor.membership.may_have(note.version) {
-            return Ok(()); // it is of the job no more, and hears so
-        }
         if self.chunks[index].pulls.iter().any(|pull| pull.worker == worker) {
             return Err(protocol(
                 peer,

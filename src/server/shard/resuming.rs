@@ -46,11 +46,7 @@ impl Shard {
 
     /// A worker awaits the reply to its push of `clock`, which the path that broke did not bring.
     pub(super) fn on_reply_again(&mut self, worker: u16, index: usize, clock: Clock) -> Result<()> {
-        let contributor = &self.contributors[usize::from(worker)];
-        let peer = contributor.peer;
-        if !contributor.membership.takes(clock) {
-            return Ok(()); // it is of the job no more at that clock, and hears so
-        }
+        let peer = self.contributors[usize::from(worker)].peer;
         let chunk = &mut self.chunks[index];
         if chunk.replies.iter().any(|reply| reply.worker == worker && reply.clock == clock) {
             return Err(protocol(

@@ -47,15 +47,13 @@ impl Shard {
         note: &Note,
         contribution: Option<Contribution>,
     ) -> Result<()> {
-        if self.inherited.contains(&position) {
+        let is_inherited = self.inherited.contains(&position);
+        if is_inherited || !self.contributors[usize::from(worker)].membership.takes(note.clock) {
+            // It counts as received, and no more.
             let peer = self.contributors[usize::from(worker)].peer;
             self.effects.extend(contribution.map(|landed| Effect::Arm { peer, slot: landed.lease }));
             self.want_reply(worker, index, note);
             self.touch(index);
-            return Ok(());
-        }
-        if !self.contributors[usize::from(worker)].membership.takes(note.clock) {
-            self.pass_over(worker, note, contribution);
             return Ok(());
         }
         self.record(worker, position)?;

@@ -29,8 +29,7 @@ impl Client {
         for effect in std::mem::take(&mut self.effects) {
             match effect {
                 Effect::Arm { peer, slot } if peer == from => self.effects.push_back(Effect::Arm { peer: to, slot }),
-                Effect::Post(request) if request.peer == from => {}
-                other => self.effects.push_back(other),
+                other => self.effects.push_back(other), // what was to be posted to `from` fails: its path is no more
             }
         }
     }
@@ -54,8 +53,6 @@ impl Client {
 
     /// Another lane has taken the shard over and has all that lies below `base`: the rest is to be sent to it, counted from 0.
     pub(super) fn inherit(&mut self, lane: usize, base: u64) {
-        // Credits are the new lane's from here on.
-        self.lanes[lane].credit = 0;
         for sent in std::mem::take(&mut self.lanes[lane].unproven).into_entries() {
             let (chunk, clock) = (sent.note.chunk, sent.note.clock);
             let position = self.position_of(lane, &sent);

@@ -42,7 +42,7 @@ impl Client {
         }
         for index in 0..self.chunks.len() {
             let Some(state) = self.chunks[index].as_ref().filter(|state| state.lane == lane) else { continue };
-            let is_lost = match state.awaits.filter(|request| !request.is_void(self.leaves_from)) {
+            let is_lost = match state.awaits {
                 Some(Request::Pull { .. }) => true,
                 // Otherwise the push itself asks, now or when its turn comes.
                 Some(Request::Push { number, .. }) => number.is_some_and(|number| number < received || number == HELD),
