@@ -84,8 +84,7 @@ enum Link {
 impl Open {
     /// A connection that the poller watches under `token`. With a ring, that takes it over from the poller.
     pub(super) fn new(stream: TcpStream, token: Token, poller: &Poller, ring: Option<&mut Ring>) -> io::Result<Open> {
-        // Coalescing is done by flush; the kernel must not hold small writes back for more.
-        stream.set_nodelay(true)?;
+        socket::prepare(&stream)?;
         let link = match ring {
             None => Link::Readiness { stream, inbound: Inbound::default(), waits_for_room: false },
             Some(ring) => {
