@@ -411,11 +411,8 @@ impl<'a> World<'a> {
             }
             if self.now - self.progressed > STALL {
                 let standing = if self.options.has_tenures() { self.standing() } else { String::new() };
-                return Err(format!(
-                    "deadlock: nothing got on for {} s; {}; {standing}",
-                    STALL.as_secs(),
-                    self.waits()
-                ));
+                let waits = self.waits();
+                return Err(format!("deadlock: nothing got on for {STALL:?}; {waits}; {standing}"));
             }
             self.take_offers();
             self.pass_time(busy);

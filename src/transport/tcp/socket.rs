@@ -91,11 +91,13 @@ pub(super) fn send(stream: &TcpStream, ranges: &[IoSlice<'_>]) -> io::Result<Opt
 /// Prepares an open connection for messages.
 ///
 /// Coalescing is done by flush; the kernel must not hold small writes back for more. And a peer on this host has no network before it whose
-/// congestion would have to be found out: where the system's choice is BBR, its pacing costs up to half of the rate there
+/// congestion would have to be found out: where the system's choice is BBR, its pacing costs up to half of the rate of plain sockets there
 /// (docs/performance.md). Reno, which every kernel has and lets everybody use, does nothing as long as nothing is lost.
 pub(super) fn prepare(stream: &TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
-    if stream.local_addr()?.ip() == stream.peer_addr()?.ip()
+    // A connection that was reset meanwhile has no peer: whoever reads it learns why.
+    let is_within = stream.local_addr().and_then(|local| Ok(local.ip() == stream.peer_addr()?.ip()));
+    if is_within.unwrap_or(false)
         && let Err(error) = setsockopt(stream, sockopt::TcpCongestion, &"reno".into())
     {
         tracing::debug!(%error, "the system's congestion control stays");
