@@ -186,6 +186,8 @@ fn is_reachable(ip: &IpAddr) -> bool {
 mod tests {
     use std::net::Ipv4Addr;
 
+    use nix::sys::socket::getsockopt;
+
     use super::*;
 
     const LOCAL: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
@@ -206,5 +208,27 @@ mod tests {
         assert!(interface_address("lo").unwrap().is_loopback());
         let error = interface_address("nosuch9").unwrap_err().to_string();
         assert!(error.contains("`nosuch9`") && error.contains("lo"), "{error}");
+    }
+
+    #[test]
+    fn a_connection_within_a_host_has_reno_and_another_what_the_system_chose() {
+        let allowed = std::fs::read_to_string("/proc/sys/net/ipv4/tcp_allowed_congestion_control").unwrap();
+        let Some(other) = allowed.split_whitespace().find(|name| *name != "reno") else {
+            println!("NOT RUN: this system has no congestion control but Reno");
+            return;
+        };
+        // The second one's own address is another, as if its peer were on another host.
+        for (there, expected) in [(Ipv4Addr::LOCALHOST, "reno"), (Ipv4Addr::new(127, 0, 0, 2), other)] {
+            let listener = TcpListener::bind((there, 0)).unwrap();
+            let fd = open((LOCAL, 0).into()).unwrap();
+            bind(fd.as_raw_fd(), &SockaddrStorage::from(SocketAddr::new(LOCAL, 0))).unwrap();
+            setsockopt(&fd, sockopt::TcpCongestion, &other.into()).unwrap();
+            let called = connect(fd.as_raw_fd(), &SockaddrStorage::from(listener.local_addr().unwrap()));
+            assert!(matches!(called, Ok(()) | Err(Errno::EINPROGRESS)), "{called:?}");
+            let _peer = listener.accept().unwrap();
+            let stream = TcpStream::from(fd);
+            prepare(&stream).unwrap();
+            assert_eq!(getsockopt(&stream, sockopt::TcpCongestion).unwrap(), expected, "to {there}");
+        }
     }
 }

@@ -344,10 +344,8 @@ impl VerbsTransport {
         if completion.status == v::WC_RETRY_EXC_ERR && path.hears_elsewhere(rail, now, patience * 7 / 8) {
             self.doubts.add(path.peer, path.number_of(rail), now);
         }
-        if completion.status == v::WC_WR_FLUSH_ERR {
-            // A consequence; the device may have told the cause.
-            self.on_events();
-        }
+        // A completion tells of a consequence; the device may have told the cause.
+        self.on_events();
         self.break_path(index, &reason);
     }
 
@@ -362,13 +360,19 @@ impl VerbsTransport {
                     Event::Pair(handle, reason) => (Some(handle), reason),
                     Event::All(reason) | Event::Gone(reason) => (None, reason),
                 };
+                let mut has_ended_any = false;
                 for index in 0..self.paths.len() {
                     let Some(path) = self.paths[index].as_ref().filter(|path| path.is_joined()) else { continue };
                     let rail = of_pair.map_or_else(|| path.rail_on(port), |handle| path.rail_of_pair(handle));
                     if let Some(rail) = rail {
                         let reason = path.blame(rail, &reason);
                         self.break_path(index, &reason);
+                        has_ended_any = true;
                     }
+                }
+                // The paths may have ended of it before it came: it is told all the same.
+                if of_pair.is_none() && !has_ended_any {
+                    tracing::warn!("rail {}: {reason}", self.ports[port].carried.port);
                 }
             }
         }
