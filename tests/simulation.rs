@@ -15,6 +15,8 @@ mod copies;
 mod decided;
 #[path = "simulation/elastic.rs"]
 mod elastic;
+#[path = "simulation/elastic_copies.rs"]
+mod elastic_copies;
 #[path = "simulation/live.rs"]
 mod live;
 #[path = "simulation/moves.rs"]

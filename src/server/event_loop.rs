@@ -12,8 +12,10 @@ use std::{
     time::{Duration, Instant},
 };
 
+use members::Arrivals;
+
 use super::{
-    ChunkImage, ChunkView, Effect, Inheritance, LiveState, Memory, MirrorConfig, NotFinite, Shard, ShardConfig,
+    ChunkImage, ChunkView, Effect, LiveState, Memory, MirrorConfig, NotFinite, Shard, ShardConfig,
     computing::Computing, landing::Landing, room::Room,
 };
 use crate::{
@@ -78,6 +80,8 @@ pub struct EventLoop<T> {
     losses: Vec<(u16, String)>,
     /// How long a backup may be silent.
     suspicion: Duration,
+    /// Workers of which something is awaited have paths to build that this lane has never had, and until when they may.
+    arrivals: Arrivals,
 }
 
 impl<T: Transport> EventLoop<T> {
@@ -127,6 +131,7 @@ impl<T: Transport> EventLoop<T> {
             snapshots: VecDeque::new(),
             moved_at: None,
             losses: Vec::new(),
+            arrivals: Arrivals::default(),
         })
     }
 
@@ -174,6 +179,7 @@ impl<T: Transport> EventLoop<T> {
         }
         self.completions = completions;
         self.shard.handle_timeout(now);
+        self.miss_workers(now)?;
         self.carry_out()?;
         moved |= self.compute()?;
         self.carry_out()?;
@@ -203,8 +209,8 @@ impl<T: Transport> EventLoop<T> {
 
     /// When `turn` wants to be called even if nothing happens.
     pub fn next_deadline(&self) -> Option<Instant> {
-        let sample = self.paths.next_sample();
-        [self.paths.next_deadline(), self.shard.next_deadline(), sample].into_iter().flatten().min()
+        let (sample, arrivals) = (self.paths.next_sample(), self.arrivals.until());
+        [self.paths.next_deadline(), self.shard.next_deadline(), sample, arrivals].into_iter().flatten().min()
     }
 
     /// Whether every worker has finished and everything has been applied.
@@ -225,10 +231,7 @@ impl<T: Transport> EventLoop<T> {
     pub fn settle_change(&mut self, number: u64, change: Option<(Clock, Change)>) -> Result<()> {
         match change {
             Some((clock, Change::Settings(change))) => self.change_from(clock, change)?,
-            Some((clock, Change::Lost(worker) | Change::Leaves(worker) | Change::Opens(worker))) => {
-                self.shard.leaves(worker, clock);
-            }
-            Some((clock, Change::Joins(worker))) => self.shard.joins(worker, clock),
+            Some((clock, change)) => self.turn_member(number, clock, change),
             None => {}
         }
         self.shard.settle_change(number);
@@ -290,19 +293,6 @@ impl<T: Transport> EventLoop<T> {
         if let Some(peer) = tenure.other {
             self.paths.set_aside(peer); // it will come of its own accord
             self.paths.suspect_after(peer, self.suspicion);
-        }
-    }
-
-    /// Begins where another lane ended, with what a backup of it holds; workers and other shards' lanes come by themselves.
-    pub(super) fn inherit(&mut self, holds: &Inheritance) {
-        self.shard.inherit(holds);
-        self.shard.lanes().into_iter().for_each(|lane| self.paths.set_aside(lane));
-        for worker in 0..holds.finished.len() {
-            let worker = PeerId::worker(worker as u16);
-            self.paths.set_aside(worker);
-            if self.shard.has_left(worker) {
-                self.paths.release(worker);
-            }
         }
     }
 

@@ -212,8 +212,7 @@ impl Lane {
             Command::Leave { clock } => self.leaving = Some((clock, Instant::now() + LEAVE_TIME)),
             Command::TellWaits => self.told = None,
             Command::Prepare { number, clock, change } => {
-                if let Some(serving) = self.replica.serves() {
-                    let from = serving.prepare_change(number, clock, change);
+                if let Some(from) = self.replica.prepare_change(number, clock, change) {
                     self.reporter.report(Report::Prepared { number, lane: self.lane, from })?;
                 }
             }
@@ -291,7 +290,7 @@ impl Lane {
         let Some(serving) = self.replica.serves() else { return Ok(()) };
         let lacked = serving.take_lacked();
         for (worker, text) in serving.take_losses() {
-            self.reporter.report(Report::WorkerLost { worker, text })?;
+            self.reporter.report(Report::WorkerLost { lane: self.lane, worker, text })?;
         }
         for same in lacked.chunk_by(|one, other| (one.0, one.2) == (other.0, other.2)) {
             let ((worker, _, clock), chunks) = (same[0], same.len() as u64);

@@ -336,7 +336,7 @@ impl LaneThread {
             (config.workers..config.seats()).for_each(|worker| event_loop.leave_empty(worker));
             Replica::serving(self.me, tenure, event_loop)
         } else {
-            let options = StandbyOptions { shard: shard_config, region, tenure, is_first };
+            let options = StandbyOptions { shard: shard_config, region, tenure, is_first, workers: config.workers };
             let mut standby = Standby::new(options, layout, memory, paths, versions)?;
             if !is_first {
                 standby.join(Instant::now());

@@ -3,7 +3,7 @@
 //!
 //! First every lane is asked to prepare: it begins nothing of a clock ahead, and says which. The latest of their clocks is one that
 //! nobody has begun; then every lane is told to change at it, and goes on. A lane that takes a shard over meanwhile is asked too, and
-//! the answer of the one before counts no more; of settings that were settled earlier it is told before it serves.
+//! the answer of the one before counts no more; of all that was settled earlier it is told before it serves.
 //!
 //! Invariant: pure; a change is settled once, when whoever serves each shard has prepared, at a clock that none of them has begun.
 #![forbid(unsafe_code)]
@@ -63,8 +63,8 @@ struct Open {
 pub struct Changes {
     shards: usize,
     open: Option<Open>,
-    /// Settings that were changed, in order: the number of the change, the clock from which on it holds, and what it is.
-    settings: Vec<(u64, Clock, Change)>,
+    /// All that has changed, in order: the number of the change, the clock from which on it holds, and what it is.
+    made: Vec<(u64, Clock, Change)>,
     /// The number of the change that is open, or of the last one.
     number: u64,
 }
@@ -72,7 +72,7 @@ pub struct Changes {
 impl Changes {
     /// Of a job with so many shards.
     pub fn new(shards: usize) -> Changes {
-        Changes { shards, open: None, settings: Vec::new(), number: 0 }
+        Changes { shards, open: None, made: Vec::new(), number: 0 }
     }
 
     /// Begins a change at `at` or the first later clock that is possible: its number, and the clock for which every lane is to
@@ -100,9 +100,9 @@ impl Changes {
         Some((self.number, open.clock, open.change))
     }
 
-    /// All settings that were changed, in order, with the numbers of the changes.
-    pub fn settings(&self) -> &[(u64, Clock, Change)] {
-        &self.settings
+    /// All changes that were made, in order, with their numbers.
+    pub fn made(&self) -> &[(u64, Clock, Change)] {
+        &self.made
     }
 
     /// Whether a change is under way.
@@ -125,8 +125,8 @@ impl Changes {
         }
         let clock = open.prepared.values().copied().max()?;
         let change = self.open.take().map(|open| open.change)?;
-        if matches!(change, Change::Settings(_)) {
-            self.settings.push((number, clock, change));
+        if clock != NEVER {
+            self.made.push((number, clock, change));
         }
         Some((clock, change))
     }
@@ -153,7 +153,7 @@ mod tests {
         assert_eq!(changes.prepared(0, two, 9), None, "an older change");
         assert_eq!(changes.prepared(1, two, 9), Some((12, change)));
         assert_eq!(changes.prepared(1, two, 9), None);
-        assert_eq!(changes.settings(), [(1, 12, change)]);
+        assert_eq!(changes.made(), [(1, 12, change)]);
         changes.begin(change, 30, 20).unwrap();
         assert_eq!(changes.cancel(), Some(2));
         assert_eq!((changes.cancel(), changes.prepared(2, one, 30)), (None, None));

@@ -31,9 +31,6 @@ impl JobConfig {
     pub fn keeps_workers(&self) -> Option<&'static str> {
         match () {
             () if !self.consistency.aggregates() => Some("that needs `consistency` bsp"),
-            () if self.has_replicas() => {
-                Some("together with two copies of each shard (`replicas`) it is not built yet")
-            }
             () if self.moves_shards() => {
                 Some("together with servers that join and leave (`max_servers`) it is not built yet")
             }

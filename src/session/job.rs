@@ -464,7 +464,7 @@ mod tests {
             ("warn_ms", |j| (j.straggler_deadline_ms, j.on_worker_loss) = (100, OnWorkerLoss::Continue)),
             ("replicas", |j| j.replicas = 3),
             ("on_worker_loss", |j| (j.on_worker_loss, j.consistency) = (OnWorkerLoss::Continue, Consistency::Asp)),
-            ("replicas", |j| (j.on_worker_loss, j.replicas, j.servers) = (OnWorkerLoss::Continue, 2, 2)),
+            ("max_servers", |j| (j.on_worker_loss, j.max_servers) = (OnWorkerLoss::Continue, 2)),
             ("servers", |j| j.replicas = 2),
             ("bsp", |j| (j.replicas, j.servers, j.consistency) = (2, 2, Consistency::Asp)),
             ("device", |j| (j.replicas, j.servers, j.device) = (2, 2, DeviceChoice::Auto)),

@@ -128,6 +128,11 @@ impl<T: Transport> Paths<T> {
         self.recorder.as_ref().and_then(|recorder| recorder.next_sample())
     }
 
+    /// How long rebuilding a path may take.
+    pub fn rebuild_time(&self) -> Duration {
+        self.options.rebuild
+    }
+
     /// Requests that found no room.
     pub fn backlog(&self) -> usize {
         self.waiting.values().map(VecDeque::len).sum()

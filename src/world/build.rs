@@ -139,7 +139,8 @@ pub(super) fn build_standby(
     let paths = Paths::new(network.transport(me), PathOptions { life, ..options.path_options() });
     let memory = memory(options, layout, shard, &name)?;
     let shard = shard_config(options, me, shard, &tenure);
-    let standby = StandbyOptions { shard, region: region(name), tenure, is_first };
+    let workers = shard.workers - options.elastic.empty;
+    let standby = StandbyOptions { shard, region: region(name), tenure, is_first, workers };
     let mut standby = Standby::new(standby, layout.clone(), memory, paths, None)?;
     if let Some((clock, change)) = options.change_from.filter(|_| is_first) {
         standby.change_from(clock, change)?;

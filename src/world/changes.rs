@@ -41,15 +41,6 @@ impl Changing {
         }
     }
 
-    /// Whether nobody is to be told of any change of who is of the job.
-    pub fn is_settled(&self) -> bool {
-        let is_setting = |change: &Change| matches!(change, Change::Settings(_));
-        let waits = self.wanted.iter().any(|(_, change, _)| !is_setting(change))
-            || self.book.open().is_some_and(|change| !is_setting(&change));
-        let tells = |(_, _, message): &(u64, usize, Message)| matches!(message, Message::Settle(_, Some((_, change))) if !is_setting(change));
-        !waits && !self.under_way.iter().any(tells)
-    }
-
     /// The clock from which on settings were changed.
     pub fn settings_from(&self) -> Option<Clock> {
         self.settled.iter().find(|(_, change)| matches!(change, Change::Settings(_))).map(|(clock, _)| *clock)
@@ -57,6 +48,19 @@ impl Changing {
 }
 
 impl World<'_> {
+    /// Whether nobody is to be told of any change of who is of the job.
+    pub(super) fn members_are_settled(&self) -> bool {
+        let is_member = |change: &Change| !matches!(change, Change::Settings(_));
+        let changing = &self.changing;
+        let waits = changing.wanted.iter().any(|(_, change, _)| is_member(change))
+            || changing.book.open().is_some_and(|change| is_member(&change));
+        let settles = |(_, _, message): &(u64, usize, Message)| matches!(message, Message::Settle(_, Some((_, change))) if is_member(change));
+        let news =
+            |(_, news): &(Instant, News)| matches!(news, News::Settle(_, Some((_, change))) if is_member(change));
+        let serving = self.copies.tenures.iter().filter_map(|tenure| self.copies.news.get(&tenure.primary));
+        !waits && !changing.under_way.iter().any(settles) && !serving.flatten().any(news)
+    }
+
     /// Passes on what is due.
     pub(super) fn change(&mut self, round: u64) -> Result<(), String> {
         let is_due = self.changing.wanted.front().is_some_and(|(due, ..)| *due <= round);

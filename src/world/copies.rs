@@ -155,11 +155,11 @@ impl World<'_> {
         }
     }
 
-    /// A shard has a new tenure. Whoever takes over is told of settled changes first, and asked to prepare for what is under way.
+    /// A shard has a new tenure. Whoever takes over is told of all changes first, and asked to prepare for what is under way.
     fn adopt(&mut self, shard: usize, next: Tenure) {
         let before = std::mem::replace(&mut self.copies.tenures[shard], next);
         let is_taken_over = before.primary != next.primary;
-        for (number, clock, change) in self.changing.book.settings().to_vec() {
+        for (number, clock, change) in self.changing.book.made().to_vec() {
             if is_taken_over {
                 self.tell(next.primary, News::Settle(number, Some((clock, change))));
             }
@@ -251,7 +251,7 @@ impl World<'_> {
                 }
             }
             News::Prepare(number, clock, change) => {
-                let from = replica.serves().map(|serving| serving.prepare_change(number, clock, change));
+                let from = replica.prepare_change(number, clock, change);
                 from.into_iter().for_each(|from| self.prepared(self.round, own, (number, node, from)));
             }
             News::Settle(number, settled) => {
@@ -341,6 +341,9 @@ impl World<'_> {
     /// A process ends; the launcher notices at `noticed`.
     pub(super) fn kill(&mut self, server: u16, noticed: Instant) {
         let rank = Rank::server(server);
+        // What its steps lacked is to be judged, whoever hears of it.
+        let (lacked, _) = self.hear_lanes_of(|node| node.me.rank == rank);
+        self.elastic.lacked.extend(lacked);
         self.servers.iter_mut().filter(|node| node.me.rank == rank).for_each(|node| node.replica = None);
         self.copies.gone.insert(server, (noticed, false));
         self.copies.claims.retain(|(_, claimant, ..)| claimant.rank != rank);

@@ -168,14 +168,27 @@ impl World<'_> {
 
     /// What the lanes say of workers: whose paths they have lost. What steps lacked is written down.
     pub(super) fn hear_lanes(&mut self) -> Vec<u16> {
-        let mut lost = Vec::new();
-        for index in 0..usize::from(self.options.servers) {
-            let Some(server) = self.server(index) else { continue };
-            let (lacked, losses) = (server.take_lacked(), server.take_losses().collect::<Vec<_>>());
-            lost.extend(losses.into_iter().map(|(worker, _)| worker));
-            self.elastic.lacked.extend(lacked);
-        }
+        let tenures = self.copies.tenures.clone();
+        let (lacked, lost) = self.hear_lanes_of(|node| tenures[node.shard].primary == node.me);
+        self.elastic.lacked.extend(lacked);
         lost
+    }
+
+    /// What lanes say of workers: what steps lacked, and whose paths they have lost.
+    pub(super) fn hear_lanes_of(&mut self, is_heard: impl Fn(&Node) -> bool) -> (Vec<(u16, ChunkId, Clock)>, Vec<u16>) {
+        let heard = self.servers.iter_mut().filter(|node| is_heard(node));
+        let (mut lacked, mut lost) = (Vec::new(), Vec::new());
+        for serving in heard.filter_map(|node| node.replica.as_mut()?.serves()) {
+            lacked.extend(serving.take_lacked());
+            lost.extend(serving.take_losses().map(|(worker, _)| worker));
+        }
+        (lacked, lost)
+    }
+
+    /// Its paths to those who serve break.
+    fn break_paths_of(&mut self, worker: u16) {
+        let lanes = self.copies.tenures.iter().map(|tenure| tenure.primary);
+        lanes.for_each(|lane| self.network.break_path(PeerId::worker(worker), lane));
     }
 
     /// A worker is lost, if it is time and if it hits something.
@@ -196,7 +209,7 @@ impl World<'_> {
         };
         let others = (0..self.trainers.len() as u16).filter(|other| *other != worker);
         let stays = others.filter(|other| !self.elastic.absences.contains_key(other)).any(trains);
-        let flows = (0..self.options.servers).any(|server| self.network.in_flight(me, PeerId::server(server, 0)) > 0);
+        let flows = self.copies.tenures.iter().any(|tenure| self.network.in_flight(me, tenure.primary) > 0);
         if !trains(worker) || !stays || !flows {
             return;
         }
@@ -211,7 +224,7 @@ impl World<'_> {
         self.halted.push(me);
         if !self.random.once_in(4) || self.elastic.absences.contains_key(&worker) {
             // It dies: its paths break, and mostly the launcher sees at once that it is gone.
-            (0..self.options.servers).for_each(|server| self.network.break_path(me, PeerId::server(server, 0)));
+            self.break_paths_of(worker);
             let most = if self.random.once_in(4) { 5000 } else { 100 };
             let noticed = Absence::Unnoticed(round + self.random.below(most));
             self.elastic.absences.insert(worker, noticed);
@@ -227,6 +240,7 @@ impl World<'_> {
             Some(_) => return,
         }
         self.elastic.absences.insert(worker, Absence::Noticed);
+        self.relay.retain(|(_, _, offer)| offer.peer != PeerId::worker(worker)); // the launcher has hung up
         let is_void = |change: Change| [Change::Joins(worker), Change::Leaves(worker)].contains(&change);
         self.changing.wanted.retain(|(_, change, _)| !is_void(*change));
         self.changing.wanted.push_back((round, Change::Lost(worker), 0));
@@ -251,8 +265,7 @@ impl World<'_> {
                 // All others that have a part in a shard had finished: the launcher ends the process.
                 if self.elastic.absences.get(&worker) == Some(&Absence::Begun(true)) {
                     self.halted.push(PeerId::worker(worker));
-                    let lanes = 0..self.options.servers;
-                    lanes.for_each(|server| self.network.break_path(PeerId::worker(worker), PeerId::server(server, 0)));
+                    self.break_paths_of(worker);
                     self.elastic.absences.insert(worker, Absence::Unnoticed(round));
                     self.elastic.refused += 1;
                 }
@@ -272,7 +285,11 @@ impl World<'_> {
         self.elastic.lives += 1;
         let life = self.elastic.lives << 32;
         let trainer = Trainer::again(self.options, &self.layout, &self.network, worker, life, self.now);
-        self.trainers.insert(index, trainer.map_err(|error| error.to_string())?);
+        let mut trainer = trainer.map_err(|error| error.to_string())?;
+        for (shard, tenure) in self.copies.tenures.iter().enumerate() {
+            trainer.engine.set_tenure(ShardId(shard as u16), tenure.primary, self.now);
+        }
+        self.trainers.insert(index, trainer);
         self.halted.retain(|halted| *halted != PeerId::worker(worker));
         self.asleep.retain(|(asleep, _)| *asleep != PeerId::worker(worker));
         self.elastic.absences.insert(worker, Absence::Begun(false));
@@ -286,6 +303,12 @@ impl World<'_> {
             self.halted.push(PeerId::worker(worker));
         }
         is_out
+    }
+
+    /// Whether a node is a worker that was lost: the launcher has hung up.
+    pub(super) fn is_cut_off(&self, node: PeerId) -> bool {
+        let absence = self.elastic.absences.get(&node.rank.index);
+        !self.is_server(node) && matches!(absence, Some(Absence::Noticed | Absence::Out(_)))
     }
 
     /// Whether a worker was lost, and no other process has begun in its place, nor will.

@@ -437,7 +437,7 @@ impl<'a> World<'a> {
             false => halted(PeerId::worker(worker)),
         };
         // The launcher ends a job only when all have been told who is of it.
-        self.changing.is_settled()
+        self.members_are_settled()
             && workers.all(|(worker, trainer)| trainer.is_finished() || gone(worker as u16))
             && (0..usize::from(self.options.servers)).all(is_served)
     }

@@ -28,6 +28,9 @@ impl World<'_> {
         for node in self.nodes() {
             let Some(paths) = self.paths_of(node) else { continue };
             let proposals: Vec<Proposal> = paths.take_proposals().collect();
+            if self.is_cut_off(node) {
+                continue;
+            }
             for Proposal { peer, generation, life, endpoint } in proposals {
                 let copies = 1 + usize::from(self.random.once_in(4));
                 for _ in 0..copies {

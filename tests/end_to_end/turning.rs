@@ -1,7 +1,8 @@
 //! Workers that leave a running job and come to it on a command: at the clocks that are printed, with the bits of a job that was told
 //! of them from the start.
 //!
-//! Invariant: what is right is what the simulator makes of the job that was told; nobody who was told to leave counts as lost.
+//! Invariant: what is right is what the simulator makes of the job that was told, also where servers are killed meanwhile; nobody who was
+//! told to leave counts as lost.
 
 use std::{
     path::Path,
@@ -12,14 +13,17 @@ use gradwire::{
     Consistency,
     launch::Job,
     session::{Fabric, WorkerTurn},
-    types::Clock,
+    types::{Clock, Rank},
     world::{ElasticOptions, WorldOptions},
 };
+use nix::sys::signal::Signal;
 
 use crate::{
     bits::{same, simulate, world_options},
+    broken_paths::clock,
     jobs::{digests, end, home, options, stored, wait_for_text, with_variable},
     program::{STEPS, gradient, model},
+    replicas::{is_full, said, wait_until},
 };
 
 fn call(home: &Path, arguments: &[&str]) -> Output {
@@ -35,26 +39,50 @@ fn turn(job: &Job, home: &Path, arguments: &[&str]) -> WorkerTurn {
     serde_json::from_slice(&told.stdout).unwrap_or_else(|_| panic!("{}", why()))
 }
 
-/// Three workers; a fourth comes to a seat that was empty, worker 1 leaves at a clock that was named, and comes again.
-fn run(fabric: Fabric, clip: Option<f32>) {
+/// Kills a server of a job whose shards have two copies, and waits until training goes on without it.
+fn kill(job: &Job, server: u16) {
+    wait_until(job, "both copies of every shard", || is_full(job));
+    let (at, gone) = (clock(job), said(job, "its shards go on with"));
+    job.kill(Rank::server(server), Signal::SIGKILL);
+    let goes_on = || said(job, "its shards go on with") > gone && clock(job) > at + 2;
+    wait_until(job, "a clock after the take-over", goes_on);
+}
+
+/// Three workers; a fourth comes to a seat that was empty, worker 1 leaves at a clock that was named, and comes again. With two copies of each
+/// shard a server is killed when the clock has been named and not come, and the other one after the worker has left.
+fn run(fabric: Fabric, clip: Option<f32>, replicas: u16) {
     let home = home();
     let mut options = options(home.path(), "train");
     (options.config.workers, options.config.max_workers) = (3, 4);
     options.config.optimizer.clip.global_norm = clip;
     options.config.transports = vec![fabric];
-    with_variable(&mut options, "WORKER_PAUSE_MS", 60);
+    options.config.replicas = replicas;
+    options.config.suspect_ms = 1500; // other tests run beside this one
+    let (steps, pause_ms) = if replicas == 2 { (300, 40) } else { (STEPS, 60) };
+    with_variable(&mut options, "WORKER_STEPS", steps);
+    with_variable(&mut options, "WORKER_PAUSE_MS", pause_ms);
+    if replicas == 2 {
+        with_variable(&mut options, "WORKER_TELLS", 1);
+    }
     let mut job = Job::start(options).unwrap();
     wait_for_text(&job, "at clock 10");
     let came = turn(&job, home.path(), &["add-worker", "test"]);
-    let at = came.clock + 3;
+    let at = came.clock + if replicas == 2 { 40 } else { 3 };
     let left = turn(&job, home.path(), &["remove-worker", "test", "1", "--at", &at.to_string()]);
     assert_eq!((came.worker, came.is_in, left.worker, left.is_in), (3, true, 1, false));
+    if replicas == 2 {
+        kill(&job, 0);
+        assert!(clock(&job) < left.clock, "it was killed too late: {}", job.output());
+    }
     wait_for_text(&job, &format!("leaves at clock {}", left.clock));
+    if replicas == 2 {
+        kill(&job, 1);
+    }
     let again = turn(&job, home.path(), &["add-worker", "test", "1"]);
     let outcome = end(&mut job);
     let output = job.output();
     assert_eq!((outcome.code, outcome.missing.len()), (0, 0), "{:?}\n{output}", outcome.reason);
-    assert!(10 < came.clock && left.clock >= at && left.clock < again.clock && again.clock < STEPS, "{output}");
+    assert!(10 < came.clock && left.clock >= at && left.clock < again.clock && again.clock < steps, "{output}");
     for (worker, how, clock) in [(3, "in", came.clock), (1, "out", left.clock), (1, "in", again.clock)] {
         let line = format!("gradwire: job test: worker {worker} is {how} from clock {clock} on");
         assert!(output.contains(&line), "{line}\n{output}");
@@ -64,19 +92,29 @@ fn run(fabric: Fabric, clip: Option<f32>) {
     let all = vec![model(); 4];
     let told: Vec<(u16, Clock, Option<Clock>)> = vec![(3, 0, Some(came.clock)), (1, left.clock, Some(again.clock))];
     let elastic = ElasticOptions { told, ..ElasticOptions::default() };
-    let mut world = WorldOptions { elastic, ..world_options(all.clone()) };
+    let mut world = WorldOptions { elastic, clocks: steps, ..world_options(all.clone()) };
     world.optimizer.clip.global_norm = clip;
     same(&simulate(world, gradient), &stored(home.path(), &all), fabric.name());
 }
 
 #[test]
 fn workers_come_and_go_over_tcp() {
-    run(Fabric::Tcp, Some(3.0));
+    run(Fabric::Tcp, Some(3.0), 1);
 }
 
 #[test]
 fn workers_come_and_go_in_shared_memory() {
-    run(Fabric::Shm, None);
+    run(Fabric::Shm, None, 1);
+}
+
+#[test]
+fn workers_come_and_go_while_servers_are_killed_over_tcp() {
+    run(Fabric::Tcp, None, 2);
+}
+
+#[test]
+fn workers_come_and_go_while_servers_are_killed_in_shared_memory() {
+    run(Fabric::Shm, Some(3.0), 2);
 }
 
 #[test]

@@ -14,7 +14,7 @@ use gradwire::{
     optim::{OptimizerConfig, OptimizerKind, Reduction},
     session::Change,
     types::Clock,
-    world::{At, Chaos, ElasticOptions, Outcome, Program, WorldOptions, run},
+    world::{At, Chaos, CopyCounts, ElasticOptions, Outcome, Program, WorldOptions, run},
 };
 
 use super::{
@@ -118,7 +118,7 @@ impl Story {
 }
 
 /// A job of two workers or more that loses some.
-fn losing(seed: u64) -> WorldOptions {
+pub fn losing(seed: u64) -> WorldOptions {
     let mut base = options(seed);
     if base.declarations.len() == 1 {
         base.declarations.push(base.declarations[0].clone());
@@ -141,7 +141,7 @@ fn losing(seed: u64) -> WorldOptions {
 
 /// A job that workers leave on a command, and to which others come, some to seats that were empty; a few are lost besides, and under
 /// some seeds paths break.
-fn turning(seed: u64) -> WorldOptions {
+pub fn turning(seed: u64) -> WorldOptions {
     let mut base = losing(seed);
     base.declarations.truncate(6);
     let empty = (seed / 2 % 3) as u16;
@@ -162,7 +162,9 @@ fn survived(options: &WorldOptions, program: &mut dyn Program) -> Outcome {
 
 /// How often something happened under all seeds.
 #[derive(Debug, Default)]
-struct Counts {
+pub struct Counts {
+    /// What happened to the copies of shards that have two.
+    pub copies: CopyCounts,
     lost: usize,
     joined: usize,
     lacked: usize,
@@ -188,15 +190,18 @@ impl Counts {
         self.joined += story.absences.iter().filter(|(.., until)| until.is_some()).count();
         self.lacked += outcome.lacked.len();
         self.ghosts += outcome.ghosts;
+        self.copies.takeovers += outcome.copies.takeovers;
+        self.copies.pairings += outcome.copies.pairings;
+        self.copies.deposed += outcome.copies.deposed;
         let lacks = |worker: u16| story.lacked.iter().any(|(of, ..)| *of == worker);
         self.clean += story.absences.iter().filter(|(worker, ..)| !lacks(*worker)).count();
     }
 
-    fn turn_often(&self) -> bool {
+    pub fn turn_often(&self) -> bool {
         self.left > 100 && self.came > 30 && self.joined > self.came + 20
     }
 
-    fn are_many(&self) -> bool {
+    pub fn are_many(&self) -> bool {
         self.lost > 50 && self.joined > 20 && self.lacked > 50 && self.clean > 10 && self.ghosts > 5
     }
 }
@@ -204,20 +209,20 @@ impl Counts {
 /// Nobody sees an update twice, by half, of a worker that was out, or not of one that was in.
 #[test]
 fn what_lost_workers_gave_counts_once_or_not_at_all() {
-    let counts = count_updates(600, |seed| losing(seed + 400_000));
+    let counts = count_updates(&seeds(600), |seed| losing(seed + 400_000));
     assert!(counts.are_many() || seeds(600).len() < 300, "{counts:?}");
 }
 
 /// What a worker gives before the clock at which it was told to leave counts, all of it; nothing of it counts afterwards.
 #[test]
 fn what_leaving_workers_gave_counts_until_their_clock() {
-    let counts = count_updates(600, |seed| turning(seed + 600_000));
+    let counts = count_updates(&seeds(600), |seed| turning(seed + 600_000));
     assert!(counts.turn_often() || seeds(600).len() < 300, "{counts:?}");
 }
 
-fn count_updates(most: u64, options: impl Fn(u64) -> WorldOptions) -> Counts {
+pub fn count_updates(seeds: &[u64], options: impl Fn(u64) -> WorldOptions) -> Counts {
     let mut counts = Counts::default();
-    for seed in seeds(most) {
+    for seed in seeds.iter().copied() {
         let options = options(seed);
         let mut register = Register::new(&options);
         let outcome = survived(&options, &mut register);
@@ -245,19 +250,19 @@ fn count_updates(most: u64, options: impl Fn(u64) -> WorldOptions) -> Counts {
 /// shards were told from the start who would be of it when, and whose processes stayed.
 #[test]
 fn a_job_that_loses_workers_has_the_bits_of_one_that_was_told() {
-    let counts = compare_with_told(300, |seed| losing(seed + 500_000));
+    let counts = compare_with_told(&seeds(300), |seed| losing(seed + 500_000));
     assert!(counts.are_many() || seeds(300).len() < 200, "{counts:?}");
 }
 
 #[test]
 fn a_job_that_workers_leave_and_join_has_the_bits_of_one_that_was_told() {
-    let counts = compare_with_told(300, |seed| turning(seed + 700_000));
+    let counts = compare_with_told(&seeds(300), |seed| turning(seed + 700_000));
     assert!(counts.turn_often() || seeds(300).len() < 200, "{counts:?}");
 }
 
-fn compare_with_told(most: u64, options: impl Fn(u64) -> WorldOptions) -> Counts {
+pub fn compare_with_told(seeds: &[u64], options: impl Fn(u64) -> WorldOptions) -> Counts {
     let mut counts = Counts::default();
-    for seed in seeds(most) {
+    for seed in seeds.iter().copied() {
         let mut optimizer = OptimizerConfig::new(OptimizerKind::ADAMW, 0.01);
         optimizer.weight_decay = 0.1;
         let clips = seed.is_multiple_of(3);
@@ -289,7 +294,7 @@ fn compare_with_told(most: u64, options: impl Fn(u64) -> WorldOptions) -> Counts
             continue;
         }
         let elastic = ElasticOptions { told: story.absences.clone(), ..ElasticOptions::default() };
-        let told = WorldOptions { elastic, chaos: Chaos::Calm, ..options.clone() };
+        let told = WorldOptions { elastic, chaos: Chaos::Calm, copies: false, store_fails: false, ..options.clone() };
         let calm = survived(&told, &mut bits);
         assert_eq!(parameters(&outcome), parameters(&calm), "seed {seed}: {story:?}");
     }

@@ -43,8 +43,9 @@ pub struct Inheritance {
     pub versions: Vec<Version>,
     /// To how many clocks anybody has pushed; what was passed beyond that may never begin.
     pub clocks_pushed: Clock,
-    /// By worker: it has finished, and all that it gave is in.
-    pub finished: Vec<bool>,
+    /// By worker: the last process in its seat that has finished, and all that it gave is in, by the number of the change by which that one
+    /// joined; 0 of those with which the job began.
+    pub finished: Vec<Option<u64>>,
     /// Where the shard moves: the next clock of the periodic checkpoint that the lane before has not taken; 0 if there is none.
     pub stores_next: Clock,
     /// By chunk, in shard order: the sum that it holds and that is not decided upon.
@@ -59,7 +60,7 @@ impl Inheritance {
             clocks: vec![config.start_clock; chunks],
             versions: versions.map_or_else(|| vec![config.start_clock; chunks], <[Version]>::to_vec),
             clocks_pushed: config.start_clock,
-            finished: vec![false; config.workers.into()],
+            finished: vec![None; config.workers.into()],
             stores_next: 0,
             reduced: vec![None; chunks],
             decided: Decided::new(config),
@@ -293,7 +294,7 @@ impl Backup {
                     let (clock, change) = change_of(&note).expect("looked at when it came");
                     self.effects.push_back(BackupEffect::Change(clock, change));
                 }
-                (NoteKind::Left, None) => self.holds.finished[note.chunk.index()] = true,
+                (NoteKind::Left, None) => self.holds.finished[note.chunk.index()] = Some(note.version),
                 (NoteKind::Decided | NoteKind::LossScale | NoteKind::Finished, None) => self.decide(&note),
                 (NoteKind::Whole, None) => (self.is_whole, self.holds.stores_next) = (true, note.clock),
                 _ => {

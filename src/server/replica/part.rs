@@ -165,24 +165,33 @@ impl<T: Transport> Replica<T> {
         claim.map(|claim| (epoch, claim))
     }
 
-    /// A change is settled, or given up. A lane that follows hears of it by its primary, and keeps it for the case that it takes over
-    /// from one that has not heard.
+    /// A change is settled, or given up. A lane that follows keeps it for the case that it takes over: its primary tells it of settings, if
+    /// it has heard of them, and never who is of the job.
     ///
     /// # Errors
     ///
     /// As [`EventLoop::settle_change`].
     pub fn settle_change(&mut self, number: u64, change: Option<(Clock, Change)>) -> Result<()> {
-        if number <= self.settled {
-            return Ok(());
-        }
-        self.settled = number;
-        match (self.part(), change) {
-            (Part::Serving(event_loop), change) => event_loop.settle_change(number, change),
-            (Part::Following(standby), Some((clock, Change::Settings(change)))) => {
-                standby.keep_change(clock, change);
+        let is_new = number > self.settled;
+        self.settled = self.settled.max(number);
+        match self.part() {
+            Part::Serving(event_loop) if is_new => event_loop.settle_change(number, change),
+            Part::Serving(_) => Ok(()),
+            Part::Following(standby) => {
+                change.into_iter().for_each(|(clock, change)| standby.keep_change(number, clock, change));
                 Ok(())
             }
-            (Part::Following(_), _) => Ok(()),
+        }
+    }
+
+    /// A change is to be prepared: from which clock on, if this lane serves.
+    pub fn prepare_change(&mut self, number: u64, clock: Clock, change: Change) -> Option<Clock> {
+        match self.part() {
+            Part::Serving(event_loop) => Some(event_loop.prepare_change(number, clock, change)),
+            Part::Following(standby) => {
+                standby.prepare_change(change);
+                None
+            }
         }
     }
 

@@ -17,7 +17,7 @@ use crate::{
         ChunkView, EventLoop, Memory, Progress, ShardConfig, computing::Computing, landing::slots,
         memory::elements_max, room::Room,
     },
-    session::{Claim, Paths, Proposal, Tenure},
+    session::{Change, Claim, Paths, Proposal, Tenure},
     transport::{Completion, Endpoint, MemoryRegion, Transport, Wakeup},
     types::{ChunkId, Clock, Dtype, Epoch, PeerId, Role, ShardId, Version},
     wire::Attachment,
@@ -34,6 +34,8 @@ pub struct StandbyOptions {
     pub tenure: Tenure,
     /// Whether it begins with what the primary has: both are at the job's beginning.
     pub is_first: bool,
+    /// Workers with which the job begins: the seats of the others are empty at first.
+    pub workers: u16,
 }
 
 /// A backup at work over a transport.
@@ -57,8 +59,9 @@ pub struct Standby<T> {
     claim: Option<Claim>,
     /// The primary has said that nothing more will come.
     is_dismissed: bool,
-    /// Changes of settings that the launcher has told of; the primary may not have heard of the last ones.
-    changes: Vec<(Clock, LiveChange)>,
+    /// By number: changes that the launcher has told of. The primary may not have heard of the last ones, and tells of no change of who is of
+    /// the job.
+    changes: BTreeMap<u64, (Clock, Change)>,
     /// Offers of those who knew earlier than this lane that it has taken over.
     early: BTreeMap<PeerId, Proposal>,
 }
@@ -101,7 +104,7 @@ impl<T: Transport> Standby<T> {
             lost: None,
             claim: None,
             is_dismissed: false,
-            changes: Vec::new(),
+            changes: BTreeMap::new(),
             early: BTreeMap::new(),
         })
     }
@@ -119,12 +122,19 @@ impl<T: Transport> Standby<T> {
         (self.paths.transport(), self.computing.memory.wakeup())
     }
 
-    /// Settings change from a clock on.
-    pub fn keep_change(&mut self, clock: Clock, change: LiveChange) {
-        self.changes.push((clock, change));
+    /// Something changes from a clock on.
+    pub fn keep_change(&mut self, number: u64, clock: Clock, change: Change) {
+        self.changes.insert(number, (clock, change));
     }
 
-    /// What of the changes that were told is not known to this copy. Whoever served had begun nothing of their clocks then.
+    /// All are asked to prepare a change. Of a worker that is of the job no more nothing comes after that: what it has offered is void.
+    pub fn prepare_change(&mut self, change: Change) {
+        if let Change::Lost(worker) | Change::Opens(worker) = change {
+            self.early.remove(&PeerId::worker(worker));
+        }
+    }
+
+    /// What of the changed settings that were told is not known to this copy. Whoever served had begun nothing of their clocks then.
     fn unheard(&self) -> Vec<(Clock, LiveChange)> {
         let holds = self.backup.holds();
         let begun = holds.through().max().unwrap_or(0);
@@ -134,14 +144,18 @@ impl<T: Transport> Standby<T> {
         let is_known = |clock: Clock, of: fn(&LiveChange) -> bool| {
             rates.iter().any(|(known, change)| *known == clock && of(change))
         };
-        let lacking = |(clock, change): &(Clock, LiveChange)| {
+        let lacking = |(clock, change): (Clock, LiveChange)| {
             let learning_rate =
-                change.learning_rate.filter(|_| !is_known(*clock, |known| known.learning_rate.is_some()));
-            let weight_decay = change.weight_decay.filter(|_| !is_known(*clock, |known| known.weight_decay.is_some()));
-            let clip_norm = change.clip_norm.filter(|_| !limits.contains(clock));
-            (*clock, LiveChange { learning_rate, weight_decay, clip_norm, ..*change })
+                change.learning_rate.filter(|_| !is_known(clock, |known| known.learning_rate.is_some()));
+            let weight_decay = change.weight_decay.filter(|_| !is_known(clock, |known| known.weight_decay.is_some()));
+            let clip_norm = change.clip_norm.filter(|_| !limits.contains(&clock));
+            (clock, LiveChange { learning_rate, weight_decay, clip_norm, ..change })
         };
-        self.changes.iter().filter(|(clock, _)| *clock >= begun).map(lacking).collect()
+        let settings = self.changes.values().filter_map(|(clock, change)| match change {
+            Change::Settings(change) if *clock >= begun => Some((*clock, *change)),
+            _ => None,
+        });
+        settings.map(lacking).collect()
     }
 
     /// Another lane serves another shard: should this one take over, it decides with that one.
@@ -299,7 +313,7 @@ impl<T: Transport> Standby<T> {
         let versions = Some(holds.versions.as_slice());
         let mut serving =
             EventLoop::in_room(self.room, config, self.layout, self.computing.memory, self.paths, versions)?;
-        serving.inherit(&holds);
+        serving.inherit(&holds, self.options.workers, &self.changes);
         unheard.into_iter().try_for_each(|(clock, change)| serving.change_from(clock, change))?;
         for (_, proposal) in self.early {
             serving.paths().proposed(proposal, now);

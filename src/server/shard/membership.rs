@@ -31,6 +31,8 @@ pub(super) struct Membership {
     awaited_from: Clock,
     /// Its last process had finished: nothing of it is lacking.
     gave_all: bool,
+    /// The number of the change by which its process joined; 0: it has been there from the start.
+    joined_by: u64,
 }
 
 impl Membership {
@@ -42,6 +44,16 @@ impl Membership {
     /// Whether what comes of a clock is taken. A process that joins knows its first clock, perhaps before this shard does.
     pub fn takes(&self, clock: Clock) -> bool {
         self.presence == Presence::Joining || self.is_member(clock)
+    }
+
+    /// Which of the processes that have had its seat is the last one that has joined.
+    pub fn joined_by(&self) -> u64 {
+        self.joined_by
+    }
+
+    /// Whether a process is there whose first clock is settled.
+    pub fn is_here(&self) -> bool {
+        self.presence == Presence::Here
     }
 
     /// A path to its process is there.
@@ -86,6 +98,11 @@ impl Contributor {
 }
 
 impl Shard {
+    /// A worker's seat is empty from the start of the job on.
+    pub fn begins_without(&mut self, worker: u16) {
+        self.leaves(worker, self.config.start_clock);
+    }
+
     /// Whether nothing more is to come of a worker, as far as is known.
     pub(super) fn is_over(&self, contributor: &Contributor) -> bool {
         let is_gone = contributor.membership.presence != Presence::Here;
@@ -104,17 +121,25 @@ impl Shard {
         peer.rank.role == Role::Worker && (self.config.may_lose_workers || is_joining())
     }
 
-    /// Nothing more is taken from a worker, and it is owed nothing; its path has been fenced.
-    pub fn expel(&mut self, worker: u16) {
+    /// Workers of which something may be awaited and which have not been told where they may write.
+    pub fn unattached(&self) -> impl Iterator<Item = PeerId> + '_ {
+        let unattached =
+            self.contributors.iter().filter(|contributor| contributor.may_owe() && contributor.slot_bytes == 0);
+        unattached.map(|contributor| contributor.peer)
+    }
+
+    /// Nothing more is taken from a worker, and it is owed nothing; its path has been fenced. `gave_all`: it is known to have finished.
+    pub fn expel(&mut self, worker: u16, gave_all: bool) {
         for chunk in &mut self.chunks {
             chunk.replies.retain(|reply| reply.worker != worker);
             chunk.pulls.retain(|pull| pull.worker != worker);
         }
         let contributor = &mut self.contributors[usize::from(worker)];
-        (contributor.membership.presence, contributor.membership.gave_all) = (Presence::Gone, contributor.finished);
+        contributor.membership.presence = Presence::Gone;
+        contributor.membership.gave_all = gave_all || contributor.finished;
         contributor.parameters = None;
         (contributor.slot_bytes, contributor.received, contributor.contributed) = (0, 0, 0);
-        (contributor.is_unanswered, contributor.finished) = (false, false);
+        (contributor.is_unanswered, contributor.finished, contributor.inherits) = (false, false, false);
         (contributor.said_goodbye, contributor.is_leaving) = (false, false);
         let peer = contributor.peer;
         self.recall(peer);
@@ -129,8 +154,10 @@ impl Shard {
             // Where nobody else has a part, what it lacks of these clocks is written down all the same.
             self.clocks_pushed = self.clocks_pushed.max(clock);
         }
-        let first = clock.saturating_mul(self.chunks.len() as u64).max(self.window.base());
-        for position in first..self.window.end() {
+        let begins = clock.saturating_mul(self.chunks.len() as u64);
+        let contributor = &mut self.contributors[usize::from(worker)];
+        contributor.pushed = contributor.pushed.min(begins);
+        for position in begins.max(self.window.base())..self.window.end() {
             self.window.forget(position, worker.into());
             let cell = self.window.slot(position) * usize::from(self.config.workers) + usize::from(worker);
             let peer = self.contributors[usize::from(worker)].peer;
@@ -152,10 +179,11 @@ impl Shard {
             .any(|contributor| contributor.own > 0 && contributor.membership.presence == Presence::Joining)
     }
 
-    /// A worker is of the job again from a clock on that nobody has begun.
-    pub fn joins(&mut self, worker: u16, clock: Clock) {
+    /// A worker is of the job again from a clock on that nobody has begun, by the change of this number.
+    pub fn joins(&mut self, worker: u16, clock: Clock, number: u64) {
         self.turn(worker, clock, true);
         let membership = &mut self.contributors[usize::from(worker)].membership;
+        membership.joined_by = number;
         if membership.presence != Presence::Here {
             (membership.presence, membership.awaited_from) = (Presence::Here, clock);
             // Where nobody else has a part, the clocks until then pass without anybody.
@@ -163,6 +191,7 @@ impl Shard {
         }
         self.wait_again(clock);
         self.regard_membership();
+        self.dismiss_finished(); // it may have nothing to give, and have said so before this was known here
     }
 
     /// Positions of a clock and later ones that were complete without a worker that is awaited now are so no more.

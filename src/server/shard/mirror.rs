@@ -75,8 +75,8 @@ pub(super) enum Then {
         place: usize,
         position: u64,
     },
-    /// A worker that has finished may go.
-    Dismiss(u16),
+    /// The process that has joined a worker's seat by the change of this number has finished and may go.
+    Dismiss(u16, u64),
     /// The last decision may be told.
     Tell,
     /// The lane of another shard may hear that it is known to measure nothing any more.
@@ -354,8 +354,9 @@ impl Shard {
     }
 
     /// A worker has finished, and all that it gave is in; it may go once the backup knows that too.
-    pub(super) fn mirror_left(&mut self, worker: u16) -> bool {
-        self.mirror_note(Note { chunk: ChunkId(worker.into()), ..Note::new(NoteKind::Left) }, Then::Dismiss(worker))
+    pub(super) fn mirror_left(&mut self, worker: u16, joined_by: u64) -> bool {
+        let note = Note { chunk: ChunkId(worker.into()), version: joined_by, ..Note::new(NoteKind::Left) };
+        self.mirror_note(note, Then::Dismiss(worker, joined_by))
     }
 
     /// Whether nothing waits for the backup.
@@ -396,7 +397,7 @@ impl Shard {
                 self.finish_position(0, position);
                 self.touch(place);
             }
-            Then::Dismiss(worker) => self.dismiss(worker),
+            Then::Dismiss(worker, joined_by) => self.dismiss(worker, joined_by),
             Then::Tell => self.tell_decision(),
             Then::Part(shard) => self.part_from_shard(shard),
         }

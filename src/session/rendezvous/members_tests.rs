@@ -151,7 +151,7 @@ fn the_job_ends_only_when_all_lanes_know_who_is_out() {
 fn two_losses_are_made_one_after_the_other_and_the_last_worker_is_not_gone_on_without() {
     let mut stage = Stage::running();
     stage.lose(WORKERS[1]);
-    stage.say(SERVER, ToLauncher::Report(Report::WorkerLost { worker: 2, text: "silent".into() }));
+    stage.say(SERVER, ToLauncher::Report(Report::WorkerLost { lane: 0, worker: 2, text: "silent".into() }));
     assert_eq!(texts(&stage.told(SERVER)), texts(&[prepare(1, Change::Lost(1))]));
     stage.prepared(1, 7);
     assert_eq!(texts(&stage.told(SERVER)), texts(&[change(1, 7, Change::Lost(1)), prepare(2, Change::Lost(2))]));

@@ -210,7 +210,9 @@ pub enum Report {
     },
     /// A lane has lost its path to a worker of a job that goes on without it, and takes nothing more from it.
     WorkerLost {
-        /// Which.
+        /// Which lane.
+        lane: u16,
+        /// Which worker.
         worker: u16,
         /// Why.
         text: String,
@@ -373,8 +375,7 @@ pub enum Control {
 pub struct RankStatus {
     /// Who.
     pub rank: Rank,
-    /// "not joined", "joined", "declared", "running", "finished", "lost", "gone", "free" of a server's seat that nobody has, or of a worker
-    /// that comes later "joining", and of one that was told to go "leaving".
+    /// "not joined", "joined", "declared", "running", "finished", "lost", "gone", "free" (a server's seat), "joining", or "leaving".
     pub state: String,
     /// Its machine; empty if it has not joined.
     pub host: String,

@@ -412,7 +412,7 @@ impl Roster {
             }
             Report::Waits { lane, waits } => self.on_waits(PeerId { rank, lane }, waits, now),
             Report::Prepared { number, lane, from } => self.on_prepared(PeerId { rank, lane }, number, from),
-            Report::WorkerLost { worker, text } => self.on_worker_lost(rank, worker, text)?,
+            Report::WorkerLost { lane, worker, text } => self.on_worker_lost(PeerId { rank, lane }, worker, text)?,
             Report::Lacked { worker, clock, chunks } => self.on_lacked(worker, clock, chunks),
             Report::Connected => self.on_connected(rank)?,
             Report::MetricsAt { address } => self.seat(rank).metrics = Some(address),

@@ -11,7 +11,8 @@ impl Shard {
         mirror.stage = Stage::Greeting;
         for worker in 0..self.contributors.len() {
             if self.contributors[worker].said_goodbye {
-                let note = Note { chunk: ChunkId(worker as u32), ..Note::new(NoteKind::Left) };
+                let version = self.contributors[worker].membership.joined_by();
+                let note = Note { chunk: ChunkId(worker as u32), version, ..Note::new(NoteKind::Left) };
                 self.write_down(note, None, Then::Nothing);
             }
         }

@@ -33,14 +33,14 @@ impl Roster {
         }
     }
 
-    /// Another lane is to serve a shard: it is told of settings that were changed before it does, since whoever served may not have
-    /// heard of them.
-    pub(super) fn tell_settings(&mut self, rank: Rank) {
+    /// Another lane is to serve a shard: it is told of all that has changed before it does, since whoever served may not have heard of
+    /// it, and keeps no record of who is of the job.
+    pub(super) fn tell_changes(&mut self, rank: Rank) {
         let to = || self.seats[&rank].connection.into_iter().collect();
         let settled = |(number, clock, change): &(u64, Clock, Change)| {
             FromLauncher::Command(Command::Change { number: *number, change: Some((*clock, *change)) })
         };
-        let messages: Vec<_> = self.changes.settings().iter().map(|change| (to(), settled(change))).collect();
+        let messages: Vec<_> = self.changes.made().iter().map(|change| (to(), settled(change))).collect();
         messages.into_iter().for_each(|(to, message)| self.send(to, message));
     }
 
@@ -52,10 +52,10 @@ impl Roster {
 
     /// A lane begins nothing of `from` and later clocks.
     pub(super) fn on_prepared(&mut self, lane: PeerId, number: u64, from: Clock) {
-        let shard = self.config.shard_of(lane);
-        if self.tenures.get(usize::from(shard.0)).is_some_and(|tenure| tenure.primary != lane) {
+        if !self.serves(lane) {
             return; // another one serves in its place
         }
+        let shard = self.config.shard_of(lane);
         let Some((clock, change)) = self.changes.prepared(number, shard, from) else { return };
         let settled = (clock != NEVER).then_some((clock, change));
         self.send(self.everybody(), FromLauncher::Command(Command::Change { number, change: settled }));

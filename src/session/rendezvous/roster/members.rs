@@ -95,13 +95,15 @@ impl Roster {
         self.end_servers();
     }
 
-    /// A lane has lost its path to a worker.
-    pub(super) fn on_worker_lost(&mut self, server: Rank, worker: u16, text: String) -> Result<(), String> {
-        let rank = Rank::worker(worker);
+    /// A lane has lost its path to a worker. Where another lane serves in its place it is that one which was lost.
+    pub(super) fn on_worker_lost(&mut self, lane: PeerId, worker: u16, text: String) -> Result<(), String> {
+        let (rank, server) = (Rank::worker(worker), lane.rank);
         if server.role != Role::Server || !self.seats.contains_key(&rank) {
             return Err(format!("it cannot have lost {rank}"));
         }
-        self.gone(rank, Some(format!("was lost to {server}: {text}")));
+        if self.serves(lane) {
+            self.gone(rank, Some(format!("was lost to {server}: {text}")));
+        }
         Ok(())
     }
 

@@ -36,6 +36,12 @@ impl Roster {
         seat.connection.is_some() && shown && !seat.finished
     }
 
+    /// Whether a lane serves its shard, as far as is known.
+    pub(super) fn serves(&self, lane: PeerId) -> bool {
+        let shard = usize::from(self.config.shard_of(lane).0);
+        self.tenures.get(shard).is_none_or(|tenure| tenure.primary == lane)
+    }
+
     /// Whether others may go on where this rank is gone.
     fn is_backed(&self, rank: Rank) -> bool {
         self.running && !self.tenures.is_empty() && rank.role == Role::Server
@@ -187,7 +193,7 @@ impl Roster {
         let before = std::mem::replace(&mut self.tenures[usize::from(shard.0)], tenure);
         let is_taken_over = before.primary != tenure.primary;
         if is_taken_over {
-            self.tell_settings(tenure.primary.rank);
+            self.tell_changes(tenure.primary.rank);
         }
         self.send(self.everybody(), FromLauncher::Command(Command::Tenure { shard, tenure }));
         if is_taken_over {
