@@ -8,6 +8,7 @@
 //! Invariant: the figure is one line of output, and every wait has a deadline.
 
 use std::{
+    collections::VecDeque,
     io::{BufRead, BufReader, Write},
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
@@ -46,6 +47,10 @@ struct End {
     peer: PeerId,
     waiter: Option<Waiter>,
     heard: Vec<Completion>,
+    is_connected: bool,
+    /// Notes that have come and were not asked for, and the slots that they fill.
+    arrived: usize,
+    slots: VecDeque<Lease>,
     looks: u64,
     now: Instant,
 }
@@ -56,19 +61,29 @@ impl End {
         let options = VerbsOptions { hca: vec![device.parse().unwrap()], ..VerbsOptions::new(identity) };
         let transport = VerbsTransport::new(options).unwrap();
         let waiter = sleeps.then(|| Waiter::new().unwrap());
-        End { transport, peer, waiter, heard: Vec::new(), looks: 0, now: Instant::now() }
+        End {
+            transport,
+            peer,
+            waiter,
+            heard: Vec::new(),
+            is_connected: false,
+            arrived: 0,
+            slots: VecDeque::new(),
+            looks: 0,
+            now: Instant::now(),
+        }
     }
 
     fn connect(&mut self, address: &str) {
         self.transport.connect(self.peer, &Endpoint::new("verbs", address), Instant::now() + PATIENCE).unwrap();
-        while !matches!(self.next(), Completion::Connected { .. }) {}
+        self.look_until(|end| end.is_connected);
     }
 
-    /// What happens next. The clock is read once in many looks: perftest reads none while it looks, and where the clock is no
+    /// Looks until that is so. The clock is read once in many looks: perftest reads none while it looks, and where the clock is no
     /// register of the processor (in the virtual machine) reading it takes longer than looking.
-    fn next(&mut self) -> Completion {
+    fn look_until(&mut self, is_over: impl Fn(&End) -> bool) {
         let deadline = self.now + PATIENCE;
-        while self.heard.is_empty() {
+        while !is_over(self) {
             self.looks += 1;
             self.transport.poll(self.now, &mut self.heard).unwrap();
             let slept = self.waiter.as_ref().filter(|_| self.heard.is_empty());
@@ -79,22 +94,24 @@ impl End {
                 self.now = Instant::now();
                 assert!(self.now < deadline, "nothing came for {PATIENCE:?}");
             }
-            // The oldest is taken first.
-            self.heard.reverse();
-        }
-        match self.heard.pop() {
-            Some(Completion::Broken { error, .. } | Completion::Failed { error, .. }) => panic!("{error}"),
-            completion => completion.expect("there is one"),
+            for completion in self.heard.drain(..) {
+                match completion {
+                    Completion::Arrived { lease, .. } => {
+                        self.arrived += 1;
+                        self.slots.extend(lease);
+                    }
+                    Completion::Connected { .. } => self.is_connected = true,
+                    Completion::Broken { error, .. } | Completion::Failed { error, .. } => panic!("{error}"),
+                    Completion::Sent { .. } | Completion::Released { .. } => {}
+                }
+            }
         }
     }
 
-    /// The next note, with the slot that it fills.
-    fn arrival(&mut self) -> Option<Lease> {
-        loop {
-            if let Completion::Arrived { lease, .. } = self.next() {
-                return lease;
-            }
-        }
+    /// Waits for the next note.
+    fn arrival(&mut self) {
+        self.look_until(|end| end.arrived > 0);
+        self.arrived -= 1;
     }
 
     fn note(&mut self) {
@@ -179,7 +196,8 @@ fn answering_process() {
         }
         end.note();
         for _ in 0..WRITES {
-            let lease = end.arrival().expect("a write fills a slot");
+            end.arrival();
+            let lease = end.slots.pop_front().expect("a write fills a slot");
             end.transport.arm(MEASURING, lease).unwrap();
             end.note();
         }

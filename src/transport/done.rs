@@ -20,6 +20,7 @@ pub(super) struct Done {
 }
 
 impl Done {
+    #[inline]
     pub(super) fn push(&mut self, (about, told): (PeerId, Completion)) {
         self.about.push(about);
         self.told.push(told);
@@ -30,6 +31,7 @@ impl Done {
     }
 
     /// Hands out everything, in order.
+    #[inline]
     pub(super) fn tell(&mut self, completions: &mut Vec<Completion>) {
         self.about.clear();
         match completions.is_empty() {

@@ -167,6 +167,23 @@ impl Note {
 
     /// The note's bytes; all integers little-endian, the last four a CRC-32C of the first 44.
     pub fn encode(&self) -> [u8; Note::SIZE] {
+        let mut bytes = self.encode_fields();
+        let checksum = crc32c::crc32c(&bytes[..44]);
+        bytes[44..].copy_from_slice(&checksum.to_le_bytes());
+        bytes
+    }
+
+    /// Reads a note.
+    pub fn decode(bytes: &[u8; Note::SIZE]) -> Result<Note, WireError> {
+        if u32_at(bytes, 44) != crc32c::crc32c(&bytes[..44]) {
+            return Err(WireError::Checksum("note"));
+        }
+        Note::decode_fields(bytes)
+    }
+
+    /// The bytes with zero for the checksum.
+    #[inline]
+    pub(super) fn encode_fields(&self) -> [u8; Note::SIZE] {
         let mut bytes = [0; Note::SIZE];
         bytes[0] = self.kind as u8;
         bytes[1] = self.flags.0;
@@ -178,16 +195,12 @@ impl Note {
         bytes[28..32].copy_from_slice(&self.length.to_le_bytes());
         bytes[32..40].copy_from_slice(&self.credit.to_le_bytes());
         bytes[40..44].copy_from_slice(&self.payload_checksum.to_le_bytes());
-        let checksum = crc32c::crc32c(&bytes[..44]);
-        bytes[44..].copy_from_slice(&checksum.to_le_bytes());
         bytes
     }
 
-    /// Reads a note.
-    pub fn decode(bytes: &[u8; Note::SIZE]) -> Result<Note, WireError> {
-        if u32_at(bytes, 44) != crc32c::crc32c(&bytes[..44]) {
-            return Err(WireError::Checksum("note"));
-        }
+    /// Reads all but the checksum.
+    #[inline]
+    pub(super) fn decode_fields(bytes: &[u8; Note::SIZE]) -> Result<Note, WireError> {
         if bytes[1] & !NoteFlags::ALL != 0 {
             return Err(WireError::Unassigned { field: "note flags", value: bytes[1].into() });
         }

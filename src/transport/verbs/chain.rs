@@ -48,11 +48,13 @@ impl Chain {
     }
 
     /// Begins a new list, whose requests complete under `wr_id`.
+    #[inline]
     pub(super) fn begin(&mut self, wr_id: u64) {
         self.wr_id = wr_id;
         self.len = 0;
     }
 
+    #[inline]
     pub(super) fn len(&self) -> usize {
         self.len
     }
@@ -65,11 +67,14 @@ impl Chain {
     }
 
     /// A note: its bytes into the peer's ring, and 32 bits with the completion there.
-    pub(super) fn note(&mut self, header: &[u8; FrameHeader::SIZE], immediate: u32, target: Target) {
+    #[inline]
+    pub(super) fn note(&mut self, header: &FrameHeader, immediate: u32, target: Target) {
+        let at = self.len;
         let range = IbvSge { addr: 0, length: FrameHeader::SIZE as u32, lkey: 0 };
         self.push(v::WR_RDMA_WRITE_WITH_IMM, immediate, Some(range), target);
-        self.headers[self.len - 1] = *header;
-        self.last().send_flags |= v::SEND_INLINE;
+        // The fabric checks what it carries.
+        self.headers[at] = header.encode_unsealed();
+        self.requests[at].send_flags = v::SEND_INLINE;
     }
 
     /// 32 bits alone.
@@ -83,34 +88,34 @@ impl Chain {
     }
 
     /// Has the last request complete when it is done, not only when it fails.
+    #[inline]
     pub(super) fn signal(&mut self) {
         self.last().send_flags |= v::SEND_SIGNALED;
     }
 
     /// The list, for one call.
+    #[inline]
     pub(super) fn link(&mut self) -> *mut IbvSendWr {
-        for at in 0..self.len {
-            if self.requests[at].send_flags & v::SEND_INLINE != 0 {
-                self.ranges[at].addr = self.headers[at].as_ptr().expose_provenance() as u64;
+        let mut next = ptr::null_mut();
+        let list =
+            self.requests[..self.len].iter_mut().zip(&mut self.ranges[..self.len]).zip(&self.headers[..self.len]);
+        for ((request, range), header) in list.rev() {
+            if request.send_flags & v::SEND_INLINE != 0 {
+                range.addr = header.as_ptr().expose_provenance() as u64;
             }
+            request.sg_list = range;
+            request.next = next;
+            next = request;
         }
-        let (first, ranges) = (self.requests.as_mut_ptr(), self.ranges.as_mut_ptr());
-        for (at, request) in self.requests[..self.len].iter_mut().enumerate() {
-            // Within the arrays: they have as many elements each.
-            request.sg_list = ranges.wrapping_add(at);
-            request.next = first.wrapping_add(at + 1);
-        }
-        match self.requests[..self.len].last_mut() {
-            Some(last) => last.next = ptr::null_mut(),
-            None => return ptr::null_mut(),
-        }
-        self.requests.as_mut_ptr()
+        next
     }
 
+    #[inline]
     fn last(&mut self) -> &mut IbvSendWr {
         self.requests[..self.len].last_mut().expect("there is a request")
     }
 
+    #[inline]
     fn push(&mut self, opcode: u32, immediate: u32, range: Option<IbvSge>, target: Target) {
         assert!(self.len < self.requests.len(), "a chain longer than the send queue");
         let request = &mut self.requests[self.len];
@@ -134,15 +139,17 @@ impl fmt::Debug for Chain {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::wire::{Note, NoteKind};
 
     #[test]
     fn a_list_leads_through_all_requests_and_to_their_bytes() {
         let mut chain = Chain::new(3, 9);
         let target = Target { rkey: 5, offset: 640 };
+        let header = FrameHeader { target: None, note: Note { clock: 7, ..Note::new(NoteKind::Credit) } };
         assert!(chain.link().is_null());
         chain.begin(77);
         chain.write(IbvSge { addr: 4096, length: 9, lkey: 3 }, target);
-        chain.note(&[7; FrameHeader::SIZE], 0x0102_0304, target);
+        chain.note(&header, 0x0102_0304, target);
         chain.signal();
         chain.word(1, target);
         let mut at = chain.link();
@@ -154,7 +161,7 @@ mod tests {
             if request.send_flags & v::SEND_INLINE != 0 {
                 // SAFETY: inline bytes are the chain's own.
                 let bytes = unsafe { *(range.addr as usize as *const [u8; FrameHeader::SIZE]) };
-                assert_eq!(bytes, [7; FrameHeader::SIZE]);
+                assert_eq!(bytes, header.encode_unsealed());
                 // SAFETY: all members of the union are 32 bits.
                 let immediate = unsafe { request.__bindgen_anon_1.imm_data };
                 assert_eq!((immediate.to_ne_bytes(), request.wr_id), ([1, 2, 3, 4], 77));

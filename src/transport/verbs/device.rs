@@ -126,9 +126,15 @@ impl Device {
         Ok(Arc::new(device))
     }
 
-    /// A device of a test's table, with `pd` as its protection domain; nothing else of it may be looked into.
+    /// A device of a test's table, of which no more may be used than the table's functions know.
     #[cfg(test)]
-    pub(super) fn fake(table: &'static Table, pd: NonNull<IbvPd>) -> Device {
+    pub(super) fn fake(
+        table: &'static Table,
+        raw: NonNull<IbvContext>,
+        pd: NonNull<IbvPd>,
+        channel: NonNull<IbvCompChannel>,
+        limits: Limits,
+    ) -> Device {
         let place = Candidate {
             device: "fake0".into(),
             port: 1,
@@ -138,9 +144,7 @@ impl Device {
             is_active: true,
             numa_node: None,
         };
-        let limits = Limits { queue_requests: 1, completions: 1, message_bytes: 1, mtu: 1, lid: 0 };
-        let context = Context { table, raw: NonNull::dangling() };
-        Device { context, pd, thread: None, channel: NonNull::dangling(), place, limits }
+        Device { context: Context { table, raw }, pd, thread: None, channel, place, limits }
     }
 
     pub(super) fn table(&self) -> &'static Table {

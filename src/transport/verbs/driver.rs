@@ -18,17 +18,16 @@ use super::{
 };
 use crate::{
     Error, Result,
-    mem::{Lease, Region, SharedLease},
+    mem::{Lease, Region, RegionId, SharedLease},
     transport::{
         Armed, Completion, Driver, Endpoint, MemoryRegion, QueueFull, RemoteSlot, Transport, Wakeup, WorkRequest,
     },
     types::PeerId,
-    wire::{FrameHeader, FrameTarget},
 };
 
 impl Transport for VerbsTransport {
     fn register(&mut self, region: &Region) -> Result<MemoryRegion> {
-        if !self.regions.contains_key(&region.id()) {
+        if self.registrations_of(region.id()).is_none() {
             let on = |port: &Port| Registration::new(&port.device, region);
             let registrations = self.ports.iter().map(on).collect::<Result<Vec<_>>>()?;
             self.registrations += registrations.len() as u64;
@@ -36,9 +35,10 @@ impl Transport for VerbsTransport {
                 return Err(Error::Config(format!("a device gave {} the key 0, which means none", region.id())));
             }
             self.table.register_as(region, registrations[0].rkey())?;
-            self.regions.insert(region.id(), registrations);
+            self.regions.push((region.id(), registrations));
         }
-        Ok(MemoryRegion::new(FABRIC, self.regions[&region.id()][0].rkey(), region.len() as u64))
+        let registrations = self.registrations_of(region.id()).expect("registered by now");
+        Ok(MemoryRegion::new(FABRIC, registrations[0].rkey(), region.len() as u64))
     }
 
     fn fabric(&self, _peer: PeerId) -> &'static str {
@@ -46,8 +46,8 @@ impl Transport for VerbsTransport {
     }
 
     fn offer(&mut self, peer: PeerId) -> Result<Endpoint> {
-        let index = match self.index_of.get(&peer) {
-            Some(index) => *index,
+        let index = match self.index_of(peer) {
+            Some(index) => index,
             None => self.prepare(peer)?,
         };
         match &self.paths[index] {
@@ -61,8 +61,8 @@ impl Transport for VerbsTransport {
             return Err(Error::Config(format!("{peer} offers `{}`, this is {FABRIC}", remote.fabrics())));
         };
         let remote = Offer::parse(address).map_err(|why| Error::Config(format!("{peer}: {why}")))?;
-        let index = match self.index_of.get(&peer) {
-            Some(index) => *index,
+        let index = match self.index_of(peer) {
+            Some(index) => index,
             None => self.prepare(peer)?,
         };
         let own =
@@ -89,7 +89,7 @@ impl Transport for VerbsTransport {
 
     fn fence(&mut self, peer: PeerId) -> Vec<Lease> {
         let mut slots = Vec::new();
-        if let Some(index) = self.index_of.remove(&peer)
+        if let Some(index) = self.forget(peer)
             && let Some(mut path) = self.paths[index].take()
         {
             path.end();
@@ -104,30 +104,27 @@ impl Transport for VerbsTransport {
     fn post(&mut self, request: WorkRequest) -> Result<(), QueueFull> {
         let peer = request.peer;
         // Looked up once: a note's latency is made of such things.
-        let index = self.index_of.get(&peer).copied();
-        let path = index.and_then(|index| self.paths[index].as_ref());
-        let defect = match path.map(|path| (path.stage, path.outstanding())) {
-            None | Some((Stage::Prepared, _)) => {
-                Some(Error::Broken { peer, reason: "there is none: connect comes first".into() })
-            }
-            Some((Stage::Dead, _)) => Some(Error::Broken { peer, reason: "it ended before".into() }),
-            Some((_, outstanding)) if outstanding >= self.options.queue_limit => return Err(QueueFull(request)),
-            Some(_) => request.defect(),
+        let found = self.index_of(peer).and_then(|index| Some((index, self.paths[index].as_ref()?)));
+        let Some((index, path)) = found.filter(|(_, path)| path.stage != Stage::Prepared) else {
+            return self.refuse(request, Error::Broken { peer, reason: "there is none: connect comes first".into() });
         };
+        if path.stage == Stage::Dead {
+            return self.refuse(request, Error::Broken { peer, reason: "it ended before".into() });
+        }
+        if path.outstanding() >= self.options.queue_limit {
+            return Err(QueueFull(request));
+        }
+        if let Some(defect) = request.defect() {
+            return self.refuse(request, defect);
+        }
         let WorkRequest { id, note, payload, .. } = request;
-        let target = payload.as_ref().map(|(_, slot)| FrameTarget { rkey: slot.rkey, offset: slot.offset });
-        let located = match (defect, path) {
-            (None, Some(path)) => self.locate(path, payload, note.length),
-            (defect, _) => Err((defect.expect("no path is one"), payload.map(|(source, _)| source))),
-        };
+        let located = payload.map(|payload| self.locate(path, payload, note.length)).transpose();
         match located {
-            Err((error, source)) => self.done.push((peer, Completion::Failed { id, source, error })),
             Ok(payload) => {
-                let index = index.expect("there is a path");
-                let path = self.paths[index].as_mut().expect("looked up above");
-                path.push(id, &FrameHeader { target, note }, payload);
+                self.paths[index].as_mut().expect("looked up above").push(id, note, payload);
                 self.mark(index);
             }
+            Err((error, source)) => self.done.push((peer, Completion::Failed { id, source, error })),
         }
         Ok(())
     }
@@ -150,9 +147,23 @@ impl VerbsTransport {
     /// What the peer of a path is told of us.
     fn offer_of(&self, path: &Path) -> Offer {
         // One rail's keys are the names of the regions, which notes carry.
-        let told = self.regions.values().filter(|_| self.ports.len() > 1);
-        let keys = told.map(|registrations| keys_of(registrations, Registration::rkey)).collect();
+        let told = self.regions.iter().filter(|_| self.ports.len() > 1);
+        let keys = told.map(|(_, registrations)| keys_of(registrations, Registration::rkey)).collect();
         Offer { rails: path.offered.clone(), keys }
+    }
+
+    /// Tells of a request that cannot be sent.
+    #[cold]
+    fn refuse(&mut self, request: WorkRequest, error: Error) -> Result<(), QueueFull> {
+        let WorkRequest { id, peer, payload, .. } = request;
+        self.done.push((peer, Completion::Failed { id, source: payload.map(|(source, _)| source), error }));
+        Ok(())
+    }
+
+    /// What a region is on each rail: there are few, which are searched one by one.
+    fn registrations_of(&self, region: RegionId) -> Option<&[Registration]> {
+        let known = self.regions.iter().find(|(known, _)| *known == region);
+        known.map(|(_, registrations)| &registrations[..])
     }
 
     /// Finds the keys of a payload's memory.
@@ -160,12 +171,11 @@ impl VerbsTransport {
     fn locate(
         &self,
         path: &Path,
-        payload: Option<(SharedLease, RemoteSlot)>,
+        (source, slot): (SharedLease, RemoteSlot),
         length: u32,
-    ) -> Result<Option<(SharedLease, Payload)>, (Error, Option<SharedLease>)> {
-        let Some((source, slot)) = payload else { return Ok(None) };
+    ) -> Result<(SharedLease, Payload), (Error, Option<SharedLease>)> {
         let refuse = |what: &str| Error::Config(format!("the request to {} cannot be sent: {what}", path.peer));
-        let Some(registrations) = self.regions.get(&source.region_id()) else {
+        let Some(registrations) = self.registrations_of(source.region_id()) else {
             return Err((refuse("its payload's region is not registered with this transport"), Some(source)));
         };
         let lkeys = keys_of(registrations, Registration::lkey);
@@ -179,7 +189,7 @@ impl VerbsTransport {
             let what = "its slot's region was registered after the path was offered, and the first rail is not in use";
             return Err((refuse(what), Some(source)));
         }
-        Ok(Some((source, payload)))
+        Ok((source, payload))
     }
 }
 

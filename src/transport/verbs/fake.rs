@@ -10,7 +10,7 @@ use std::{
 
 use nix::errno::Errno;
 
-use super::device::Device;
+use super::device::{Device, Limits};
 use crate::sys::verbs::{IbvCompChannel, IbvContext, IbvMr, IbvPd, Table};
 
 /// A call of a function that registers, with its arguments.
@@ -59,7 +59,10 @@ impl Fake {
         table.close_device = close_device;
         // Both live as long as the process: devices hold their table so long.
         let (state, table): (&'static State, &'static Table) = (Box::leak(Box::default()), Box::leak(Box::new(table)));
-        Fake { device: Arc::new(Device::fake(table, NonNull::from(state).cast())), state }
+        let limits = Limits { queue_requests: 1, completions: 1, message_bytes: 1, mtu: 1, lid: 0 };
+        let domain = NonNull::from(state).cast();
+        let device = Device::fake(table, NonNull::dangling(), domain, NonNull::dangling(), limits);
+        Fake { device: Arc::new(device), state }
     }
 
     pub(super) fn device(&self) -> Arc<Device> {

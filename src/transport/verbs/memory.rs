@@ -140,7 +140,9 @@ impl fmt::Debug for Registration {
 #[derive(Debug)]
 pub(super) struct NoteRing {
     registration: Registration,
-    entries: Vec<Lease>,
+    lease: Lease,
+    /// A power of 2.
+    entries: u16,
 }
 
 impl NoteRing {
@@ -155,22 +157,30 @@ impl NoteRing {
         let (region, lease) = Region::allocate(bytes, &options)?;
         let registration = Registration::new(device, &region)?;
         let (lease, _) = lease.split_at(bytes);
-        Ok(NoteRing { registration, entries: lease.chunks(FrameHeader::SIZE) })
+        Ok(NoteRing { registration, lease, entries })
     }
 
     pub(super) fn rkey(&self) -> u32 {
         self.registration.rkey()
     }
 
+    #[inline]
     pub(super) fn entries(&self) -> u16 {
-        self.entries.len() as u16
+        self.entries
     }
 
     /// What the peer wrote as its note number `count`.
+    #[inline]
     pub(super) fn read(&self, count: u16) -> [u8; FrameHeader::SIZE] {
-        let entry = &self.entries[usize::from(count % self.entries())];
-        entry.bytes().try_into().expect("an entry has the size of a header")
+        let (entries, _) = self.lease.bytes().as_chunks();
+        entries[usize::from(entry_of(count, self.entries))]
     }
+}
+
+/// The entry of note number `count` in a ring of `entries`, a power of 2.
+#[inline]
+pub(super) fn entry_of(count: u16, entries: u16) -> u16 {
+    count & entries.wrapping_sub(1)
 }
 
 #[cfg(test)]

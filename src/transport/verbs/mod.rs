@@ -33,6 +33,8 @@ mod doubt;
 mod driver;
 #[cfg(test)]
 mod fake;
+#[cfg(test)]
+mod fake_link;
 mod memory;
 mod offer;
 mod options;
@@ -40,11 +42,12 @@ mod order;
 mod path;
 mod queue_pair;
 mod rail;
+#[cfg(test)]
+mod tests;
 mod thread_domain;
 mod words;
 
 use std::{
-    collections::HashMap,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -86,14 +89,15 @@ pub const RAILS_MAX: usize = 4;
 pub struct VerbsTransport {
     // Dropped in this order: pairs before what they reach.
     paths: Vec<Option<Path>>,
-    regions: HashMap<RegionId, Vec<Registration>>,
+    regions: Vec<(RegionId, Vec<Registration>)>,
     ports: Vec<Port>,
     table: RegionTable,
     options: VerbsOptions,
     room: Room,
     /// What waits for all channels, where there are several.
     epoll: Option<Epoll>,
-    index_of: HashMap<PeerId, usize>,
+    /// Where the path of each peer is, in the order of their bits.
+    peers: Vec<(u64, usize)>,
     dirty: Vec<usize>,
     done: Done,
     doubts: Doubts,
@@ -141,6 +145,11 @@ impl VerbsTransport {
     pub fn new(options: VerbsOptions) -> Result<VerbsTransport> {
         options.validate()?;
         let devices = Device::open(&options)?;
+        VerbsTransport::over(options, devices)
+    }
+
+    /// A transport without paths, on these devices.
+    fn over(options: VerbsOptions, devices: Vec<Arc<Device>>) -> Result<VerbsTransport> {
         let longest = options.send_depth.max(u32::from(options.ring_entries) + WORDS_MAX);
         for device in &devices {
             if longest > device.limits.queue_requests {
@@ -166,13 +175,13 @@ impl VerbsTransport {
         };
         Ok(VerbsTransport {
             paths: Vec::new(),
-            regions: HashMap::new(),
+            regions: Vec::new(),
             ports: devices.into_iter().map(port).collect(),
             table: RegionTable::default(),
             options,
             room,
             epoll,
-            index_of: HashMap::new(),
+            peers: Vec::new(),
             dirty: Vec::new(),
             done: Done::default(),
             doubts: Doubts::default(),
@@ -241,8 +250,27 @@ impl VerbsTransport {
             self.paths.push(None);
         }
         self.paths[index] = Some(Path::new(peer, offered, rails));
-        self.index_of.insert(peer, index);
+        let place = self.place_of(peer).unwrap_err();
+        self.peers.insert(place, (peer.to_bits(), index));
         Ok(index)
+    }
+
+    /// Where a peer stands in `peers`, or would.
+    #[inline]
+    fn place_of(&self, peer: PeerId) -> Result<usize, usize> {
+        let bits = peer.to_bits();
+        self.peers.binary_search_by(|(known, _)| known.cmp(&bits))
+    }
+
+    /// Where the path to a peer is.
+    #[inline]
+    fn index_of(&self, peer: PeerId) -> Option<usize> {
+        self.place_of(peer).ok().map(|place| self.peers[place].1)
+    }
+
+    /// Where it was: the peer has none any more.
+    fn forget(&mut self, peer: PeerId) -> Option<usize> {
+        self.place_of(peer).ok().map(|place| self.peers.remove(place).1)
     }
 
     /// A queue pair and a note ring on one rail.
@@ -273,6 +301,7 @@ impl VerbsTransport {
         u64::from(self.lives) << 32 | index as u64
     }
 
+    #[inline]
     fn mark(&mut self, index: usize) {
         if let Some(path) = &mut self.paths[index]
             && !std::mem::replace(&mut path.is_dirty, true)
@@ -285,13 +314,15 @@ impl VerbsTransport {
     fn collect(&mut self, now: Instant, rounds: usize) -> Result<()> {
         for port in 0..self.ports.len() {
             for at in 0..self.ports[port].queues.len() {
-                for _ in 0..rounds {
+                let mut left = rounds;
+                loop {
                     let count = self.ports[port].queues[at].poll(&mut self.batch)?;
                     for nth in 0..count {
                         let completion = self.batch.0[nth];
                         self.on_completion(&completion, now);
                     }
-                    if count < BATCH {
+                    left -= 1;
+                    if count < BATCH || left == 0 {
                         break;
                     }
                 }
@@ -390,17 +421,17 @@ impl VerbsTransport {
     }
 
     /// Sends for every path that has something to send, or receives to post.
+    #[inline]
     fn send(&mut self) {
-        let mut dirty = std::mem::take(&mut self.dirty);
-        for index in dirty.drain(..) {
+        for at in 0..self.dirty.len() {
+            let index = self.dirty[at];
             let Some(path) = &mut self.paths[index] else { continue };
             path.is_dirty = false;
             if let Err(reason) = path.send(&mut self.ports, self.room, &mut self.done) {
                 self.break_path(index, &reason);
             }
         }
-        // The list keeps its memory.
-        self.dirty = dirty;
+        self.dirty.clear();
     }
 
     /// What time alone brings about.

@@ -18,6 +18,7 @@ pub(super) const NUMBERS: u16 = 1 << 15;
 const _: () = assert!(NUMBERS as usize > RAILS_MAX * super::options::RING_ENTRIES_MAX as usize);
 
 /// The number behind one.
+#[inline]
 pub(super) fn next(number: u16) -> u16 {
     (number + 1) % NUMBERS
 }
@@ -43,7 +44,23 @@ impl Arrivals {
         Arrivals { rails: rings.into_iter().map(waiting).collect(), expected: 0 }
     }
 
-    /// A note has come on a rail. An error is what is wrong with that.
+    /// Lets a note that has come on a rail be delivered at once, if it is the next one; whether it is.
+    #[inline]
+    pub(super) fn passes(&mut self, rail: usize, number: u16) -> bool {
+        if number != self.expected || !self.rails[rail].numbers.is_empty() {
+            return false;
+        }
+        self.expected = next(number);
+        true
+    }
+
+    /// Whether nothing waits for a note before it.
+    #[inline]
+    pub(super) fn is_empty(&self) -> bool {
+        self.rails.iter().all(|rail| rail.numbers.is_empty())
+    }
+
+    /// A note has come on a rail, which is to wait for its turn. An error is what is wrong with that.
     pub(super) fn arrived(&mut self, rail: usize, number: u16) -> Result<(), String> {
         let Waiting { numbers, room } = &mut self.rails[rail];
         if number >= NUMBERS {
@@ -93,15 +110,24 @@ impl<T> Departures<T> {
     }
 
     /// The number of the next one.
+    #[inline]
     pub(super) fn upcoming(&self) -> u64 {
         self.first + self.waiting.len() as u64
     }
 
-    /// Counts one more; gives its number.
-    pub(super) fn push(&mut self, what: T) -> u64 {
-        let number = self.upcoming();
-        self.waiting.push_back((what, false));
-        number
+    /// Counts one more, of which nothing has to be waited for, if nothing waits before it; whether that is so.
+    #[inline]
+    pub(super) fn passes(&mut self) -> bool {
+        if !self.waiting.is_empty() {
+            return false;
+        }
+        self.first += 1;
+        true
+    }
+
+    /// Counts one more, which is done already or will be.
+    pub(super) fn push(&mut self, what: T, is_done: bool) {
+        self.waiting.push_back((what, is_done));
     }
 
     /// Its rail is done with the one of that number.
@@ -157,8 +183,16 @@ mod tests {
             let mut sent = Vec::new();
             let mut land = |flying: &mut [VecDeque<u16>], unread: &mut [u16], rail: usize| {
                 let landed = flying[rail].pop_front().unwrap();
-                arrivals.arrived(rail, landed).unwrap();
-                here[rail].push_back(landed);
+                if arrivals.passes(rail, landed) {
+                    unread[rail] -= 1;
+                    delivered.push(landed);
+                    if arrivals.is_empty() {
+                        return;
+                    }
+                } else {
+                    arrivals.arrived(rail, landed).unwrap();
+                    here[rail].push_back(landed);
+                }
                 while let Some(rail) = arrivals.take().unwrap() {
                     unread[rail] -= 1;
                     delivered.extend(here[rail].pop_front());
@@ -217,7 +251,18 @@ mod tests {
             for (what, which) in dice {
                 let rail = usize::from(which) % rails;
                 if what % 2 == 0 {
-                    flying[rail].push_back(departures.push(posted));
+                    // Some have nothing to wait for.
+                    match which % 3 {
+                        0 if departures.passes() => {
+                            prop_assert_eq!(reported, posted, "it overtakes another");
+                            reported += 1;
+                        }
+                        0 => departures.push(posted, true),
+                        _ => {
+                            flying[rail].push_back(departures.upcoming());
+                            departures.push(posted, false);
+                        }
+                    }
                     posted += 1;
                 } else if let Some(number) = flying[rail].pop_front() {
                     departures.done(number);

@@ -7,7 +7,7 @@
 //! nothing arrives before `Connected`, which comes when every rail has heard its hello.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::VecDeque,
     time::{Duration, Instant},
 };
 
@@ -16,14 +16,14 @@ use super::{
     address::Address,
     offer::{Keys, Meeting, Offer},
     order::{self, Arrivals, Departures},
-    rail::{Payload, Rail, Room, Share, Word},
+    rail::{Payload, Rail, Room, Word},
 };
 use crate::{
     Error, Result,
     mem::{Lease, SharedLease},
     transport::{Completion, done::Done, region_table::RegionTable},
     types::PeerId,
-    wire::FrameHeader,
+    wire::{FrameHeader, FrameTarget, Note},
 };
 
 #[derive(Debug)]
@@ -34,8 +34,8 @@ pub(super) struct Path {
     pub(super) stage: Stage,
     /// Before the path is connected, all of ours that are up; then those that are used; none when it is dead.
     rails: Vec<Rail>,
-    /// The peer's regions by their names, where a path has more than the first rail.
-    keys: HashMap<u32, Keys>,
+    /// The peer's regions, where a path has more than the first rail.
+    keys: Vec<Keys>,
     queue: VecDeque<Queued>,
     /// Requests that have not ended.
     outstanding: usize,
@@ -62,7 +62,7 @@ pub(super) enum Stage {
 #[derive(Debug)]
 struct Queued {
     id: u64,
-    header: [u8; FrameHeader::SIZE],
+    note: Note,
     payload: Option<(SharedLease, Payload)>,
 }
 
@@ -74,7 +74,7 @@ impl Path {
             offered,
             stage: Stage::Prepared,
             rails,
-            keys: HashMap::new(),
+            keys: Vec::new(),
             queue: VecDeque::new(),
             outstanding: 0,
             departures: Departures::new(),
@@ -98,11 +98,13 @@ impl Path {
     }
 
     /// Requests that have not ended.
+    #[inline]
     pub(super) fn outstanding(&self) -> usize {
         self.outstanding
     }
 
     /// The rail whose completions come under `wr_id`.
+    #[inline]
     pub(super) fn rail_of(&self, wr_id: u64) -> Option<usize> {
         self.rails.iter().position(|rail| rail.wr_id == wr_id)
     }
@@ -157,7 +159,7 @@ impl Path {
             rail.connect(remote, calls)?;
         }
         if meeting.rails != [0] {
-            self.keys = remote.keys.iter().map(|keys| (keys[0], *keys)).collect();
+            self.keys = remote.keys.clone();
         }
         self.arrivals = Arrivals::new(self.rails.iter().map(Rail::ring_entries));
         self.stage = Stage::Joining { deadline };
@@ -167,7 +169,7 @@ impl Path {
     /// The keys of a region of the peer, by the key that names it. One that was registered after the peer's offer has that key
     /// alone, on the first rail.
     pub(super) fn keys(&self, rkey: u32) -> Keys {
-        self.keys.get(&rkey).copied().unwrap_or([rkey, 0, 0, 0])
+        self.keys.iter().find(|keys| keys[0] == rkey).copied().unwrap_or([rkey, 0, 0, 0])
     }
 
     /// Whether a payload can go on any of the rails.
@@ -185,9 +187,10 @@ impl Path {
         rail.call_again(wr_id, receives).map_err(|why| rail.blame(why))
     }
 
-    pub(super) fn push(&mut self, id: u64, header: &FrameHeader, payload: Option<(SharedLease, Payload)>) {
+    #[inline]
+    pub(super) fn push(&mut self, id: u64, note: Note, payload: Option<(SharedLease, Payload)>) {
         self.outstanding += 1;
-        self.queue.push_back(Queued { id, header: header.encode(), payload });
+        self.queue.push_back(Queued { id, note, payload });
     }
 
     /// Asks the peer's devices for a sign of life where there was none for a while; whether any is to be asked.
@@ -196,50 +199,51 @@ impl Path {
     }
 
     /// Whether `send` has something to do, or may have.
+    #[inline]
     pub(super) fn owes(&self) -> bool {
         !self.queue.is_empty() || self.rails.iter().any(Rail::owes)
     }
 
     /// Sends what is owed and what is queued, as far as there is room on the rails.
     pub(super) fn send(&mut self, ports: &mut [Port], room: Room, done: &mut Done) -> Result<(), String> {
-        let mut shares: [Option<Share>; super::RAILS_MAX] = Default::default();
-        for (rail, share) in self.rails.iter_mut().zip(&mut shares) {
-            *share = rail.begin(&mut ports[rail.number].chain).map_err(|why| rail.blame(why))?;
+        for rail in &mut self.rails {
+            rail.begin(&mut ports[rail.number].chain).map_err(|why| rail.blame(why))?;
         }
+        let mut added = 0;
         while self.stage == Stage::Open
-            && let Some(next) = self.queue.front()
+            && let Some(Queued { note, payload, .. }) = self.queue.get(added)
         {
-            let payload = next.payload.as_ref().map(|(_, payload)| payload);
-            let able = self.rails.iter().enumerate();
-            let able = able.filter(|(_, rail)| rail.takes(&ports[rail.number].chain, payload, room));
-            let Some((at, _)) = able.min_by_key(|(_, rail)| rail.bytes()) else { break };
-            let rail = &mut self.rails[at];
+            let payload = payload.as_ref().map(|(_, payload)| payload);
+            let able = self.rails.iter_mut().filter(|rail| rail.takes(payload, room));
+            let Some(rail) = able.min_by_key(|rail| rail.bytes()) else { break };
             let port = &mut ports[rail.number];
-            let share = shares[at].as_mut().expect("a rail that takes something was begun");
-            let numbers = (self.number, self.departures.upcoming());
-            rail.add((&mut port.chain, share), &next.header, payload, numbers, room);
+            let target = payload.map(|payload| FrameTarget { rkey: payload.rkeys[0], offset: payload.target });
+            let numbers = (self.number, self.departures.upcoming() + added as u64);
+            rail.add(&mut port.chain, &FrameHeader { target, note: *note }, payload, numbers, room);
             self.number = order::next(self.number);
             port.carried.notes += 1;
             port.carried.bytes += payload.map_or(0, |payload| payload.length.into());
-            // Looked at where it lies until here: what is queued is long.
+            added += 1;
+        }
+        for rail in &mut self.rails {
+            // SAFETY: the sources are in `queue`, and below in `departures`, which keep them until the rail has told that they have
+            // completed (`retire`) or the pairs are destroyed (`end`); a source is read-only as long as anybody holds it.
+            unsafe { rail.finish(&mut ports[rail.number].chain, room) }.map_err(|why| rail.blame(why))?;
+        }
+        // What is on its way waits for none of this.
+        for _ in 0..added {
             let Queued { id, payload, .. } = self.queue.pop_front().expect("looked at above");
-            let has_source = payload.is_some();
-            let at = self.departures.push((id, payload.map(|(source, _)| source)));
-            if !has_source {
-                self.departures.done(at);
+            match payload {
+                None if self.departures.passes() => self.report((id, None), done),
+                None => self.departures.push((id, None), true),
+                Some((source, _)) => self.departures.push((id, Some(source)), false),
             }
         }
-        for (rail, share) in self.rails.iter_mut().zip(shares) {
-            let Some(share) = share else { continue };
-            // SAFETY: the sources are in `departures`, which keeps them until the rail has told that they have completed
-            // (`retire`) or the pairs are destroyed (`end`); a source is read-only as long as anybody holds it.
-            unsafe { rail.finish(&mut ports[rail.number].chain, share, room) }.map_err(|why| rail.blame(why))?;
-        }
-        self.report_departures(done);
         Ok(())
     }
 
     /// A request of a rail that was to complete did.
+    #[inline]
     pub(super) fn retire(&mut self, rail: usize, now: Instant, done: &mut Done) {
         let departures = &mut self.departures;
         self.rails[rail].retire(now, |number| departures.done(number));
@@ -247,10 +251,15 @@ impl Path {
     }
 
     fn report_departures(&mut self, done: &mut Done) {
-        while let Some((id, source)) = self.departures.pop() {
-            self.outstanding -= 1;
-            done.push((self.peer, Completion::Sent { id, source }));
+        while let Some(departed) = self.departures.pop() {
+            self.report(departed, done);
         }
+    }
+
+    #[inline]
+    fn report(&mut self, (id, source): (u64, Option<SharedLease>), done: &mut Done) {
+        self.outstanding -= 1;
+        done.push((self.peer, Completion::Sent { id, source }));
     }
 
     /// 32 bits of the peer have come on a rail, perhaps with a note. An error is the reason why the path ends.
@@ -264,6 +273,13 @@ impl Path {
     ) -> Result<(), String> {
         match self.rails[at].heard(immediate, now).map_err(|why| self.blame(at, why))? {
             Word::Credit => return Ok(()),
+            // One rail may hear of notes while another waits for its hello.
+            Word::Note(number) if self.stage == Stage::Open && self.arrivals.passes(at, number) => {
+                self.deliver(at, table, done).map_err(|why| self.blame(at, why))?;
+                if self.arrivals.is_empty() {
+                    return Ok(());
+                }
+            }
             Word::Note(number) => self.arrivals.arrived(at, number).map_err(|why| self.blame(at, why))?,
             Word::Hello if self.rails.iter().all(Rail::is_open) => {
                 self.stage = Stage::Open;
@@ -271,7 +287,6 @@ impl Path {
             }
             Word::Hello => return Ok(()),
         }
-        // One rail may hear of notes while another waits for its hello.
         while self.stage == Stage::Open
             && let Some(at) = self.arrivals.take()?
         {
@@ -280,6 +295,7 @@ impl Path {
         Ok(())
     }
 
+    #[inline]
     fn deliver(&mut self, at: usize, table: &mut RegionTable, done: &mut Done) -> Result<(), String> {
         let header = self.rails[at].read()?;
         let lease: Option<Lease> = match header.target {

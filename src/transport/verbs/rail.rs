@@ -15,7 +15,7 @@ use std::{
 use super::{
     address::Address,
     chain::{Chain, Target},
-    memory::NoteRing,
+    memory::{NoteRing, entry_of},
     offer::Keys,
     order::NUMBERS,
     queue_pair::{Prepared, QueuePair},
@@ -68,6 +68,8 @@ pub(super) struct Rail {
     receives_owed: u32,
     owes_hello: bool,
     owes_probe: bool,
+    /// Whether the end of the list that was begun is waited for: a source comes back by it, or a sign of life.
+    is_awaited: bool,
     /// When the peer's device last acknowledged anything.
     heard: Instant,
 }
@@ -129,14 +131,6 @@ pub(super) struct Room {
     pub(super) signal_every: u32,
 }
 
-/// A rail's share of one list: what is begun is finished before anything else is done with the chain.
-pub(super) struct Share {
-    /// In flight before the list.
-    first: usize,
-    /// Whether its end is waited for: a source comes back by it, or a sign of life.
-    is_awaited: bool,
-}
-
 impl Rail {
     pub(super) fn new(
         number: usize,
@@ -164,6 +158,7 @@ impl Rail {
             receives_owed: 0,
             owes_hello: false,
             owes_probe: false,
+            is_awaited: false,
             heard: now,
         }
     }
@@ -182,6 +177,7 @@ impl Rail {
         matches!(self.stage, Stage::Calling(_))
     }
 
+    #[inline]
     pub(super) fn is_open(&self) -> bool {
         matches!(self.stage, Stage::Open(_))
     }
@@ -197,6 +193,7 @@ impl Rail {
     }
 
     /// Bytes handed to the device and not acknowledged.
+    #[inline]
     pub(super) fn bytes(&self) -> u64 {
         self.bytes
     }
@@ -233,22 +230,25 @@ impl Rail {
     }
 
     /// Whether there is something to do that waits for no note.
+    #[inline]
     pub(super) fn owes(&self) -> bool {
         self.owes_hello || self.owes_probe || self.is_short_of_receives() || self.owes_credit()
     }
 
+    #[inline]
     fn is_short_of_receives(&self) -> bool {
         self.receives_owed >= RECEIVES.min(u32::from(self.ring.entries()) / 4)
     }
 
+    #[inline]
     fn owes_credit(&self) -> bool {
         self.free.wrapping_sub(self.told) >= self.ring.entries() / 2
     }
 
-    /// Begins a list: posts the receives that are owed, and says the hello that is. `None` before there is a connected pair that
-    /// may speak.
-    pub(super) fn begin(&mut self, chain: &mut Chain) -> Result<Option<Share>, String> {
-        let (Stage::Open(pair) | Stage::Calling(pair)) = &self.stage else { return Ok(None) };
+    /// Begins a list, which is finished before the chain is used again: posts the receives that are owed, says the hello that is.
+    #[inline]
+    pub(super) fn begin(&mut self, chain: &mut Chain) -> Result<(), String> {
+        let (Stage::Open(pair) | Stage::Calling(pair)) = &self.stage else { return Ok(()) };
         if self.is_short_of_receives() {
             // Before the credit for them goes out.
             pair.receive(std::mem::take(&mut self.receives_owed), self.wr_id).map_err(|error| error.to_string())?;
@@ -256,30 +256,29 @@ impl Rail {
         }
         let ring = Target { rkey: pair.remote().ring_rkey, offset: 0 };
         chain.begin(self.wr_id);
-        let mut share = Share { first: self.in_flight.len(), is_awaited: false };
-        if std::mem::take(&mut self.owes_hello) {
+        self.is_awaited = std::mem::take(&mut self.owes_hello);
+        if self.is_awaited {
             chain.word(immediate(HELLO, self.free), ring);
-            self.in_flight.push_back(InFlight::word());
-            share.is_awaited = true;
+            self.launch(InFlight::word());
         }
-        Ok(Some(share))
+        Ok(())
     }
 
     /// Whether the peer's ring and the send queue have room for a note, and for a payload if it has one that can go here.
-    pub(super) fn takes(&self, chain: &Chain, payload: Option<&Payload>, room: Room) -> bool {
+    #[inline]
+    pub(super) fn takes(&self, payload: Option<&Payload>, room: Room) -> bool {
         let Stage::Open(pair) = &self.stage else { return false };
         let has_key = payload.is_none_or(|payload| payload.has_key(self.number));
         let has_credit = self.sent.wrapping_sub(self.read_there) < pair.remote().ring_entries;
-        has_key
-            && has_credit
-            && self.used + chain.len() as u32 + places(payload, room.message_bytes) + RESERVE <= room.depth
+        has_key && has_credit && self.used + places(payload, room.message_bytes) + RESERVE <= room.depth
     }
 
     /// Adds a note to the list, under its number for the peer, and what it speaks of; `at` is its number here.
+    #[inline]
     pub(super) fn add(
         &mut self,
-        (chain, share): (&mut Chain, &mut Share),
-        header: &[u8; FrameHeader::SIZE],
+        chain: &mut Chain,
+        header: &FrameHeader,
         payload: Option<&Payload>,
         (number, at): (u16, u64),
         room: Room,
@@ -289,7 +288,7 @@ impl Rail {
         if let Some(payload) = payload {
             payload.add_writes(chain, self.number, room.message_bytes);
         }
-        let offset = u64::from(self.sent % ring_entries) * FrameHeader::SIZE as u64;
+        let offset = u64::from(entry_of(self.sent, ring_entries)) * FrameHeader::SIZE as u64;
         chain.note(header, immediate(number, self.free), Target { rkey: ring_rkey, offset });
         self.sent = self.sent.wrapping_add(1);
         self.told = self.free;
@@ -301,10 +300,8 @@ impl Rail {
             chain.signal();
             self.unsignaled = 0;
         }
-        share.is_awaited = !is_signaled && (share.is_awaited || payload.is_some());
-        self.bytes += bytes;
-        let number = payload.map(|_| at);
-        self.in_flight.push_back(InFlight { number, places, bytes, is_signaled });
+        self.is_awaited = !is_signaled && (self.is_awaited || payload.is_some());
+        self.launch(InFlight { number: payload.map(|_| at), places, bytes, is_signaled });
     }
 
     /// Ends the list with what else is owed, and hands it in.
@@ -312,38 +309,53 @@ impl Rail {
     /// # Safety
     ///
     /// The sources of what was added are left alone until `retire` has told of them, or the rail is dropped.
-    pub(super) unsafe fn finish(&mut self, chain: &mut Chain, mut share: Share, room: Room) -> Result<(), String> {
+    #[inline]
+    pub(super) unsafe fn finish(&mut self, chain: &mut Chain, room: Room) -> Result<(), String> {
         let (Stage::Open(pair) | Stage::Calling(pair)) = &self.stage else { return Ok(()) };
         let ring = Target { rkey: pair.remote().ring_rkey, offset: 0 };
-        let is_open = matches!(self.stage, Stage::Open(_));
-        if is_open && self.owes_credit() {
+        if self.owes_credit() && self.is_open() {
             chain.word(immediate(CREDIT, self.free), ring);
             self.told = self.free;
-            self.in_flight.push_back(InFlight::word());
             // One that only hears speaks in credits alone.
             self.unsignaled += 1;
-            share.is_awaited |= self.unsignaled >= room.signal_every;
+            self.is_awaited |= self.unsignaled >= room.signal_every;
+            self.launch(InFlight::word());
         }
         if std::mem::take(&mut self.owes_probe) {
             // Whatever completes is a sign of life.
             if chain.len() == 0 {
                 chain.probe(ring);
-                self.in_flight.push_back(InFlight::word());
+                self.launch(InFlight::word());
             }
-            share.is_awaited = true;
+            self.is_awaited = true;
         }
         if chain.len() == 0 {
             return Ok(());
         }
-        if share.is_awaited {
+        if self.is_awaited {
             // So that every source comes back without anything else having to happen.
             chain.signal();
             self.in_flight.back_mut().expect("the chain is not empty").is_signaled = true;
             self.unsignaled = 0;
         }
-        self.used += self.in_flight.range(share.first..).map(|work| work.places).sum::<u32>();
+        let (Stage::Open(pair) | Stage::Calling(pair)) = &self.stage else { unreachable!("looked at above") };
         // SAFETY: what it reads is left alone (our caller).
         unsafe { pair.send(chain) }.map_err(|error| error.to_string())
+    }
+
+    /// Counts what was added to the list; what has no source, with what precedes it, if that does not complete by itself.
+    #[inline]
+    fn launch(&mut self, work: InFlight) {
+        self.used += work.places;
+        self.bytes += work.bytes;
+        match self.in_flight.back_mut() {
+            Some(last) if work.number.is_none() && !last.is_signaled => {
+                last.places += work.places;
+                last.bytes += work.bytes;
+                last.is_signaled = work.is_signaled;
+            }
+            _ => self.in_flight.push_back(work),
+        }
     }
 
     /// A request that was to complete did: it and all before it are done. Tells their numbers.
@@ -360,6 +372,7 @@ impl Rail {
     }
 
     /// 32 bits of the peer have come. An error is the reason why the path ends.
+    #[inline]
     pub(super) fn heard(&mut self, immediate: u32, now: Instant) -> Result<Word, String> {
         self.receives_owed += 1;
         self.heard = now;
@@ -389,8 +402,9 @@ impl Rail {
     }
 
     /// The oldest note in the ring, whose entry the peer may then use again.
+    #[inline]
     pub(super) fn read(&mut self) -> Result<FrameHeader, String> {
-        let header = FrameHeader::decode(&self.ring.read(self.read));
+        let header = FrameHeader::decode_unsealed(&self.ring.read(self.read));
         self.read = self.read.wrapping_add(1);
         header.map_err(|error| format!("it sent a note that cannot be read: {error}"))
     }
