@@ -281,9 +281,10 @@ impl<T: Transport> EventLoop<T> {
         self.shard.take_claim(self.wanted.is_some() || self.copying.is_some() || self.spare.is_none())
     }
 
-    /// The store's word, of a tenure by which this lane serves: who follows, and whether that one counts.
-    pub fn set_tenure(&mut self, tenure: Tenure) {
-        self.shard.set_paired(tenure.is_paired);
+    /// The store's word, of a tenure by which this lane serves: who follows, and whether that one counts. `is_new`: it is another one than
+    /// before.
+    pub fn set_tenure(&mut self, tenure: Tenure, is_new: bool) {
+        self.shard.set_paired(tenure.is_paired, is_new);
         let before = self.shard.backup();
         if before == tenure.other {
             return;

@@ -31,7 +31,7 @@ pub struct Tenure {
 pub enum Claim {
     /// The backup: to serve from now on, alone, since the primary is gone.
     TakeOver,
-    /// The primary: to go on alone, since the backup is gone.
+    /// The primary: to go on alone, since the backup is gone, or to know that it is alone.
     GoAlone,
     /// The primary: the other one has everything.
     Pair,
@@ -103,7 +103,8 @@ impl Tenure {
                 Ok(Tenure { epoch, primary: claimant, other: Some(self.primary), is_paired: false })
             }
             Claim::Succeed if has_all => Ok(Tenure { epoch, ..Tenure::alone(claimant) }),
-            Claim::GoAlone if serves && self.is_paired => Ok(Tenure { epoch, is_paired: false, ..*self }),
+            // Where nobody counts, too: whatever else was asked of this epoch comes to nothing then.
+            Claim::GoAlone if serves && self.other.is_some() => Ok(Tenure { epoch, is_paired: false, ..*self }),
             Claim::Pair if serves && self.other.is_some() && !self.is_paired => {
                 Ok(Tenure { epoch, is_paired: true, ..*self })
             }
@@ -147,6 +148,9 @@ mod tests {
         let alone = again.after(lanes[1], 2, Claim::GoAlone).unwrap();
         assert!(!alone.needs(lanes[0].rank));
         assert!(alone.after(lanes[0], 3, Claim::TakeOver).is_err());
+        let known = alone.after(lanes[1], 3, Claim::GoAlone).unwrap();
+        assert_eq!(known, Tenure { epoch: 4, ..alone });
+        assert!(known.after(lanes[1], 3, Claim::Pair).is_err(), "a claim whose answer was lost comes to nothing");
     }
 
     #[test]

@@ -228,7 +228,8 @@ impl<T: Transport> Replica<T> {
         if tenure.epoch < self.tenure.epoch {
             return Ok(Standing::Stays);
         }
-        if tenure.epoch == self.tenure.epoch {
+        let is_new = tenure.epoch > self.tenure.epoch;
+        if !is_new {
             self.patient_until = Some(now + PATIENCE);
         }
         self.tenure = tenure;
@@ -236,7 +237,7 @@ impl<T: Transport> Replica<T> {
         match self.part.take().expect("there but while it changes") {
             Part::Serving(mut event_loop) => {
                 if is_mine {
-                    event_loop.set_tenure(tenure);
+                    event_loop.set_tenure(tenure, is_new);
                 }
                 self.part = Some(Part::Serving(event_loop));
                 Ok(if is_mine { Standing::Stays } else { Standing::BeginsAnew })

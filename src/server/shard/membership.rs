@@ -135,8 +135,11 @@ impl Shard {
             chunk.pulls.retain(|pull| pull.worker != worker);
         }
         let contributor = &mut self.contributors[usize::from(worker)];
-        contributor.membership.presence = Presence::Gone;
-        contributor.membership.gave_all = gave_all || contributor.finished;
+        let membership = &mut contributor.membership;
+        // It may have been expelled already: whoever takes another shard over is asked once more, and so is everybody.
+        let gave_before = membership.presence == Presence::Gone && membership.gave_all;
+        membership.presence = Presence::Gone;
+        membership.gave_all = gave_all || contributor.finished || gave_before;
         contributor.parameters = None;
         (contributor.slot_bytes, contributor.received, contributor.contributed) = (0, 0, 0);
         (contributor.is_unanswered, contributor.finished, contributor.inherits) = (false, false, false);

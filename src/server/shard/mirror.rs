@@ -105,6 +105,8 @@ pub(super) struct Mirror {
     /// Payloads that have been acknowledged and that the transport still reads.
     parting: Vec<SharedLease>,
     claim: Option<Claim>,
+    /// The store has been asked to make them a pair: it may have done so, whatever came of the answer.
+    is_asked: bool,
 }
 
 impl Mirror {
@@ -124,6 +126,7 @@ impl Mirror {
             pool,
             parting: Vec::new(),
             claim: None,
+            is_asked: false,
         }
     }
 
@@ -165,20 +168,22 @@ impl Shard {
     /// What is to be asked of the store; `stores` while a checkpoint of this lane is not on the disk, which has to come before another
     /// lane serves in its place.
     pub fn take_claim(&mut self, stores: bool) -> Option<Claim> {
-        let Mirror { moves, claim, .. } = self.mirror.as_mut()?;
-        claim.take_if(|claim| !(*moves && stores && *claim == Claim::Pair))
+        let Mirror { moves, claim, is_asked, .. } = self.mirror.as_mut()?;
+        let taken = claim.take_if(|claim| !(*moves && stores && *claim == Claim::Pair));
+        *is_asked |= taken == Some(Claim::Pair);
+        taken
     }
 
-    /// The store's word: whether the backup counts.
-    pub fn set_paired(&mut self, is_paired: bool) {
+    /// Whether the backup counts, by the tenure that is known, and whether that one is new: if not, the store has given no answer, and may
+    /// have done what it was asked all the same.
+    pub fn set_paired(&mut self, is_paired: bool, is_new: bool) {
         let Some(mirror) = &mut self.mirror else { return };
         match (mirror.stage, is_paired) {
             (Stage::Pairing, true) => mirror.stage = Stage::Paired,
-            // The store could not be asked.
             (Stage::Pairing, false) => mirror.claim = Some(Claim::Pair),
-            (Stage::Parting, false) => self.part_from_backup(),
-            // It had been paired before the store heard of the parting.
-            (Stage::Parting, true) => mirror.claim = Some(Claim::GoAlone),
+            (Stage::Parting, false) if is_new => self.part_from_backup(),
+            // They are a pair, or may be.
+            (Stage::Parting, _) => mirror.claim = Some(Claim::GoAlone),
             _ => {}
         }
     }
@@ -190,11 +195,15 @@ impl Shard {
         match mirror.stage {
             Stage::Alone | Stage::Parting => {}
             Stage::Greeting | Stage::Filling { .. } => self.part_from_backup(),
-            Stage::Pairing => match mirror.claim.take() {
-                Some(_) => self.part_from_backup(), // the store has not been asked
-                // The answer may be that they are a pair: until it is there nobody is told anything, and nothing else is asked.
-                None => mirror.stage = Stage::Parting,
-            },
+            Stage::Pairing if !mirror.is_asked => {
+                mirror.claim = None;
+                self.part_from_backup();
+            }
+            Stage::Pairing => {
+                // They may be a pair: until that is known nobody is told anything. While an answer is to come nothing else is asked.
+                mirror.stage = Stage::Parting;
+                mirror.claim = mirror.claim.take().map(|_| Claim::GoAlone);
+            }
             Stage::Paired => {
                 mirror.stage = Stage::Parting;
                 mirror.claim = Some(Claim::GoAlone);
@@ -216,7 +225,7 @@ impl Shard {
         let Some(mirror) = &mut self.mirror else { return };
         let (former, newcomer) = (mirror.landing.take(), mirror.newcomer.take());
         (mirror.stage, mirror.landing) = (Stage::Alone, newcomer);
-        (mirror.payloads, mirror.is_whole) = (0, false);
+        (mirror.payloads, mirror.is_whole, mirror.is_asked) = (0, false, false);
         let sent = std::mem::take(&mut mirror.sent);
         sent.into_entries().for_each(|record| self.settle(record));
         (0..self.chunks.len()).for_each(|index| self.touch(index));
@@ -394,6 +403,7 @@ impl Shard {
             Then::Nothing => {}
             Then::GoOn { place, position } => {
                 self.chunks[place].is_unheld = false;
+                self.measure(place);
                 self.finish_position(0, position);
                 self.touch(place);
             }
