@@ -11,7 +11,7 @@ use std::fmt;
 use super::{RAILS_MAX, address::Address};
 
 /// The form of the text: its first part.
-const FORM: &str = "2";
+const FORM: &str = "3";
 
 /// Regions of one transport: as many as the region table takes.
 const REGIONS_MAX: usize = 256;
@@ -169,24 +169,24 @@ mod tests {
         let regions = vec!["1"; REGIONS_MAX + 1].join("/");
         let wrong = [
             String::new(),
-            "2".into(),
-            format!("2;{rail}"),
+            "3".into(),
+            format!("3;{rail}"),
             format!("1;{rail};"),
-            format!("2;{rail};;"),
-            format!("2;{rail}/;"),
-            "2;down;".into(),
-            "2;down/down;".into(),
-            format!("2;{rail}/up;"),
-            format!("2;{many};"),
-            format!("2;{rail};0"),
-            format!("2;{rail};+1"),
-            format!("2;{rail};1,2"),
-            format!("2;{rail}/{rail};1"),
-            format!("2;{rail};1/"),
-            format!("2;{rail};4294967296"),
-            format!("2;{rail};{regions}"),
+            format!("3;{rail};;"),
+            format!("3;{rail}/;"),
+            "3;down;".into(),
+            "3;down/down;".into(),
+            format!("3;{rail}/up;"),
+            format!("3;{many};"),
+            format!("3;{rail};0"),
+            format!("3;{rail};+1"),
+            format!("3;{rail};1,2"),
+            format!("3;{rail}/{rail};1"),
+            format!("3;{rail};1/"),
+            format!("3;{rail};4294967296"),
+            format!("3;{rail};{regions}"),
             ";".repeat(100_000),
-            format!("2;{};", "/".repeat(100_000)),
+            format!("3;{};", "/".repeat(100_000)),
         ];
         for text in wrong {
             let error = Offer::parse(&text).expect_err(&text);
