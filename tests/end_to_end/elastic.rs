@@ -33,8 +33,15 @@ fn clock_of(output: &str, what: &str) -> Option<Clock> {
     Some(told.trim_end_matches(" on").parse().expect("a clock"))
 }
 
-/// Runs a job of three workers whose worker 1 gets a signal at clock 12, until the loss hit no clock in the middle.
-fn lose(policy: OnWorkerLoss, fabric: Fabric, part: &str, signal: Option<Signal>, home: &std::path::Path) -> Told {
+/// Runs a job of three workers whose worker 1 gets a signal at clock 12, until the loss hit no clock in the middle. If a server `dies`, every
+/// shard has two copies, and it is killed at the same moment.
+fn lose(
+    policy: OnWorkerLoss,
+    fabric: Fabric,
+    part: &str,
+    (signal, dies): (Option<Signal>, Option<u16>),
+    home: &std::path::Path,
+) -> Told {
     for _ in 0..5 {
         let mut options = options(home, part);
         if part == "nap" {
@@ -45,10 +52,14 @@ fn lose(policy: OnWorkerLoss, fabric: Fabric, part: &str, signal: Option<Signal>
         options.config.workers = 3;
         options.config.on_worker_loss = policy;
         options.config.transports = vec![fabric];
+        if dies.is_some() {
+            (options.config.replicas, options.config.suspect_ms) = (2, 1500);
+        }
         with_variable(&mut options, "WORKER_PAUSE_MS", 40);
         let mut job = Job::start(options).unwrap();
         wait_for_text(&job, "at clock 10");
         signal.into_iter().for_each(|signal| job.kill(Rank::worker(1), signal));
+        dies.into_iter().for_each(|server| job.kill(Rank::server(server), Signal::SIGKILL));
         let outcome = end(&mut job);
         let output = job.output();
         let missing: Vec<Rank> = outcome.missing.keys().copied().collect();
@@ -82,10 +93,22 @@ fn compare(told: &Told, home: &std::path::Path, how: &str) {
 fn a_killed_worker_is_gone_on_without() {
     for fabric in [Fabric::Tcp, Fabric::Shm] {
         let home = home();
-        let told = lose(OnWorkerLoss::Continue, fabric, "train", Some(Signal::SIGKILL), home.path());
+        let told = lose(OnWorkerLoss::Continue, fabric, "train", (Some(Signal::SIGKILL), None), home.path());
         assert!(told.out > 10 && told.out < STEPS && told.again.is_none(), "{}", told.output);
         let text = "was killed by signal 9 (SIGKILL); the job goes on without it";
         assert!(told.output.contains(text), "{}", told.output);
+        compare(&told, home.path(), fabric.name());
+    }
+}
+
+/// Whoever takes a shard over has never heard of the worker that died with the server.
+#[test]
+fn a_worker_is_killed_with_a_server_and_both_come_again() {
+    for (fabric, server) in [(Fabric::Tcp, 0), (Fabric::Shm, 1)] {
+        let home = home();
+        let signals = (Some(Signal::SIGKILL), Some(server));
+        let told = lose(OnWorkerLoss::Restart, fabric, "train", signals, home.path());
+        assert!(told.again.is_some() && told.output.contains("its shards go on with"), "{}", told.output);
         compare(&told, home.path(), fabric.name());
     }
 }
@@ -94,7 +117,7 @@ fn a_killed_worker_is_gone_on_without() {
 #[test]
 fn a_stopped_worker_is_gone_on_without() {
     let home = home();
-    let told = lose(OnWorkerLoss::Continue, Fabric::Tcp, "train", Some(Signal::SIGSTOP), home.path());
+    let told = lose(OnWorkerLoss::Continue, Fabric::Tcp, "train", (Some(Signal::SIGSTOP), None), home.path());
     assert!(told.output.contains("no sign of life"), "{}", told.output);
     compare(&told, home.path(), "stopped");
 }
@@ -103,7 +126,7 @@ fn a_stopped_worker_is_gone_on_without() {
 #[test]
 fn a_worker_that_ends_without_finishing_is_gone_on_without() {
     let home = home();
-    let told = lose(OnWorkerLoss::Continue, Fabric::Tcp, "forget", None, home.path());
+    let told = lose(OnWorkerLoss::Continue, Fabric::Tcp, "forget", (None, None), home.path());
     assert_eq!(told.out, 10, "{}", told.output);
     compare(&told, home.path(), "forgot");
 }
@@ -112,7 +135,7 @@ fn a_worker_that_ends_without_finishing_is_gone_on_without() {
 #[test]
 fn a_straggler_is_dropped() {
     let home = home();
-    let told = lose(OnWorkerLoss::Continue, Fabric::Shm, "nap", None, home.path());
+    let told = lose(OnWorkerLoss::Continue, Fabric::Shm, "nap", (None, None), home.path());
     assert_eq!(told.out, 10, "{}", told.output);
     assert!(
         told.output.contains("worker 1") && told.output.contains("kept the others waiting at clock 10"),
@@ -126,7 +149,7 @@ fn a_straggler_is_dropped() {
 #[test]
 fn a_straggler_is_dropped_once_and_comes_again() {
     let home = home();
-    let told = lose(OnWorkerLoss::Restart, Fabric::Tcp, "nap", None, home.path());
+    let told = lose(OnWorkerLoss::Restart, Fabric::Tcp, "nap", (None, None), home.path());
     assert!(told.again.is_some(), "{}", told.output);
     assert_eq!(told.output.matches("kept the others waiting").count(), 1, "{}", told.output);
     compare(&told, home.path(), "straggler");
@@ -136,7 +159,7 @@ fn a_straggler_is_dropped_once_and_comes_again() {
 fn a_worker_that_is_started_again_takes_part_from_a_later_clock_on() {
     for fabric in [Fabric::Tcp, Fabric::Shm] {
         let home = home();
-        let told = lose(OnWorkerLoss::Restart, fabric, "train", Some(Signal::SIGKILL), home.path());
+        let told = lose(OnWorkerLoss::Restart, fabric, "train", (Some(Signal::SIGKILL), None), home.path());
         let again = told.again.unwrap_or_else(|| panic!("it did not come again:\n{}", told.output));
         assert!(again > told.out && again < STEPS, "{}", told.output);
         assert!(told.output.contains(&format!("training from clock {again}")), "{}", told.output);
