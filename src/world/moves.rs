@@ -168,7 +168,9 @@ impl World<'_> {
         }
         let within = |world: &mut Self, most: u64| world.now + Duration::from_micros(world.random.below(most));
         let claims = || self.copies.claims.iter().any(|(_, claimant, ..)| claimant.rank == to.rank);
-        let serves = claims() || self.copies.tenures.iter().any(|tenure| tenure.primary.rank == to.rank);
+        // What the store has written down counts, also where its answer never came.
+        let mut written = self.copies.tenures.iter().chain(&self.copies.stored);
+        let serves = claims() || written.any(|tenure| tenure.primary.rank == to.rank);
         match self.random.below(10) {
             0..3 if !serves => {
                 let most = if self.random.once_in(3) { 3_000_000 } else { 50_000 };
