@@ -13,6 +13,8 @@ mod bits;
 mod copies;
 #[path = "simulation/decided.rs"]
 mod decided;
+#[path = "simulation/decided_moves.rs"]
+mod decided_moves;
 #[path = "simulation/elastic.rs"]
 mod elastic;
 #[path = "simulation/elastic_copies.rs"]

@@ -58,15 +58,13 @@ pub(super) struct Plan {
 impl Plan {
     /// What the shards decide about each step, if anything.
     pub fn decision(&self) -> Option<DecisionConfig> {
-        let lanes = |server| (0..self.config.shards_per_server).map(move |lane| PeerId::server(server, lane));
+        let lanes = (0..self.config.shard_count() as u16).map(|shard| self.config.first_tenure(ShardId(shard)).primary);
         let rules = DecisionRules {
             norm_limit: self.config.optimizer.clip.global_norm,
             skip_nonfinite: self.config.skip_nonfinite,
             loss_scale: self.config.loss_scale,
         };
-        self.config
-            .decides()
-            .then(|| DecisionConfig { rules, lanes: (0..self.config.servers).flat_map(lanes).collect() })
+        self.config.decides().then(|| DecisionConfig { rules, lanes: lanes.collect() })
     }
 }
 

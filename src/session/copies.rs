@@ -45,10 +45,6 @@ impl JobConfig {
                 refuse("together with two copies of each shard (`replicas`) it is not built yet")
             }
             _ if !self.consistency.aggregates() => refuse("servers that join and leave need `consistency` bsp"),
-            _ if self.decides() => refuse(
-                "with `optimizer.clip.global_norm`, `skip_nonfinite` and a dynamic `loss_scale.mode` servers that join and leave are not \
-                 built yet",
-            ),
             _ if self.rebuild_ms == 0 => {
                 refuse("workers reach another server by rebuilding paths: `rebuild_ms` must not be 0")
             }

@@ -86,6 +86,7 @@ mod tests {
                     "{before} to {after}: {loads:?}"
                 );
                 assert_eq!(moves, foreseen);
+                assert_eq!(tenures[0].primary.rank, Rank::server(0), "the shard that decides stays");
                 // Whoever leaves gives up all, and whoever joins gets no more than its share.
                 let leaving = (0..shards).filter(|shard| shard % before >= after).count();
                 let joining = usize::from(after.saturating_sub(before)) * usize::from(shards) / usize::from(after);

@@ -76,7 +76,7 @@ impl World<'_> {
         for (_, server, message) in self.changing.under_way.extract_if(.., due).collect::<Vec<_>>() {
             match message {
                 Message::Prepare(number, clock, change) => {
-                    let lane = self.server(server).expect("where there are no copies everybody serves");
+                    let lane = self.server(server).expect("where nobody else may serve everybody does");
                     let from = lane.prepare_change(number, clock, change);
                     self.prepared(round, server, (number, PeerId::server(server as u16, 0), from));
                 }
@@ -92,7 +92,7 @@ impl World<'_> {
                     }
                 }
                 Message::Settle(number, settled) => {
-                    let server = self.server(server).expect("where there are no copies everybody serves");
+                    let server = self.server(server).expect("where nobody else may serve everybody does");
                     let changed = server.settle_change(number, settled);
                     changed.map_err(|error| error.to_string())?;
                 }
@@ -108,7 +108,7 @@ impl World<'_> {
     }
 
     fn tell_all(&mut self, round: u64, message: Message) {
-        if self.options.copies {
+        if self.options.has_tenures() {
             // In one order with the news of who serves.
             match message {
                 Message::Prepare(number, clock, change) => self.tell_everybody(News::Prepare(number, clock, change)),

@@ -52,6 +52,23 @@ pub struct CopyCounts {
     pub given_up: u64,
 }
 
+impl CopyCounts {
+    /// Both together.
+    pub fn and(self, other: CopyCounts) -> CopyCounts {
+        CopyCounts {
+            deaths: self.deaths + other.deaths,
+            cuts: self.cuts + other.cuts,
+            takeovers: self.takeovers + other.takeovers,
+            pairings: self.pairings + other.pairings,
+            deposed: self.deposed + other.deposed,
+            unanswered: self.unanswered + other.unanswered,
+            compared: self.compared + other.compared,
+            moves: self.moves + other.moves,
+            given_up: self.given_up + other.given_up,
+        }
+    }
+}
+
 /// The launcher's and the store's part.
 #[derive(Debug, Default)]
 pub(super) struct Copies {

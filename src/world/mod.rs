@@ -185,7 +185,7 @@ impl WorldOptions {
             skip_nonfinite: self.skip_nonfinite,
             loss_scale: self.loss_scale,
         };
-        let lanes = (0..self.servers).map(|server| PeerId::server(server, 0)).collect();
+        let lanes = (0..self.servers).map(|shard| self.first_tenure(shard).primary).collect();
         self.decides().then_some(DecisionConfig { rules, lanes })
     }
 }

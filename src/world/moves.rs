@@ -171,7 +171,9 @@ impl World<'_> {
         // What the store has written down counts, also where its answer never came.
         let mut written = self.copies.tenures.iter().chain(&self.copies.stored);
         let serves = claims() || written.any(|tenure| tenure.primary.rank == to.rank);
-        match self.random.below(10) {
+        // Where steps are decided upon, the lanes of two shards may lose each other too.
+        let (decider, kinds) = (self.copies.tenures[0].primary, if self.options.decides() { 12 } else { 10 });
+        match self.random.below(kinds) {
             0..3 if !serves => {
                 let most = if self.random.once_in(3) { 3_000_000 } else { 50_000 };
                 let noticed = within(self, most);
@@ -189,6 +191,13 @@ impl World<'_> {
             6 => self.network.break_path(from, worker),
             7 => self.network.break_path(to, worker),
             8 => [from, to].into_iter().for_each(|lane| self.network.break_path(lane, worker)),
+            10 => self.network.break_path(decider, from),
+            // Of two that follow one another neither end would know in time that there was a moment between them.
+            11 if self.copies.parted.is_none_or(|until| until + DEADLINE < self.now) => {
+                let until = within(self, 4_000_000);
+                self.network.cut(decider, from, until);
+                self.copies.parted = Some(until);
+            }
             _ => self.network.break_path(from, to),
         }
         true

@@ -13,9 +13,17 @@ use crate::{
     program::{STEPS, gradient, model, spoilt_gradient},
 };
 
-fn set(home: &std::path::Path, settings: &[&str]) -> Output {
+pub fn set(home: &std::path::Path, settings: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_gradwire"));
     command.args(["set", "test"]).args(settings).env("GRADWIRE_HOME", home).output().unwrap()
+}
+
+/// The line that says what was changed, and from which clock on.
+pub fn changed(told: &Output, what: &str) -> (String, Clock) {
+    let text = String::from_utf8_lossy(&told.stdout).into_owned() + &String::from_utf8_lossy(&told.stderr);
+    let clock = text.strip_prefix(what).and_then(|rest| rest.strip_prefix(" from clock ")).expect(&text);
+    let clock = clock.trim().strip_suffix(" on").expect(&text).parse().expect(&text);
+    (text.trim().into(), clock)
 }
 
 #[test]
@@ -37,12 +45,10 @@ fn a_changed_setting_gives_the_bits_of_a_schedule_that_had_it_from_the_start() {
         let text = String::from_utf8_lossy(&refused.stderr);
         assert!(refused.status.code() == Some(1) && text.contains("`learning_rate` is -1"), "{text}");
         let told = set(home.path(), &["lr=0.003", "weight-decay=0.05", "clip-norm=1.5"]);
-        let text = String::from_utf8_lossy(&told.stdout).into_owned() + &String::from_utf8_lossy(&told.stderr);
         let outcome = end(&mut job);
         assert_eq!(outcome.code, 0, "{:?}\n{}", outcome.reason, job.output());
-        let clock = text.strip_prefix("lr = 0.003, weight-decay = 0.05, clip-norm = 1.5 from clock ").expect(&text);
-        assert!(job.output().contains(&format!("gradwire: job test: {}", text.trim())), "{}", job.output());
-        let clock: Clock = clock.trim().strip_suffix(" on").expect(&text).parse().expect(&text);
+        let (text, clock) = changed(&told, "lr = 0.003, weight-decay = 0.05, clip-norm = 1.5");
+        assert!(job.output().contains(&format!("gradwire: job test: {text}")), "{}", job.output());
         assert!(clock > 10 && clock < STEPS, "{text}");
         let (learning_rate, weight_decay, clip_norm) = (Some(0.003), Some(0.05), Some(1.5));
         let change = LiveChange { learning_rate, weight_decay, clip_norm, ..LiveChange::default() };
@@ -70,11 +76,9 @@ fn settings_change_while_a_server_is_lost() {
         let victim = ranks(home.path()).into_iter().find(|rank| rank.name == victim).unwrap();
         nix::sys::signal::kill(nix::unistd::Pid::from_raw(victim.pid), nix::sys::signal::Signal::SIGKILL).unwrap();
         let told = set(home.path(), &["lr=0.003", "clip-norm=1.5"]);
-        let text = String::from_utf8_lossy(&told.stdout).into_owned() + &String::from_utf8_lossy(&told.stderr);
         let outcome = end(&mut job);
         assert_eq!(outcome.code, 0, "{:?}\n{}", outcome.reason, job.output());
-        let clock = text.strip_prefix("lr = 0.003, clip-norm = 1.5 from clock ").expect(&text);
-        let clock: Clock = clock.trim().strip_suffix(" on").expect(&text).parse().expect(&text);
+        let (text, clock) = changed(&told, "lr = 0.003, clip-norm = 1.5");
         assert!(clock > 10 && clock < CLOCKS, "{text}");
         let change = LiveChange { learning_rate: Some(0.003), clip_norm: Some(1.5), ..LiveChange::default() };
         let mut world =
@@ -101,11 +105,9 @@ fn a_live_clip_norm_and_the_loss_scale_go_on_after_a_resume() {
     let mut job = Job::start(first).unwrap();
     wait_for_text(&job, "at clock 10");
     let told = set(home.path(), &["clip-norm=1.5"]);
-    let text = String::from_utf8_lossy(&told.stdout).into_owned() + &String::from_utf8_lossy(&told.stderr);
     let outcome = end(&mut job);
     assert_eq!(outcome.code, 0, "{:?}\n{}", outcome.reason, job.output());
-    let clock = text.strip_prefix("clip-norm = 1.5 from clock ").expect(&text);
-    let clock: Clock = clock.trim().strip_suffix(" on").expect(&text).parse().expect(&text);
+    let (text, clock) = changed(&told, "clip-norm = 1.5");
     assert!(clock < 33, "{text}");
     crate::jobs::run(second);
     let change = LiveChange { clip_norm: Some(1.5), ..LiveChange::default() };

@@ -12,15 +12,20 @@ use std::{
 use gradwire::{
     checkpoint::Checkpoint,
     launch::{Job, JobOptions},
+    optim::LiveChange,
     session::Fabric,
     types::ChunkId,
+    world::WorldOptions,
 };
 use nix::{sys::signal::Signal, unistd::Pid};
 
 use crate::{
+    bits::{same, simulate, world_options},
     broken_paths::{clock, ranks},
+    decisions::scaling,
     jobs::{PATIENCE, digests, end, home, options, run, stored, wait_for_text, with_variable},
-    program::model,
+    live::{changed, set},
+    program::{model, spoilt_gradient},
 };
 
 const STEPS: u64 = 900;
@@ -138,6 +143,49 @@ fn a_job_that_grows_and_shrinks_and_stores_changes_has_the_undisturbed_jobs_bits
 #[test]
 fn a_job_that_grows_and_shrinks_has_the_undisturbed_jobs_bits_in_shared_memory() {
     grows_and_shrinks(Fabric::Shm, false);
+}
+
+/// Steps are clipped and skipped under a loss scale that moves, and settings change while shards move: the bits are those of the simulated job
+/// that knew of the change.
+fn decides_and_changes(fabric: Fabric) {
+    let home = home();
+    let mut options = job(home.path(), "spoilt", fabric);
+    options.config.max_servers = 4;
+    options.config.optimizer.clip.global_norm = Some(3.0);
+    options.config.loss_scale = scaling();
+    let mut job = Job::start(options).unwrap();
+    wait_for_text(&job, "begins clock 20");
+    let path = home.path().to_path_buf();
+    let asking = std::thread::spawn(move || scale(&path, "4"));
+    wait_for_text(&job, "2 shards move");
+    let told = set(home.path(), &["lr=0.003", "clip-norm=1.5"]);
+    let (text, changed_at) = changed(&told, "lr = 0.003, clip-norm = 1.5");
+    let told = asking.join().unwrap();
+    assert!(told.ends_with("test has 4 servers\n"), "{told}");
+    let told = scale(home.path(), "1");
+    assert!(told.contains("(3 of 3)"), "{told}");
+    let (shrunk, told) = (clock(&job), scale(home.path(), "3"));
+    assert!(told.ends_with("test has 3 servers\n"), "{told}");
+    assert!(20 < changed_at && shrunk + 20 < STEPS, "{text}; clock {shrunk}: give it more steps");
+    let outcome = end(&mut job);
+    assert_eq!(outcome.code, 0, "{:?}\n{}", outcome.reason, job.output());
+    let change = LiveChange { learning_rate: Some(0.003), clip_norm: Some(1.5), ..LiveChange::default() };
+    let all = vec![model(); 2];
+    let mut world =
+        WorldOptions { change_from: Some((changed_at, change)), clocks: STEPS, ..world_options(all.clone()) };
+    world.optimizer.clip.global_norm = Some(3.0);
+    world.loss_scale = scaling();
+    same(&simulate(world, spoilt_gradient), &stored(home.path(), &all), fabric.name());
+}
+
+#[test]
+fn steps_are_decided_upon_and_settings_change_while_shards_move_over_tcp() {
+    decides_and_changes(Fabric::Tcp);
+}
+
+#[test]
+fn steps_are_decided_upon_and_settings_change_while_shards_move_in_shared_memory() {
+    decides_and_changes(Fabric::Shm);
 }
 
 /// A server that dies as it joins: the job goes on without it, says so, and may be scaled again.

@@ -43,10 +43,19 @@ fn same_chunks(seed: u64, outcome: &Outcome, calm: &Outcome) {
 /// Settings that are changed while servers die hold from the clock on that is printed, on every shard, whoever serves it then.
 #[test]
 fn settings_change_while_servers_die() {
-    let (mut changed, mut with_takeovers) = (0, 0);
     let seeds = sample(300, SEEDS);
+    let counts = change_settings(&seeds, |seed| decided(seed + 50_000));
+    let with_takeovers = counts.iter().filter(|counts| counts.takeovers > 0).count();
+    println!("settings changed under {} of {} seeds, {with_takeovers} with take-overs", counts.len(), seeds.len());
+    assert!(with_takeovers > 50 || seeds.len() < 200, "{with_takeovers}");
+}
+
+/// Settings change in each of these jobs, which have the bits of the calm ones that knew of it from the start: what happened to those in
+/// which they did.
+pub fn change_settings(seeds: &[u64], options: impl Fn(u64) -> WorldOptions) -> Vec<CopyCounts> {
+    let mut counts = Vec::new();
     for seed in seeds.iter().copied() {
-        let mut world = WorldOptions { change_from: None, ..decided(seed + 50_000) };
+        let mut world = WorldOptions { change_from: None, ..options(seed) };
         if seed % 3 == 0 {
             (world.skip_nonfinite, world.loss_scale, world.optimizer.clip) = Default::default();
         }
@@ -56,23 +65,29 @@ fn settings_change_while_servers_die() {
         world.change_live = Some(change);
         let outcome = trained(&world);
         let change_from = outcome.changed.map(|clock| (clock, change));
-        let calm = WorldOptions { chaos: Chaos::Calm, copies: false, change_live: None, change_from, ..world };
+        let calm = WorldOptions { change_live: None, change_from, ..calm(&world) };
         same_chunks(seed, &outcome, &trained(&calm));
-        changed += u64::from(change_from.is_some());
-        with_takeovers += u64::from(change_from.is_some() && outcome.copies.takeovers > 0);
+        counts.extend(change_from.map(|_| outcome.copies));
     }
-    let told = format!("settings changed under {changed} of {} seeds, {with_takeovers} with take-overs", seeds.len());
-    println!("{told}");
-    assert!(with_takeovers > 50 || seeds.len() < 200, "{told}");
+    counts
+}
+
+/// The job in which nothing goes wrong, and whose servers stay.
+fn calm(world: &WorldOptions) -> WorldOptions {
+    WorldOptions { chaos: Chaos::Calm, copies: false, moves: false, store_fails: false, ..world.clone() }
 }
 
 fn decided(seed: u64) -> WorldOptions {
+    decides(seed, with_copies(seed + 800_000, Chaos::Copies))
+}
+
+/// A job whose steps are decided upon.
+pub fn decides(seed: u64, base: WorldOptions) -> WorldOptions {
     let mut optimizer = OptimizerConfig::new(OptimizerKind::ADAMW, 0.01);
     optimizer.weight_decay = 0.1;
     let kind = seed % 4;
     optimizer.clip.global_norm = (kind != 2).then_some(0.5);
     let change = LiveChange { learning_rate: Some(0.05), clip_norm: Some(0.2), ..LiveChange::default() };
-    let base = with_copies(seed + 800_000, Chaos::Copies);
     let mut world = WorldOptions {
         reduction: Reduction::Mean,
         optimizer,
@@ -93,24 +108,26 @@ fn decided(seed: u64) -> WorldOptions {
 /// decided by.
 #[test]
 fn decisions_are_those_of_a_job_without_copies() {
-    let mut counts = CopyCounts::default();
     let seeds = sample(500, SEEDS);
+    let counts = compare_decisions(&seeds, decided);
+    println!("{} seeds: {counts:?}", seeds.len());
+    let is_enough = counts.takeovers > 50 && counts.pairings > 50 && counts.deposed > 5 && counts.compared > 10_000;
+    assert!(is_enough || seeds.len() < 200, "{counts:?}");
+}
+
+/// Each of these jobs has the bits of the calm one.
+pub fn compare_decisions(seeds: &[u64], options: impl Fn(u64) -> WorldOptions) -> CopyCounts {
+    let mut counts = CopyCounts::default();
     for seed in seeds.iter().copied() {
-        let world = decided(seed);
+        let world = options(seed);
         let outcome = trained(&world);
-        let calm = trained(&WorldOptions { chaos: Chaos::Calm, copies: false, ..world });
+        let calm = trained(&calm(&world));
         for (shard, (left, right)) in outcome.finals.iter().zip(&calm.finals).enumerate() {
             assert_eq!(left.rates, right.rates, "seed {seed}, shard {shard}: {:?}", outcome.copies);
             assert_eq!(left.live, right.live, "seed {seed}, shard {shard}: {:?}", outcome.copies);
         }
         same_chunks(seed, &outcome, &calm);
-        counts.takeovers += outcome.copies.takeovers;
-        counts.pairings += outcome.copies.pairings;
-        counts.deposed += outcome.copies.deposed;
-        counts.compared += outcome.copies.compared;
+        counts = counts.and(outcome.copies);
     }
-    let told = format!("{} seeds: {counts:?}", seeds.len());
-    println!("{told}");
-    let is_enough = counts.takeovers > 50 && counts.pairings > 50 && counts.deposed > 5 && counts.compared > 10_000;
-    assert!(is_enough || seeds.len() < 200, "{told}");
+    counts
 }

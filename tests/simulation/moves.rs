@@ -19,7 +19,7 @@ use super::{
     states::{differing, with_state},
 };
 
-fn with_moves(seed: u64, chaos: Chaos) -> WorldOptions {
+pub fn with_moves(seed: u64, chaos: Chaos) -> WorldOptions {
     let base = options(seed);
     WorldOptions {
         consistency: Consistency::Bsp,
@@ -97,16 +97,8 @@ fn the_final_state_is_that_of_a_job_whose_servers_stay() {
             let wrong = same.map(|right| differing(&left.chunks, &right.chunks)).unwrap_or_default();
             assert!(wrong.is_empty(), "seed {seed}: the checkpoint of clock {}: {wrong:?} differ", left.clock);
         }
-        let CopyCounts { deaths, cuts, moves, given_up, unanswered, .. } = outcome.copies;
-        without += u64::from(moves == 0);
-        sum = CopyCounts {
-            deaths: sum.deaths + deaths,
-            cuts: sum.cuts + cuts,
-            moves: sum.moves + moves,
-            given_up: sum.given_up + given_up,
-            unanswered: sum.unanswered + unanswered,
-            ..sum
-        };
+        without += u64::from(outcome.copies.moves == 0);
+        sum = sum.and(outcome.copies);
     }
     let told = format!("{sum:?}, {without} jobs in which no shard moved");
     println!("{told}");

@@ -23,9 +23,6 @@ impl Roster {
 
     fn may_change(&self, change: &LiveChange) -> Result<(), String> {
         change.check(&self.config.optimizer, self.config.consistency).map_err(|error| error.to_string())?;
-        if self.config.moves_shards() {
-            return Err("in a job whose servers may join and leave settings cannot be changed while it runs yet".into());
-        }
         match (self.running, self.ended) {
             (true, false) => Ok(()),
             (_, true) => Err("nothing can be changed any more: the job is ending".into()),
