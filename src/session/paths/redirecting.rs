@@ -39,6 +39,8 @@ impl<T: Transport> Paths<T> {
             path.heir = Some(to);
             std::mem::take(&mut path.held)
         };
+        // What comes back late from whoever was there before `from` goes on to `to`.
+        self.paths.values_mut().filter(|path| path.heir == Some(from)).for_each(|path| path.heir = Some(to));
         let path = self.paths.get_mut(&to).expect("just set aside");
         path.heir = None;
         path.held.extend(held);
