@@ -19,8 +19,8 @@ pub(super) struct Checkpointing {
     stop: Option<Clock>,
     /// Chunks that have not reached the next clock to be stored.
     behind: usize,
-    /// A snapshot has been asked for and not been taken yet.
-    taking: bool,
+    /// Of this clock a snapshot has been asked for and not been taken yet.
+    taking: Option<Clock>,
 }
 
 impl Checkpointing {
@@ -44,9 +44,8 @@ impl Checkpointing {
 
     /// The next clock of the periodic checkpoint of which no snapshot has been asked for; 0 if there is none.
     pub fn stores_next(&self) -> Clock {
-        let asked = |periodic: Clock| self.taking && self.next() == Some(periodic);
         match (self.periodic, self.every) {
-            (Some(periodic), Some(every)) if asked(periodic) => periodic + every,
+            (Some(periodic), Some(every)) if self.taking == Some(periodic) => periodic + every,
             (periodic, _) => periodic.unwrap_or(0),
         }
     }
@@ -64,7 +63,7 @@ impl Checkpointing {
     /// Whether everything must wait: all chunks have reached the clock, and the state is about to be stored. `clock_max` is how
     /// far anybody has got: a shard whose workers have all finished has not thereby reached every clock to come.
     pub fn holds_all(&self, clock_max: Clock) -> bool {
-        self.taking || (self.behind == 0 && self.next().is_some_and(|next| next <= clock_max))
+        self.taking.is_some() || (self.behind == 0 && self.next().is_some_and(|next| next <= clock_max))
     }
 
     /// No worker is left: the state at the end is stored by whoever ends the job, and nothing waits any more.
@@ -80,7 +79,7 @@ impl Shard {
     ///
     /// The first clock that is still possible, if `clock` has passed here.
     pub fn request_checkpoint(&mut self, clock: Clock, stop: bool) -> Result<(), Clock> {
-        let possible = self.clock_max + u64::from(self.computing > 0 || self.checkpointing.taking);
+        let possible = self.clock_max + u64::from(self.computing > 0 || self.checkpointing.taking.is_some());
         if clock < possible {
             return Err(possible);
         }
@@ -113,7 +112,7 @@ impl Shard {
     /// The state of `clock` is being copied: computing may go on.
     pub fn handle_snapshotted(&mut self, clock: Clock) {
         let checkpointing = &mut self.checkpointing;
-        checkpointing.taking = false;
+        checkpointing.taking = None;
         checkpointing.requested = checkpointing.requested.filter(|requested| *requested > clock);
         checkpointing.periodic = checkpointing.every.map(|every| (clock / every + 1) * every);
         self.count_behind();
@@ -146,11 +145,11 @@ impl Shard {
 
     pub(super) fn advance_checkpoint(&mut self) {
         let due = self.checkpointing.holds_all(self.clock_max) || self.is_deserted();
-        if !due || self.checkpointing.taking || self.computing > 0 || self.is_handing_over() {
+        if !due || self.checkpointing.taking.is_some() || self.computing > 0 || self.is_handing_over() {
             return;
         }
         if let Some(clock) = self.checkpointing.next() {
-            self.checkpointing.taking = true;
+            self.checkpointing.taking = Some(clock);
             self.effects.push_back(Effect::Snapshot { clock });
         }
     }
