@@ -19,6 +19,8 @@ mod decided_moves;
 mod elastic;
 #[path = "simulation/elastic_copies.rs"]
 mod elastic_copies;
+#[path = "simulation/elastic_moves.rs"]
+mod elastic_moves;
 #[path = "simulation/live.rs"]
 mod live;
 #[path = "simulation/moves.rs"]

@@ -246,7 +246,7 @@ impl Supervisor {
                 self.tell(&format!("shard {} has moved from {from} to {to}", shard.0));
             }
             Notice::Scaled { servers, .. } => self.tell(&format!("it has {servers} servers")),
-            Notice::ScaleFailed(text) => self.tell(&text),
+            Notice::ScaleFailed(text) | Notice::Lacked(text) => self.tell(&text),
             Notice::Retired(rank) => self.retired(rank),
             Notice::StoreUnavailable(why) => self.store_unavailable(&why),
             // Of a rank that we started, its exit tells more, and when the job is ending it was told to leave.

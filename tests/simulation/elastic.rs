@@ -190,9 +190,7 @@ impl Counts {
         self.joined += story.absences.iter().filter(|(.., until)| until.is_some()).count();
         self.lacked += outcome.lacked.len();
         self.ghosts += outcome.ghosts;
-        self.copies.takeovers += outcome.copies.takeovers;
-        self.copies.pairings += outcome.copies.pairings;
-        self.copies.deposed += outcome.copies.deposed;
+        self.copies = self.copies.and(outcome.copies);
         let lacks = |worker: u16| story.lacked.iter().any(|(of, ..)| *of == worker);
         self.clean += story.absences.iter().filter(|(worker, ..)| !lacks(*worker)).count();
     }
@@ -294,7 +292,9 @@ pub fn compare_with_told(seeds: &[u64], options: impl Fn(u64) -> WorldOptions) -
             continue;
         }
         let elastic = ElasticOptions { told: story.absences.clone(), ..ElasticOptions::default() };
-        let told = WorldOptions { elastic, chaos: Chaos::Calm, copies: false, store_fails: false, ..options.clone() };
+        let calm =
+            WorldOptions { chaos: Chaos::Calm, copies: false, moves: false, store_fails: false, ..options.clone() };
+        let told = WorldOptions { elastic, ..calm };
         let calm = survived(&told, &mut bits);
         assert_eq!(parameters(&outcome), parameters(&calm), "seed {seed}: {story:?}");
     }

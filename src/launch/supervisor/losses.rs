@@ -207,7 +207,12 @@ impl Supervisor {
         let restarts = self.options.config.on_worker_loss == OnWorkerLoss::Restart
             && !self.losses.leaving.contains(&rank)
             && !self.workers_reported();
-        if rank.role == Role::Worker && !restarts || self.options.config.moves_shards() {
+        // Where shards move a server is started again when somebody wants it.
+        let may_restart = match rank.role {
+            Role::Server => !self.options.config.moves_shards(),
+            Role::Worker => restarts,
+        };
+        if !may_restart {
             return self.check_finished();
         }
         let stays = match rank.role {

@@ -77,6 +77,8 @@ pub enum Notice {
     Gone(Box<Departure>),
     /// A process is to be started for a worker or a server that is wanted.
     Wanted(Rank),
+    /// Steps were taken without what a lost worker had not given in whole; the text says which.
+    Lacked(String),
     /// No worker is left.
     Deserted,
     /// A shard has no copy left.

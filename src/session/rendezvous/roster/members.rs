@@ -143,7 +143,9 @@ impl Roster {
     pub(super) fn on_lacked(&mut self, worker: u16, clock: Clock, chunks: u64) {
         self.members.lacked += chunks;
         let rank = Rank::worker(worker);
-        tracing::warn!("{chunks} chunks of clock {clock} went on without {rank}, which was lost while it gave them");
+        let what = if chunks == 1 { "1 chunk" } else { &format!("{chunks} chunks") };
+        let text = format!("{what} of clock {clock} went on without {rank}, which was lost while it gave them");
+        self.notice(Notice::Lacked(text));
     }
 
     /// Begins the next change of who is of the job, if none is being made.
