@@ -48,7 +48,7 @@ impl<T: Transport> EventLoop<T> {
             Change::Lost(worker) | Change::Leaves(worker) | Change::Opens(worker) => self.shard.leaves(worker, clock),
             Change::Joins(worker) => {
                 self.shard.joins(worker, clock, number);
-                self.arrivals = Arrivals::Begin; // where another lane was served it, it has a path to build yet
+                self.arrivals = Arrivals::Begin; // to a lane that took over meanwhile it has a path to build yet
             }
         }
     }

@@ -16,8 +16,8 @@ pub(super) struct Contributor {
     parameter_offsets: Vec<u64>,
     /// `Immediate`: its own window.
     pub window: Window,
-    pub landing_offset: u64,
-    pub slot_bytes: u32,
+    /// Where it has been told that it may write; `None` until it has a path.
+    pub landing: Option<Attachment>,
     pub credit_sent: u64,
     pub parameters: Option<Attachment>,
     pub finished: bool,
@@ -60,8 +60,7 @@ impl Contributor {
             own,
             parameter_offsets,
             window: Window::new(config.slots, 1, position(config.start_clock, own, 0)),
-            landing_offset: 0,
-            slot_bytes: 0,
+            landing: None,
             credit_sent: 0,
             parameters: None,
             finished: false,
@@ -180,7 +179,7 @@ impl Shard {
         for worker in 0..self.config.workers {
             let credit = self.credit_of(worker);
             let contributor = &self.contributors[usize::from(worker)];
-            let attached = contributor.slot_bytes > 0 && !contributor.finished;
+            let attached = contributor.landing.is_some() && !contributor.finished;
             if attached && credit - contributor.credit_sent >= worthwhile {
                 self.tell_credit(worker);
             }
@@ -198,8 +197,8 @@ impl Shard {
     pub(super) fn lands_in(&self, worker: u16, position: u64, lease: &Lease) -> bool {
         let contributor = &self.contributors[usize::from(worker)];
         let slot = position % u64::from(self.config.slots);
-        contributor.slot_bytes > 0
-            && lease.offset() as u64 == contributor.landing_offset + slot * u64::from(contributor.slot_bytes)
+        let at = |landing: Attachment| landing.offset + slot * u64::from(landing.slot_bytes);
+        contributor.landing.is_some_and(|landing| lease.offset() as u64 == at(landing))
     }
 
     /// Where the parameters of a chunk lie in the memory of `worker`; `None` before it has said so.

@@ -59,7 +59,7 @@ impl Shard {
     /// Tells a worker the loss scale of the next step, if steps change it.
     pub(super) fn tell_loss_scale(&mut self, worker: u16) {
         let contributor = &self.contributors[usize::from(worker)];
-        let listens = contributor.slot_bytes > 0 && !contributor.finished;
+        let listens = contributor.landing.is_some() && !contributor.finished;
         if !self.config.loss_scale.is_dynamic() || !listens {
             return;
         }

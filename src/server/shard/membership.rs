@@ -124,7 +124,7 @@ impl Shard {
     /// Workers of which something may be awaited and which have not been told where they may write.
     pub fn unattached(&self) -> impl Iterator<Item = PeerId> + '_ {
         let unattached =
-            self.contributors.iter().filter(|contributor| contributor.may_owe() && contributor.slot_bytes == 0);
+            self.contributors.iter().filter(|contributor| contributor.may_owe() && contributor.landing.is_none());
         unattached.map(|contributor| contributor.peer)
     }
 
@@ -141,7 +141,7 @@ impl Shard {
         membership.presence = Presence::Gone;
         membership.gave_all = gave_all || contributor.finished || gave_before;
         contributor.parameters = None;
-        (contributor.slot_bytes, contributor.received, contributor.contributed) = (0, 0, 0);
+        (contributor.landing, contributor.received, contributor.contributed) = (None, 0, 0);
         (contributor.is_unanswered, contributor.finished, contributor.inherits) = (false, false, false);
         (contributor.said_goodbye, contributor.is_leaving) = (false, false);
         let peer = contributor.peer;

@@ -298,8 +298,7 @@ impl Shard {
     pub fn attach(&mut self, worker: u16, landing: Attachment) {
         let credit = self.credit_of(worker);
         let contributor = &mut self.contributors[usize::from(worker)];
-        contributor.landing_offset = landing.offset;
-        contributor.slot_bytes = landing.slot_bytes;
+        contributor.landing = Some(landing);
         contributor.credit_sent = credit;
         contributor.membership.connected();
         let note = Attachment { credit, ..landing }.to_note();

@@ -12,6 +12,7 @@ use super::{
     roster::{ConnectionId, Effect, Roster},
 };
 use crate::{
+    optim::LiveChange,
     session::{Claim, JobConfig, Swap, Tenure, TenureLog, TenureStore},
     types::{Rank, Role, ShardId},
 };
@@ -170,6 +171,43 @@ fn a_server_joins_and_leaves_and_whoever_asked_is_told_of_every_move() {
     // The seat may be taken again.
     stage.scale(2);
     assert_eq!(stage.notices.last(), Some(&Notice::Wanted(Rank::server(1))));
+}
+
+/// Whoever takes a shard has promised nothing, and is told what has changed before it serves.
+#[test]
+fn a_setting_that_changes_as_a_shard_moves_is_settled_by_whoever_serves_then() {
+    let mut stage = Stage::running();
+    let change = LiveChange { learning_rate: Some(0.5), ..LiveChange::default() };
+    let prepared = |number, lane, from| ToLauncher::Report(Report::Prepared { number, lane, from });
+    let changed = |stage: &mut Stage| {
+        let clock = |told| if let FromLauncher::Changed { clock } = told { Some(clock) } else { None };
+        stage.answers().into_iter().find_map(clock)
+    };
+    stage.say(ASKER, ToLauncher::Control(Control::Change(change)));
+    for (server, lane) in [(0, 0), (1, 1), (0, 2)] {
+        stage.say(server, prepared(1, lane, 5));
+    }
+    assert_eq!(changed(&mut stage), Some(5));
+    stage.scale(3);
+    stage.join(2);
+    stage.say(2, ToLauncher::Offer(Vec::new()));
+    stage.say(ASKER, ToLauncher::Control(Control::Change(change)));
+    stage.say(0, prepared(2, 0, 9));
+    stage.say(0, prepared(2, 2, 9));
+    stage.sent.clear();
+    stage.moves(2, 0, 2);
+    stage.say(1, prepared(2, 1, 9));
+    stage.say(0, prepared(2, 2, 9));
+    let to_new = stage.sent.iter().filter(|(to, _)| *to == 2).filter_map(|(_, message)| match message {
+        FromLauncher::Command(Command::Change { number, .. }) => Some(("changed", *number)),
+        FromLauncher::Command(Command::Prepare { number, .. }) => Some(("prepare", *number)),
+        FromLauncher::Command(Command::Tenure { tenure, .. }) if tenure.primary.rank == S2 => Some(("serves", 0)),
+        _ => None,
+    });
+    assert_eq!(to_new.collect::<Vec<_>>(), [("changed", 1), ("serves", 0), ("prepare", 2)]);
+    assert_eq!(changed(&mut stage), None, "whoever serves shard 2 has not answered");
+    stage.say(2, prepared(2, 2, 12));
+    assert_eq!(changed(&mut stage), Some(12));
 }
 
 #[test]
