@@ -139,6 +139,7 @@ impl Shard {
         self.checkpointing.requested.is_some()
             && !self.chunks.is_empty()
             && self.dirty.is_empty()
+            && !self.owes_steps()
             && workers.clone().all(|contributor| self.is_over(contributor) || contributor.own == 0)
             && workers.any(|contributor| !self.is_over(contributor))
     }

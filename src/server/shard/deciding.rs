@@ -290,18 +290,13 @@ impl Shard {
     pub(super) fn leave_decisions(&mut self) {
         let mut workers = self.contributors.iter();
         let deserted = workers.all(|contributor| self.is_over(contributor) || contributor.own == 0);
-        let (begun, chunks) = (self.clocks_pushed, self.chunks.len() as u64);
-        let owes = |chunk: &ChunkState| {
-            chunk.reduced.is_some_and(|reduced| reduced.clock < begun)
-                || chunk.complete.iter().any(|position| position / chunks < begun)
-        };
         if !deserted
             || self.held.is_some()
             || self.somebody_joins()
             || self.computing > 0
             || !self.dirty.is_empty()
             || !self.is_held_by_backup()
-            || self.chunks.iter().any(owes)
+            || self.owes_steps()
         {
             return;
         }
@@ -320,6 +315,16 @@ impl Shard {
                 }
             }
         }
+    }
+
+    /// Whether a step of a clock to which somebody has pushed is yet to be taken of what is here.
+    pub(super) fn owes_steps(&self) -> bool {
+        let (begun, chunks) = (self.clocks_pushed, self.chunks.len() as u64);
+        let owes = |chunk: &ChunkState| {
+            chunk.reduced.is_some_and(|reduced| reduced.clock < begun)
+                || chunk.complete.iter().any(|position| position / chunks < begun)
+        };
+        self.chunks.iter().any(owes)
     }
 
     /// A shard measures nothing any more: its lane hears that this is known as soon as both copies know it.
