@@ -231,8 +231,7 @@ impl Work for Step<'_> {
         let elements = self.state.master.len();
         for start in (0..elements).step_by(RUN) {
             let len = RUN.min(elements - start);
-            let gradient = &mut buffer[..len];
-            self.source.sum(start, gradient);
+            let gradient = self.source.summed_run(start, &mut buffer[..len]);
             ask_for(self.state.master, start);
             ask_for(self.state.first, start);
             ask_for(self.state.second, start);
@@ -287,6 +286,21 @@ impl<'a> Summands<'a> {
         let mut known = [&[][..]; KNOWN];
         known[0] = bytemuck::cast_slice(accumulator);
         Summands { known, all: None, count: 1, dtype: Dtype::F32, start: 0 }
+    }
+
+    /// The sum of a run, made in `buffer`; a single gradient whose bytes are f32 as this machine has them is its own sum.
+    #[inline(always)]
+    fn summed_run<'b>(&'b self, start: usize, buffer: &'b mut [f32]) -> &'b [f32] {
+        if self.count == 1 && self.dtype == Dtype::F32 && cfg!(target_endian = "little") {
+            let from = (self.start + start) * size_of::<f32>();
+            let bytes = &self.known[0][from..from + size_of_val(buffer)];
+            if let Ok(run) = bytemuck::try_cast_slice(bytes) {
+                prefetch::run(self.known[0], from + AHEAD * size_of::<f32>(), RUN * size_of::<f32>());
+                return run;
+            }
+        }
+        self.sum(start, buffer);
+        buffer
     }
 
     /// Sums a run: elements `[start, start + run.len())`, counted from the gradients' own start.

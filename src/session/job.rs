@@ -189,9 +189,6 @@ pub struct JobConfig {
     /// How long a worker waits for parameters before it gives up, naming what it waits for, in milliseconds. Long: the other
     /// workers may be computing.
     pub wait_ms: u64,
-    /// Whether a worker's own thread moves its data while it is in a call of the worker, instead of a thread beside it: no hand-over
-    /// on the way of small messages, and nothing moves while the program computes.
-    pub inline_progress: bool,
     /// The fabrics to use, best first.
     pub transports: Vec<Fabric>,
     /// What goes wrong on purpose on the fabric `soft`.
@@ -247,7 +244,6 @@ impl Default for JobConfig {
             join_ms: 60_000,
             setup_ms: 600_000,
             wait_ms: 600_000,
-            inline_progress: false,
             transports: vec![Fabric::Shm, Fabric::Verbs, Fabric::Tcp],
             soft: SoftFaults::default(),
             interface: None,

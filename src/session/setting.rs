@@ -67,7 +67,6 @@ const SETTINGS: &[(&str, Kind)] = &[
     ("join_ms", Kind::Whole),
     ("setup_ms", Kind::Whole),
     ("wait_ms", Kind::Whole),
-    ("inline_progress", Kind::Flag),
     ("transports", Kind::Choices(&["shm", "verbs", "tcp", "soft"])),
     ("soft.loss", Kind::Number),
     ("soft.duplicate", Kind::Number),

@@ -1,5 +1,5 @@
-//! The engine of a worker: the client's protocol joined to a transport. It never sleeps and reads no clock; the progress thread
-//! or the simulator drives it.
+//! The engine of a worker: the client's protocol joined to a transport. It never sleeps and reads no clock; the worker's threads
+//! or the simulator drive it.
 //!
 //! Invariant: every effect of the client is carried out in order; commands take effect in the order in which they were given.
 
@@ -54,6 +54,16 @@ pub enum Command {
     },
     /// See [`Client::finish`].
     Finish,
+}
+
+impl Command {
+    /// Payload that it sends, in bytes.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Command::Push { gradient: Some(gradient), .. } => gradient.len(),
+            _ => 0,
+        }
+    }
 }
 
 /// A worker's protocol over a transport.
@@ -163,6 +173,26 @@ impl<T: Transport> Engine<T> {
             self.handle(completion)?;
         }
         self.completions = completions;
+        self.carry_out()?;
+        while let Some(event) = self.client.poll_event() {
+            events.push_back(event);
+        }
+        Ok(moved)
+    }
+
+    /// Carries out commands and looks at nothing else: the next turn does.
+    ///
+    /// # Errors
+    ///
+    /// As [`turn`](Engine::turn).
+    pub fn begin(&mut self, commands: &mut VecDeque<Command>) -> Result<()> {
+        for command in commands.drain(..) {
+            self.command(command);
+        }
+        self.carry_out()
+    }
+
+    fn carry_out(&mut self) -> Result<()> {
         while let Some(effect) = self.client.poll_effect() {
             match effect {
                 Effect::Arm { peer, slot } => {
@@ -171,11 +201,7 @@ impl<T: Transport> Engine<T> {
                 Effect::Post(request) => self.paths.post(request),
             }
         }
-        self.paths.flush()?;
-        while let Some(event) = self.client.poll_event() {
-            events.push_back(event);
-        }
-        Ok(moved)
+        self.paths.flush()
     }
 
     /// When `turn` wants to be called even if nothing happens.

@@ -23,7 +23,7 @@ use observed::Observed;
 use super::{
     ClientConfig, Command, Engine, Event,
     buffers::{Buffers, ChunkBuffer, TensorBuffer},
-    progress::{Pace, Progress, connect_time},
+    progress::{Pace, Progress, Shift, connect_time},
 };
 use crate::{
     Error, Result,
@@ -166,11 +166,7 @@ impl Worker {
         member.reporter().report(Report::Paths(choices))?;
         let pace = Pace { warn: config.warn(), again: config.heartbeat() };
         let links = (member.commands()?, member.reporter());
-        let progress = if config.inline_progress {
-            Progress::inline(engine, links, pace)?
-        } else {
-            Progress::start(engine, links, pace)?
-        };
+        let progress = Progress::start(engine, links, pace)?;
         Ok((layout, lanes, buffers, progress, observed))
     }
 
@@ -386,8 +382,9 @@ impl Worker {
 
     fn until(&mut self, time: Duration, home: fn(&Buffers) -> bool) -> Result<()> {
         let deadline = Instant::now() + time;
+        let shift = self.progress.shift();
         while !home(&self.buffers) {
-            self.take_events(deadline)?;
+            self.take_events(&shift, deadline)?;
             self.is_of_the_job()?;
             if !home(&self.buffers) && Instant::now() >= deadline {
                 return Err(self.deadline_error(time));
@@ -409,8 +406,8 @@ impl Worker {
         Error::Deadline { from, awaited, chunk, clock: Some(self.clock), waited }
     }
 
-    fn take_events(&mut self, deadline: Instant) -> Result<()> {
-        self.progress.events(deadline, &mut self.events)?;
+    fn take_events(&mut self, shift: &Shift, deadline: Instant) -> Result<()> {
+        self.progress.events(shift, deadline, &mut self.events)?;
         for event in self.events.drain(..) {
             match event {
                 Event::Attached => self.attached = true,

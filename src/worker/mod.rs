@@ -1,7 +1,7 @@
 //! The worker: pushes gradients, pulls parameters, waits.
 //!
-//! [`Client`] is the protocol, a pure state machine; [`Engine`] joins it to a transport and runs on the worker's progress
-//! thread; [`Worker`] is what a training program holds.
+//! [`Client`] is the protocol, a pure state machine; [`Engine`] joins it to a transport and is turned by the program's own thread
+//! while that waits, by a progress thread otherwise; [`Worker`] is what a training program holds.
 //!
 //! Invariant: the simulator and the binary run the same `Client` and `Engine`.
 #![forbid(unsafe_code)]

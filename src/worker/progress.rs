@@ -1,37 +1,61 @@
-//! Who turns a worker's engine, and listens to the launcher: a thread of its own while the user computes, asleep when there is
-//! nothing to do; or, where the job asks for it (`inline_progress`), the user's own thread in its calls. A caretaker then turns the
-//! engine a few times a heartbeat, so that a worker that computes for long is not taken for dead.
+//! Who turns a worker's engine, and listens to the launcher: while the program computes, a thread of its own, asleep when there is
+//! nothing to do; while the program waits, the program's own thread, for whom nobody has to be woken then. The other one stays away
+//! meanwhile: handing over costs more than a small message takes on its way.
 //!
 //! Invariant: commands are carried out in the order in which they were given, events are handed over in the order in which they
-//! happened, and after a failure every wait of the user ends with it.
+//! happened, and after a failure every wait of the user ends with it. One turns at a time, and as long as the job runs there is
+//! always one who will: the program until it has what it waits for, the thread at most [`LINGER_MAX`] later.
+
+#[cfg(test)]
+mod tests;
+mod turner;
 
 use std::{
     collections::VecDeque,
     os::fd::{AsFd, BorrowedFd},
-    sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock},
+    sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, TryLockError},
     thread::JoinHandle,
     time::{Duration, Instant},
 };
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use turner::{Turn, Turner};
+
 use super::{Command, Engine, Event};
 use crate::{
     Error, Result,
     mem::Owner,
-    session::{self, Change, Commands, PathCounts, Report, Reporter},
-    transport::{Armed, Idle, Transport, Waiter, WakeHandle, Wakeup},
-    types::{Clock, PeerId},
+    session::{self, Commands, Reporter},
+    transport::{Transport, WakeHandle, Wakeup},
+    types::Clock,
 };
 
-/// How long a broken path waits for the launcher's word.
-const EXPLANATION_TIME: Duration = Duration::from_secs(1);
+/// How long the thread stays away after the program has waited: a program that soon waits again is not disturbed. A gradient that is
+/// given in this time, with a backward pass still to come, leaves so much later.
+const LINGER: Duration = Duration::from_micros(500);
+
+/// The same for a program that waits again and again: looking whether it still does takes a core from somebody.
+const LINGER_MAX: Duration = Duration::from_millis(4);
+
+/// How often the thread looks, during a long wait of the program, whether it has missed the wait's end (it never should).
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+
+/// Commands with more bytes than that are never carried out by the program itself before it waits: it has something else to do.
+const AT_ONCE: usize = 16 << 10;
 
 /// How a worker's part in the job has ended early.
 #[derive(Clone, Debug)]
 enum Failure {
     Preempted(Clock),
     Failed(String),
+}
+
+/// Who turns the engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Who {
+    Program,
+    Thread,
 }
 
 #[derive(Debug, Default)]
@@ -42,19 +66,55 @@ struct State {
     /// Since when the program has waited; `None` while it computes.
     waiting: Option<Instant>,
     ending: bool,
+    /// Goes up when the program begins to turn the engine, and when it stops: odd while it does.
+    shift: u64,
+    /// The shift in which the thread turns. If the present one is another the thread stays away.
+    of_thread: u64,
+    /// The thread is to be told when the present shift ends.
+    wants_word: bool,
+}
+
+impl State {
+    /// Whether the engine is the thread's to turn.
+    fn is_of_thread(&self) -> bool {
+        self.shift == self.of_thread
+    }
 }
 
 #[derive(Debug, Default)]
 struct Shared {
     state: Mutex<State>,
-    changed: Condvar,
+    /// For the thread while it stays away: a long wait of the program is over, or everything is.
+    over: Condvar,
     /// Readable once something has changed; there only if the user has asked for it.
     readable: OnceLock<EventFd>,
 }
 
+/// What somebody who has the engine may do with it.
+enum Entry {
+    /// Turn it. The program waits since then.
+    Turn(Option<Instant>),
+    /// Leave it to the program.
+    Leave,
+    /// There is nothing more to turn.
+    Over,
+}
+
 impl Shared {
+    /// Begins a turn: takes over the commands.
+    fn enter(&self, who: Who, commands: &mut VecDeque<Command>) -> Entry {
+        let mut state = self.lock();
+        if state.ending || state.failure.is_some() {
+            return Entry::Over;
+        }
+        if who == Who::Thread && !state.is_of_thread() {
+            return Entry::Leave;
+        }
+        std::mem::swap(commands, &mut state.commands);
+        Entry::Turn(state.waiting)
+    }
+
     fn notify(&self) {
-        self.changed.notify_all();
         if let Some(event) = self.readable.get() {
             let _ = event.write(1); // fails only when it is full, and then it is readable
         }
@@ -63,65 +123,66 @@ impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
+
+    /// The thread stays away until the program has not turned for [`LINGER`]; the longer the program waits in short turns, the
+    /// longer. `false` when there is nothing more to turn.
+    fn await_turn(&self) -> bool {
+        let mut state = self.lock();
+        let mut time = LINGER;
+        while !state.ending && state.failure.is_none() {
+            if state.is_of_thread() {
+                return true;
+            }
+            let before = state.shift;
+            let most = if state.wants_word { LOOK_AGAIN } else { time };
+            state = match self.over.wait_timeout(state, most) {
+                Ok((state, _)) => state,
+                Err(poisoned) => poisoned.into_inner().0,
+            };
+            let (is_same, turns) = (state.shift == before, before % 2 == 1);
+            time = if is_same || state.wants_word { LINGER } else { (2 * time).min(LINGER_MAX) };
+            state.wants_word = is_same && turns;
+            if is_same && !turns {
+                state.of_thread = before;
+            }
+        }
+        false
+    }
 }
 
 /// The user's end of an engine.
-#[derive(Debug)]
 pub(super) struct Progress {
     shared: Arc<Shared>,
+    turner: Arc<Mutex<dyn Turn>>,
     wake: WakeHandle,
-    /// What the user's own thread turns; `None`: the thread does.
-    inline: Option<Inline>,
     thread: Option<JoinHandle<()>>,
     owner: Owner,
 }
 
-struct Inline(Arc<Mutex<dyn Turn>>);
-
-impl std::fmt::Debug for Inline {
+impl std::fmt::Debug for Progress {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Inline")
-    }
-}
-
-impl Inline {
-    fn once(&self, rest: Rest) {
-        self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).once(rest);
+        f.debug_struct("Progress").field("shared", &self.shared).finish_non_exhaustive()
     }
 }
 
 impl Progress {
-    /// Starts the thread that turns the engine.
+    /// Starts the thread that turns the engine while the program does not.
     pub fn start<T>(engine: Engine<T>, links: (Commands, Reporter), pace: Pace) -> Result<Progress>
     where
         T: Transport + Wakeup + Send + 'static,
     {
-        let mut turner = Turner::new(engine, links, pace)?;
-        let (shared, wake) = (turner.shared.clone(), turner.waiter.handle());
-        let thread = spawn(move || while turner.once(Rest::Until(None)) {})?;
-        Ok(Progress { shared, wake, inline: None, thread: Some(thread), owner: Owner::here() })
+        let shared = Arc::new(Shared::default());
+        let turner = Turner::new(shared.clone(), engine, links, pace)?;
+        let wake = turner.wake_handle();
+        Progress::with(shared, Arc::new(Mutex::new(turner)), wake)
     }
 
-    /// Leaves the engine to the user's thread, and starts the caretaker.
-    pub fn inline<T>(engine: Engine<T>, links: (Commands, Reporter), pace: Pace) -> Result<Progress>
-    where
-        T: Transport + Wakeup + Send + 'static,
-    {
-        let turner = Turner::new(engine, links, pace)?;
-        let (shared, wake) = (turner.shared.clone(), turner.waiter.handle());
-        let turner = Arc::new(Mutex::new(turner));
-        let inline: Arc<Mutex<dyn Turn>> = turner.clone();
-        let watched = shared.clone();
-        let care = move || {
-            while !watched.lock().ending {
-                std::thread::park_timeout(pace.again / 4);
-                // Whoever holds it is turning it.
-                if let Ok(mut turner) = turner.try_lock() {
-                    turner.once(Rest::No);
-                }
-            }
-        };
-        Ok(Progress { shared, wake, inline: Some(Inline(inline)), thread: Some(spawn(care)?), owner: Owner::here() })
+    fn with(shared: Arc<Shared>, turner: Arc<Mutex<dyn Turn>>, wake: WakeHandle) -> Result<Progress> {
+        let (ours, engine) = (shared.clone(), turner.clone());
+        let run = move || while ours.await_turn() && lock(&engine).once(Who::Thread, None) {};
+        let thread = std::thread::Builder::new().name("gradwire".into()).spawn(run);
+        let thread = thread.map_err(|error| Error::os("pthread_create", "the progress thread", error))?;
+        Ok(Progress { shared, turner, wake, thread: Some(thread), owner: Owner::here() })
     }
 
     /// The program begins to wait, or goes on.
@@ -135,12 +196,20 @@ impl Progress {
         let mut state = self.shared.lock();
         let before = state.commands.len();
         state.commands.extend(commands);
-        let are_new = state.commands.len() > before;
+        if state.commands.len() == before {
+            return;
+        }
+        if state.is_of_thread() {
+            drop(state);
+            return self.wake.wake();
+        }
+        // The program has just waited, and is likely to again: then, or when the thread comes, the rest is carried out.
+        let bytes: usize = state.commands.iter().map(Command::bytes).sum();
         drop(state);
-        match &self.inline {
-            Some(inline) if are_new => inline.once(Rest::No),
-            None if are_new => self.wake.wake(),
-            _ => {}
+        if bytes <= AT_ONCE
+            && let Ok(mut turner) = self.turner.try_lock()
+        {
+            turner.begin();
         }
     }
 
@@ -149,13 +218,8 @@ impl Progress {
     ///
     /// # Errors
     ///
-    /// [`Error::Config`] where nobody but the user's thread would make it readable.
+    /// [`Error::Os`] where the process has no descriptor left.
     pub fn fd(&self) -> Result<BorrowedFd<'_>> {
-        if self.inline.is_some() {
-            let text =
-                "there is no descriptor to wait for under `inline_progress`: a worker's data move in its calls alone";
-            return Err(Error::Config(text.into()));
-        }
         if self.shared.readable.get().is_none() {
             let event = EventFd::from_value_and_flags(1, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
                 .map_err(|error| Error::os("eventfd", "a worker's completions", error))?;
@@ -171,37 +235,46 @@ impl Progress {
         }
     }
 
-    /// Takes the events so far; waits for one, at most until `deadline`, if there is none. Empty after the deadline.
+    /// What a wait needs for as long as it lasts.
+    pub fn shift(&self) -> Shift {
+        Shift(self.shared.clone())
+    }
+
+    /// Takes the events so far; turns the engine until there is one, at most until `deadline`, if there is none. Empty after the
+    /// deadline. Until `shift` is dropped the engine is the program's to turn, if it has turned it once.
     ///
     /// # Errors
     ///
     /// Why the worker's part in the job has ended, once all events have been taken.
-    pub fn events(&self, deadline: Instant, events: &mut VecDeque<Event>) -> Result<()> {
-        let mut state = self.shared.lock();
+    pub fn events(&self, _shift: &Shift, deadline: Instant, events: &mut VecDeque<Event>) -> Result<()> {
         loop {
-            if !state.events.is_empty() {
-                events.append(&mut state.events);
-                return Ok(());
+            {
+                let mut state = self.shared.lock();
+                if !state.events.is_empty() {
+                    events.append(&mut state.events);
+                    return Ok(());
+                }
+                match &state.failure {
+                    Some(Failure::Preempted(clock)) => return Err(Error::Preempted { clock: *clock }),
+                    Some(Failure::Failed(text)) => return Err(Error::JobFailed(text.clone())),
+                    None if Instant::now() >= deadline => return Ok(()),
+                    None => {}
+                }
+                state.shift |= 1;
             }
-            match &state.failure {
-                Some(Failure::Preempted(clock)) => return Err(Error::Preempted { clock: *clock }),
-                Some(Failure::Failed(text)) => return Err(Error::JobFailed(text.clone())),
-                None => {}
+            self.engine().once(Who::Program, Some(deadline));
+        }
+    }
+
+    /// The engine, for the program; the thread, if it has it, is asked to let go.
+    fn engine(&self) -> MutexGuard<'_, dyn Turn + 'static> {
+        match self.turner.try_lock() {
+            Ok(turner) => turner,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => {
+                self.wake.wake();
+                lock(&self.turner)
             }
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Ok(());
-            }
-            if let Some(inline) = &self.inline {
-                drop(state);
-                inline.once(Rest::Until(Some(deadline)));
-                state = self.shared.lock();
-                continue;
-            }
-            state = match self.shared.changed.wait_timeout(state, left) {
-                Ok((state, _)) => state,
-                Err(poisoned) => poisoned.into_inner().0,
-            };
         }
     }
 }
@@ -213,65 +286,34 @@ impl Drop for Progress {
             return std::mem::forget(self.thread.take());
         }
         self.shared.lock().ending = true;
+        self.shared.over.notify_all();
         self.wake.wake();
         if let Some(thread) = self.thread.take() {
-            thread.thread().unpark();
             let _ = thread.join();
         }
     }
 }
 
-/// The launcher's commands as something that wakes a sleeping thread.
-struct Launcher(Commands);
+fn lock(turner: &Mutex<dyn Turn>) -> MutexGuard<'_, dyn Turn + 'static> {
+    turner.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
 
-impl Wakeup for Launcher {
-    fn fd(&self) -> BorrowedFd<'_> {
-        self.0.fd()
+/// A wait of the program, in which it may turn the engine.
+pub(super) struct Shift(Arc<Shared>);
+
+impl Drop for Shift {
+    fn drop(&mut self) {
+        let mut state = self.0.lock();
+        if state.shift.is_multiple_of(2) {
+            return; // it never had to
+        }
+        state.shift += 1;
+        let wants_word = state.wants_word;
+        drop(state);
+        if wants_word {
+            self.0.over.notify_all();
+        }
     }
-
-    fn arm_wakeup(&mut self) -> Result<Armed> {
-        Ok(Armed::Sleep) // the fd stays readable as long as there is a command
-    }
-
-    fn next_deadline(&self) -> Option<Instant> {
-        None
-    }
-}
-
-fn spawn(run: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>> {
-    let handle = std::thread::Builder::new().name("gradwire".into()).spawn(run);
-    handle.map_err(|error| Error::os("pthread_create", "the progress thread", error))
-}
-
-/// What to do when there was nothing to do.
-#[derive(Clone, Copy, Debug)]
-enum Rest {
-    /// Nothing: whoever turns has something else to do.
-    No,
-    /// Look again, or sleep until something happens, at most until then.
-    Until(Option<Instant>),
-}
-
-/// An engine, whatever its transport.
-trait Turn: Send {
-    /// Does what can be done now, then rests; a failure is left where the user finds it. `false` when there is nothing more to turn.
-    fn once(&mut self, rest: Rest) -> bool;
-}
-
-struct Turner<T> {
-    shared: Arc<Shared>,
-    engine: Engine<T>,
-    waiter: Waiter,
-    launcher: Launcher,
-    reporter: Reporter,
-    pace: Pace,
-    idle: Idle,
-    /// When the launcher was last told what is waited for; `None` if it has asked since.
-    told: Option<Instant>,
-    /// What the launcher has been told of the paths.
-    counted: PathCounts,
-    commands: VecDeque<Command>,
-    events: VecDeque<Event>,
 }
 
 /// When waits are reported.
@@ -281,155 +323,6 @@ pub(super) struct Pace {
     pub warn: Duration,
     /// How often it is reported then.
     pub again: Duration,
-}
-
-impl<T: Transport + Wakeup + Send> Turn for Turner<T> {
-    fn once(&mut self, rest: Rest) -> bool {
-        let waiting = {
-            let mut state = self.shared.lock();
-            if state.ending || state.failure.is_some() {
-                return false;
-            }
-            std::mem::swap(&mut self.commands, &mut state.commands);
-            state.waiting
-        };
-        let Err(error) = self.turn(waiting, rest) else { return true };
-        let failure = match error {
-            Error::Preempted { clock } => Failure::Preempted(clock),
-            error => {
-                // If the launcher is gone, nobody is left to be told.
-                let _ = self.reporter.report(Report::failure(&error));
-                Failure::Failed(error.to_string())
-            }
-        };
-        self.shared.lock().failure = Some(failure);
-        self.shared.notify();
-        false
-    }
-}
-
-impl<T: Transport + Wakeup> Turner<T> {
-    fn new(engine: Engine<T>, (commands, reporter): (Commands, Reporter), pace: Pace) -> Result<Turner<T>> {
-        Ok(Turner {
-            shared: Arc::new(Shared::default()),
-            engine,
-            waiter: Waiter::new()?,
-            launcher: Launcher(commands),
-            reporter,
-            pace,
-            idle: Idle::default(),
-            told: Some(Instant::now()),
-            counted: PathCounts::default(),
-            commands: VecDeque::new(),
-            events: VecDeque::new(),
-        })
-    }
-
-    fn turn(&mut self, waiting: Option<Instant>, rest: Rest) -> Result<()> {
-        self.obey()?;
-        let now = Instant::now();
-        let commanded = !self.commands.is_empty();
-        let turned = self.engine.turn(now, &mut self.commands, &mut self.events);
-        if !self.events.is_empty() {
-            self.shared.lock().events.append(&mut self.events);
-            self.shared.notify();
-        }
-        let moved = turned.map_err(|error| self.explain(error))?;
-        self.engine.record(waiting, now);
-        self.report_waits(waiting, now)?;
-        self.report_paths()?;
-        if moved || commanded {
-            self.idle.busy(now);
-            return Ok(());
-        }
-        let Rest::Until(latest) = rest else { return Ok(()) };
-        if !self.idle.may_spin(now) {
-            let until = [self.engine.next_deadline(), latest].into_iter().flatten().min();
-            self.waiter.wait_from(now, &mut [self.engine.paths().transport(), &mut self.launcher], until)?;
-        }
-        Ok(())
-    }
-
-    /// Says what the program waits for, or that it computes: when the launcher asks, and while it has waited for too long.
-    fn report_waits(&mut self, waiting: Option<Instant>, now: Instant) -> Result<()> {
-        let since = waiting.map(|since| now.saturating_duration_since(since));
-        let overdue = since.is_some_and(|since| since >= self.pace.warn);
-        if self.told.is_some_and(|told| !overdue || now < told + self.pace.again) {
-            return Ok(());
-        }
-        self.told = Some(now);
-        let waits = since.map_or_else(Vec::new, |since| self.engine.waits(since, now));
-        self.reporter.report(Report::Waits { lane: 0, waits })
-    }
-
-    /// Passes on what broken paths need of the launcher, and what became of them.
-    fn report_paths(&mut self) -> Result<()> {
-        let (paths, reporter) = (self.engine.paths(), &self.reporter);
-        for proposal in paths.take_proposals() {
-            reporter.report(Report::Rebuild { lane: 0, proposal })?;
-        }
-        let counts = paths.counts();
-        if counts == self.counted {
-            return Ok(());
-        }
-        self.counted = counts;
-        reporter.report(Report::PathCounts { lane: 0, counts })
-    }
-
-    /// When a job ends early the servers go too, and a path may break before the launcher's word is here: it is waited for, since
-    /// it says why.
-    fn explain(&mut self, error: Error) -> Error {
-        let until = Instant::now() + EXPLANATION_TIME;
-        while Instant::now() < until {
-            match self.obey() {
-                Ok(()) => {}
-                Err(Error::JobFailed(_)) => break, // our own report names the path that broke, and the launcher weighs both
-                Err(ended) => return ended,
-            }
-            if self.waiter.wait(&mut [&mut self.launcher], Some(until)).is_err() {
-                break;
-            }
-        }
-        error
-    }
-
-    /// Follows the launcher.
-    fn obey(&mut self) -> Result<()> {
-        while let Some(command) = self.launcher.0.poll()? {
-            match command {
-                session::Command::Leave { clock } => return Err(Error::Preempted { clock }),
-                session::Command::JobFailed { text } => return Err(Error::JobFailed(text)),
-                session::Command::Stop { clock: None, reason, .. } => return Err(Error::JobFailed(reason)),
-                session::Command::TellWaits => self.told = None,
-                session::Command::Tenure { shard, tenure } => {
-                    self.engine.set_tenure(shard, tenure.primary, Instant::now());
-                }
-                session::Command::Rebuild { proposal, .. } => {
-                    self.engine.paths().proposed(proposal, Instant::now());
-                }
-                session::Command::Change { change: Some((clock, Change::Joins(worker))), .. }
-                    if PeerId::worker(worker) == self.engine.me() =>
-                {
-                    self.shared.lock().events.push_back(Event::Begins(clock));
-                    self.shared.notify();
-                }
-                session::Command::Change { change: Some((clock, Change::Leaves(worker))), .. }
-                    if PeerId::worker(worker) == self.engine.me() =>
-                {
-                    self.engine.leave(clock);
-                }
-                // The servers' business: they hold the workers at the checkpoint's clock.
-                session::Command::Stop { .. }
-                | session::Command::Checkpoint { .. }
-                | session::Command::Retire
-                | session::Command::Prepare { .. }
-                | session::Command::Change { .. }
-                | session::Command::Gone { .. }
-                | session::Command::End { .. } => {}
-            }
-        }
-        Ok(())
-    }
 }
 
 /// How long a worker waits for the lanes to be there.

@@ -16,8 +16,8 @@ const LOCKS: &[(&str, &str)] = &[
     ("src/session/rendezvous/member.rs", "reports to the launcher, some each second"),
     (
         "src/worker/progress.rs",
-        "the program and its progress thread hand commands and events to each other, once a call or a turn; held for the \
-         moves of a few words, never over a system call. Servers have no such lock.",
+        "the program and its progress thread: one over commands and events, held for the moves of a few words, never over a \
+         system call; one over the engine, for whoever turns it, which the other is asked to let go. Servers have no such lock.",
     ),
 ];
 

@@ -13,7 +13,7 @@ impl Worker {
     /// waits. Gradients of earlier clocks count, all of them.
     pub fn leaves_at(&mut self) -> Option<Clock> {
         // What ends the job is told by the next call that may fail.
-        let _ = self.take_events(Instant::now());
+        let _ = self.take_events(&self.progress.shift(), Instant::now());
         self.leaves_at
     }
 
@@ -55,8 +55,9 @@ impl Worker {
         self.progress.set_waiting(true);
         let time = self.wait_time();
         let deadline = Instant::now() + time;
+        let shift = self.progress.shift();
         while !self.finished {
-            self.take_events(deadline)?;
+            self.take_events(&shift, deadline)?;
             if !self.finished && Instant::now() >= deadline {
                 let (from, awaited) = ("the servers".into(), "their goodbye");
                 return Err(Error::Deadline { from, awaited, chunk: None, clock: Some(self.clock), waited: time });

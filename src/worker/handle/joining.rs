@@ -28,8 +28,9 @@ impl Worker {
 
     fn await_joining(&mut self, awaited: &'static str, time: Duration, is_there: fn(&Worker) -> bool) -> Result<()> {
         let deadline = Instant::now() + time;
+        let shift = self.progress.shift();
         while !is_there(self) {
-            self.take_events(deadline)?;
+            self.take_events(&shift, deadline)?;
             if !is_there(self) && Instant::now() >= deadline {
                 let from = "the servers".into();
                 return Err(Error::Deadline { from, awaited, chunk: None, clock: None, waited: time });
