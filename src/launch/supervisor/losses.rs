@@ -168,7 +168,12 @@ impl Supervisor {
     /// The process of such a server has ended.
     pub(super) fn backed_exited(&mut self, rank: Rank, exit: Exit) {
         self.losses.open.entry(rank).or_default().exit = Some(exit);
-        self.rendezvous.order(Order::Gone(rank, exit.to_string()));
+        // A server that ends well has said that it leaves, or its connection has ended: the rendezvous will tell which, and must not take this
+        // end for that of a process that joins in its place.
+        let tells_itself = rank.role == Role::Server && exit == Exit::Code(0) && self.joined.contains(&rank);
+        if !tells_itself {
+            self.rendezvous.order(Order::Gone(rank, exit.to_string()));
+        }
         self.conclude(rank);
     }
 
@@ -300,8 +305,9 @@ impl Supervisor {
         }
     }
 
-    /// A server that had no shard any more has left.
+    /// A server that had no shard any more has left; its process may have been seen to end before.
     pub(super) fn retired(&mut self, rank: Rank) {
+        self.losses.open.remove(&rank);
         self.losses.retired.insert(rank);
         self.joined.remove(&rank);
         self.tell(&format!("{rank} has no shard any more, and leaves"));
