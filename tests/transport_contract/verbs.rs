@@ -190,7 +190,11 @@ fn memory_is_registered_once_and_never_while_data_flow() {
     let (a, b) = (world.peer(0), world.peer(1));
     let (region, lease) = Region::allocate(4096, &RegionOptions::default()).unwrap();
     let first = world.sides[0].transport().register(&region).unwrap();
-    let before = world.sides[0].transport().registrations();
+    let counts = |world: &mut World<Verbs>| [0, 1].map(|side: usize| world.sides[side].transport().registrations());
+    let before = counts(&mut world);
+    // On each rail: its memory and a note ring at both ends, and this region at one.
+    let rails = world.sides[0].transport().carried().count() as u64;
+    assert_eq!(before, [3 * rails, 2 * rails]);
     assert_eq!(world.sides[0].transport().register(&region).unwrap(), first);
     let mut slot_lease = world.sides[1].cut(4096);
     let mut source = lease;
@@ -202,7 +206,7 @@ fn memory_is_registered_once_and_never_while_data_flow() {
         slot_lease = world.sides[1].arrivals(a).pop().unwrap().1.unwrap();
         source = world.sides[0].outcomes().pop().unwrap().1.unwrap().thaw().unwrap();
     }
-    assert_eq!(world.sides[0].transport().registrations(), before);
+    assert_eq!(counts(&mut world), before);
 
     // What was never registered fails by itself.
     let (_other, foreign) = Region::allocate(4096, &RegionOptions::default()).unwrap();

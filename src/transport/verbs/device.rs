@@ -10,7 +10,10 @@ use std::{
     os::fd::{BorrowedFd, RawFd},
     path::Path,
     ptr::{self, NonNull},
-    sync::{Arc, Once},
+    sync::{
+        Arc, Once,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -37,6 +40,8 @@ pub(super) struct Device {
     channel: NonNull<IbvCompChannel>,
     pub(super) place: Candidate,
     pub(super) limits: Limits,
+    /// Ranges of memory that it was given to reach, ever.
+    registered: AtomicU64,
 }
 
 /// What the device and its port can.
@@ -74,7 +79,7 @@ struct Context {
 
 // SAFETY: libibverbs' objects belong to the process and not to a thread, and its functions lock what they share.
 unsafe impl Send for Device {}
-// SAFETY: as above; our own fields are never written after `open`.
+// SAFETY: as above; our own fields are never written after `open`, but for the counter, which is atomic.
 unsafe impl Sync for Device {}
 
 impl Device {
@@ -115,7 +120,7 @@ impl Device {
         // SAFETY: both are open until `drop`, which ends the thread domain before them; the function is the table's.
         let thread = unsafe { ThreadDomain::new(context.raw.as_ptr(), pd, table.dealloc_pd) };
         let thread = thread.inspect_err(|error| say_without_thread_domain(&place, error)).ok();
-        let device = Device { context, pd, thread, channel, place, limits };
+        let device = Device { context, pd, thread, channel, place, limits, registered: AtomicU64::new(0) };
         for fd in [device.channel_fd(), device.async_fd()] {
             // Both are asked whether there is something, never waited for.
             let flags = fcntl(fd, FcntlArg::F_GETFL).map(OFlag::from_bits_retain);
@@ -144,7 +149,8 @@ impl Device {
             is_active: true,
             numa_node: None,
         };
-        Device { context: Context { table, raw }, pd, thread: None, channel, place, limits }
+        let context = Context { table, raw };
+        Device { context, pd, thread: None, channel, place, limits, registered: AtomicU64::new(0) }
     }
 
     pub(super) fn table(&self) -> &'static Table {
@@ -166,6 +172,16 @@ impl Device {
 
     pub(super) fn channel(&self) -> *mut IbvCompChannel {
         self.channel.as_ptr()
+    }
+
+    /// Counts a range of memory that it was given to reach.
+    pub(super) fn count_registration(&self) {
+        self.registered.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// How many there were.
+    pub(super) fn registrations(&self) -> u64 {
+        self.registered.load(Ordering::Relaxed)
     }
 
     /// Readable when a completion queue that was armed has something.

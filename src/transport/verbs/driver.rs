@@ -30,7 +30,6 @@ impl Transport for VerbsTransport {
         if self.registrations_of(region.id()).is_none() {
             let on = |port: &Port| Registration::new(&port.device, region);
             let registrations = self.ports.iter().map(on).collect::<Result<Vec<_>>>()?;
-            self.registrations += registrations.len() as u64;
             if registrations.iter().any(|registration| registration.rkey() == 0) {
                 return Err(Error::Config(format!("a device gave {} the key 0, which means none", region.id())));
             }

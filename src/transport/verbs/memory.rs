@@ -50,9 +50,10 @@ impl Keys {
         Keys::had(device, raw)
     }
 
-    /// What a function of libibverbs that registers has answered.
+    /// What a function of libibverbs that registers has answered: the one way to keys, and so where registrations are counted.
     pub(super) fn had(device: &Arc<Device>, raw: *mut IbvMr) -> io::Result<Keys> {
         let raw = NonNull::new(raw).ok_or_else(io::Error::last_os_error)?;
+        device.count_registration();
         Ok(Keys { device: device.clone(), raw })
     }
 

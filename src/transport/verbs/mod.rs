@@ -107,7 +107,6 @@ pub struct VerbsTransport {
     polled: Instant,
     /// Counts pairs and restarts: the upper half of `wr_id`.
     lives: u32,
-    registrations: u64,
     next_tick: Instant,
 }
 
@@ -188,14 +187,13 @@ impl VerbsTransport {
             batch: Batch::default(),
             polled: Instant::now(),
             lives: 0,
-            registrations: 0,
             next_tick: Instant::now(),
         })
     }
 
-    /// How many times memory was registered: it stands still while data flow.
+    /// How many times memory was registered with a device, on all rails: it stands still while data flow.
     pub fn registrations(&self) -> u64 {
-        self.registrations
+        self.ports.iter().map(|port| port.device.registrations()).sum()
     }
 
     /// The rails in their order, device, port and address, for logs.
@@ -280,7 +278,6 @@ impl VerbsTransport {
         let device = &self.ports[number].device;
         let prepared = Builder { device, queue: &queue, options: &self.options, receives }.build()?;
         let ring = NoteRing::new(device, self.options.ring_entries)?;
-        self.registrations += 1;
         prepared.receive(receives, wr_id)?;
         let (qpn, psn) = prepared.number_and_psn();
         let address = Address {
