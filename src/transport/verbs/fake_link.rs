@@ -4,6 +4,10 @@
 //! posted receives, which those use up; completions, of requests that ask for one and of what fails. A byte of what is written
 //! inline may be spoilt on the way (`Link::spoil`).
 //!
+//! It gives what it was asked for and no more, as a provider that rounds nothing up: a pair refuses requests and receives beyond the
+//! places of its queues, ranges beyond its number of them, and more inline bytes than it was made for. A place is free again when
+//! the completion that stands for it was taken out. A completion for which its queue has no room is lost (`Link::overran`).
+//!
 //! Invariant: one thread uses it; what it does not know ends the test (`Table::of_stubs`).
 
 use std::{
@@ -20,7 +24,7 @@ use nix::errno::Errno;
 use super::device::{Device, Limits};
 use crate::sys::verbs::{
     self as v, IbvAsyncEvent, IbvCompChannel, IbvCompatPortAttr, IbvContext, IbvCq, IbvMr, IbvPd, IbvPortAttr, IbvQp,
-    IbvQpAttr, IbvQpInitAttr, IbvRecvWr, IbvSendWr, IbvWc, Table,
+    IbvQpAttr, IbvQpCap, IbvQpInitAttr, IbvRecvWr, IbvSendWr, IbvWc, Table,
 };
 
 /// The context, and what lies behind it: its address is also that of the protection domain.
@@ -36,20 +40,37 @@ pub(super) struct Link {
     pub(super) spoil: Cell<Option<(usize, u8)>>,
     /// Lists of requests that were handed in.
     pub(super) lists: Cell<u64>,
+    /// Whether a completion was lost, for its queue was full.
+    pub(super) overran: Cell<bool>,
 }
 
 #[repr(C)]
 struct Queue {
     raw: IbvCq,
-    waiting: RefCell<VecDeque<IbvWc>>,
+    room: usize,
+    waiting: RefCell<VecDeque<Told>>,
+}
+
+/// A completion, and how many places of its pair's queues it stands for.
+struct Told {
+    completion: IbvWc,
+    requests: u32,
+    receives: u32,
 }
 
 #[repr(C)]
 struct Pair {
     raw: IbvQp,
+    /// What it was made for.
+    most: IbvQpCap,
+    state: Cell<u32>,
     receives: RefCell<VecDeque<u64>>,
     /// The number of the other end, once it is connected.
     peer: Cell<Option<u32>>,
+    /// Places taken in its two queues, and requests since the last that completed.
+    requests_taken: Cell<u32>,
+    receives_taken: Cell<u32>,
+    uncompleted: Cell<u32>,
 }
 
 impl Link {
@@ -66,6 +87,7 @@ impl Link {
             pairs: RefCell::default(),
             spoil: Cell::new(None),
             lists: Cell::new(0),
+            overran: Cell::new(false),
         };
         Box::leak(Box::new(link))
     }
@@ -84,6 +106,11 @@ impl Link {
         let device =
             Device::fake(Box::leak(Box::new(table)), ours.cast(), ours.cast(), NonNull::from(&self.channel), limits);
         Arc::new(device)
+    }
+
+    /// How often memory was registered.
+    pub(super) fn registrations(&self) -> u64 {
+        self.memory.borrow().len() as u64
     }
 
     /// The memory that a request or a peer means: `length` bytes from `address` on under a key.
@@ -105,6 +132,9 @@ impl Link {
     ///
     /// The request is well-formed.
     unsafe fn carry(&self, from: &Pair, request: &IbvSendWr) -> u32 {
+        if from.state.get() == v::QPS_ERR {
+            return v::WC_WR_FLUSH_ERR;
+        }
         let to = from.peer.get().and_then(|number| self.pair(number));
         let Some(to) = to.filter(|to| to.peer.get() == Some(from.raw.qp_num)) else { return v::WC_RETRY_EXC_ERR };
         let mut length = 0;
@@ -133,9 +163,70 @@ impl Link {
                 IbvWc { wr_id, opcode: v::WC_RECV_RDMA_WITH_IMM, byte_len: length as u32, ..IbvWc::default() };
             // SAFETY: all members of the unions are 32 bits.
             told.__bindgen_anon_1.imm_data = unsafe { request.__bindgen_anon_1.imm_data };
-            complete(to.raw.recv_cq, told);
+            to.complete_receive(told);
         }
         0
+    }
+}
+
+impl Pair {
+    /// Why a request is not taken: 0 or an errno.
+    fn refusal(&self, request: &IbvSendWr) -> c_int {
+        if !matches!(self.state.get(), v::QPS_RTS | v::QPS_ERR) || request.num_sge as u32 > self.most.max_send_sge {
+            return libc::EINVAL;
+        }
+        if request.num_sge == 1 && request.send_flags & v::SEND_INLINE != 0 {
+            // SAFETY: the caller's list is well-formed.
+            let bytes = unsafe { (*request.sg_list).length };
+            if bytes > self.most.max_inline_data {
+                return libc::EINVAL;
+            }
+        }
+        if self.requests_taken.get() == self.most.max_send_wr { libc::ENOMEM } else { 0 }
+    }
+
+    fn complete_request(&self, completion: IbvWc) {
+        let requests = self.uncompleted.take();
+        self.complete(self.raw.send_cq, Told { completion, requests, receives: 0 });
+    }
+
+    fn complete_receive(&self, completion: IbvWc) {
+        self.complete(self.raw.recv_cq, Told { completion, requests: 0, receives: 1 });
+    }
+
+    fn complete(&self, queue: *mut IbvCq, mut told: Told) {
+        told.completion.qp_num = self.raw.qp_num;
+        // SAFETY: queues are made by `create_cq`, on a context of a link, and live longer than the pairs on them.
+        let (queue, link) = unsafe { (&*queue.cast::<Queue>(), link_of((*queue).context)) };
+        if queue.waiting.borrow().len() == queue.room {
+            link.overran.set(true);
+            return;
+        }
+        queue.waiting.borrow_mut().push_back(told);
+    }
+
+    /// A request has failed: whatever else is posted does too.
+    fn fail(&self) {
+        self.state.set(v::QPS_ERR);
+        for wr_id in self.receives.take() {
+            self.complete_receive(IbvWc { wr_id, status: v::WC_WR_FLUSH_ERR, ..IbvWc::default() });
+        }
+    }
+
+    /// Nothing is posted any more; completions that wait stand for nothing.
+    fn reset(&self) {
+        self.receives.borrow_mut().clear();
+        self.peer.set(None);
+        self.requests_taken.set(0);
+        self.receives_taken.set(0);
+        self.uncompleted.set(0);
+        for queue in [self.raw.send_cq, self.raw.recv_cq] {
+            // SAFETY: queues are made by `create_cq`, and live longer than the pairs on them.
+            let mut waiting = unsafe { &*queue.cast::<Queue>() }.waiting.borrow_mut();
+            for told in waiting.iter_mut().filter(|told| told.completion.qp_num == self.raw.qp_num) {
+                (told.requests, told.receives) = (0, 0);
+            }
+        }
     }
 }
 
@@ -145,25 +236,28 @@ unsafe fn link_of<'a, T>(part: *mut T) -> &'a Link {
     unsafe { &*part.cast::<Link>() }
 }
 
-fn complete(queue: *mut IbvCq, told: IbvWc) {
-    // SAFETY: queues are made by `create_cq`, and live longer than the pairs on them.
-    unsafe { &*queue.cast::<Queue>() }.waiting.borrow_mut().push_back(told);
-}
-
-unsafe extern "C" fn post_send(pair: *mut IbvQp, list: *mut IbvSendWr, _refused: *mut *mut IbvSendWr) -> c_int {
+unsafe extern "C" fn post_send(pair: *mut IbvQp, list: *mut IbvSendWr, refused: *mut *mut IbvSendWr) -> c_int {
     // SAFETY: made by `create_qp`, on a context of a link.
     let (pair, link) = unsafe { (&*pair.cast::<Pair>(), link_of((*pair).context)) };
     link.lists.set(link.lists.get() + 1);
     // SAFETY: the caller's list is well-formed.
     let mut next = unsafe { list.as_ref() };
     while let Some(request) = next {
+        let errno = pair.refusal(request);
+        if errno != 0 {
+            // SAFETY: the target is the caller's.
+            unsafe { *refused = ptr::from_ref(request).cast_mut() };
+            return errno;
+        }
+        pair.requests_taken.set(pair.requests_taken.get() + 1);
+        pair.uncompleted.set(pair.uncompleted.get() + 1);
         // SAFETY: as above.
         let status = unsafe { link.carry(pair, request) };
         if status != 0 || request.send_flags & v::SEND_SIGNALED != 0 {
-            complete(pair.raw.send_cq, IbvWc { wr_id: request.wr_id, status, ..IbvWc::default() });
+            pair.complete_request(IbvWc { wr_id: request.wr_id, status, ..IbvWc::default() });
         }
-        if status != 0 {
-            break;
+        if status != 0 && pair.state.get() != v::QPS_ERR {
+            pair.fail();
         }
         // SAFETY: as above.
         next = unsafe { request.next.as_ref() };
@@ -171,10 +265,16 @@ unsafe extern "C" fn post_send(pair: *mut IbvQp, list: *mut IbvSendWr, _refused:
     0
 }
 
-unsafe extern "C" fn post_recv(pair: *mut IbvQp, list: *mut IbvRecvWr, _refused: *mut *mut IbvRecvWr) -> c_int {
+unsafe extern "C" fn post_recv(pair: *mut IbvQp, list: *mut IbvRecvWr, refused: *mut *mut IbvRecvWr) -> c_int {
     // SAFETY: made by `create_qp`; the caller's list is well-formed.
     let (pair, mut next) = unsafe { (&*pair.cast::<Pair>(), list.as_ref()) };
     while let Some(receive) = next {
+        if pair.receives_taken.get() == pair.most.max_recv_wr {
+            // SAFETY: the target is the caller's.
+            unsafe { *refused = ptr::from_ref(receive).cast_mut() };
+            return libc::ENOMEM;
+        }
+        pair.receives_taken.set(pair.receives_taken.get() + 1);
         pair.receives.borrow_mut().push_back(receive.wr_id);
         // SAFETY: as above.
         next = unsafe { receive.next.as_ref() };
@@ -183,25 +283,29 @@ unsafe extern "C" fn post_recv(pair: *mut IbvQp, list: *mut IbvRecvWr, _refused:
 }
 
 unsafe extern "C" fn poll_cq(queue: *mut IbvCq, room: c_int, completions: *mut IbvWc) -> c_int {
-    // SAFETY: made by `create_cq`.
-    let mut waiting = unsafe { &*queue.cast::<Queue>() }.waiting.borrow_mut();
+    // SAFETY: made by `create_cq`, on a context of a link.
+    let (mut waiting, link) = unsafe { ((*queue.cast::<Queue>()).waiting.borrow_mut(), link_of((*queue).context)) };
     let count = waiting.len().min(room as usize);
-    for (at, told) in waiting.drain(..count).enumerate() {
+    for (at, Told { completion, requests, receives }) in waiting.drain(..count).enumerate() {
+        if let Some(pair) = link.pair(completion.qp_num) {
+            pair.requests_taken.set(pair.requests_taken.get() - requests);
+            pair.receives_taken.set(pair.receives_taken.get() - receives);
+        }
         // SAFETY: the caller has room for so many.
-        unsafe { completions.add(at).write(told) };
+        unsafe { completions.add(at).write(completion) };
     }
     count as c_int
 }
 
 unsafe extern "C" fn create_cq(
     context: *mut IbvContext,
-    _count: c_int,
+    count: c_int,
     _own: *mut c_void,
     _channel: *mut IbvCompChannel,
     _vector: c_int,
 ) -> *mut IbvCq {
     let raw = IbvCq { context, ..IbvCq::default() };
-    Box::into_raw(Box::new(Queue { raw, waiting: RefCell::default() })).cast()
+    Box::into_raw(Box::new(Queue { raw, room: count as usize, waiting: RefCell::default() })).cast()
 }
 
 unsafe extern "C" fn destroy_cq(queue: *mut IbvCq) -> c_int {
@@ -221,19 +325,28 @@ unsafe extern "C" fn create_qp(pd: *mut IbvPd, wanted: *mut IbvQpInitAttr) -> *m
         qp_num: pairs.len() as u32 + 1,
         ..IbvQp::default()
     };
-    pairs.push(Box::into_raw(Box::new(Pair { raw, receives: RefCell::default(), peer: Cell::new(None) })));
+    let pair = Pair {
+        raw,
+        most: wanted.cap,
+        state: Cell::new(v::QPS_RESET),
+        receives: RefCell::default(),
+        peer: Cell::new(None),
+        requests_taken: Cell::new(0),
+        receives_taken: Cell::new(0),
+        uncompleted: Cell::new(0),
+    };
+    pairs.push(Box::into_raw(Box::new(pair)));
     pairs[pairs.len() - 1].cast()
 }
 
 unsafe extern "C" fn modify_qp(pair: *mut IbvQp, attributes: *mut IbvQpAttr, _mask: c_int) -> c_int {
     // SAFETY: made by `create_qp`; the structure is the caller's.
     let (pair, attributes) = unsafe { (&*pair.cast::<Pair>(), &*attributes) };
+    pair.state.set(attributes.qp_state);
     match attributes.qp_state {
         v::QPS_RTR => pair.peer.set(Some(attributes.dest_qp_num)),
-        v::QPS_RESET | v::QPS_ERR => {
-            pair.receives.borrow_mut().clear();
-            pair.peer.set(None);
-        }
+        v::QPS_RESET => pair.reset(),
+        v::QPS_ERR => pair.fail(),
         _ => {}
     }
     0

@@ -16,7 +16,9 @@ const A: PeerId = PeerId::worker(0);
 const B: PeerId = PeerId::server(0, 0);
 
 struct End {
+    link: &'static Link,
     transport: VerbsTransport,
+    me: PeerId,
     peer: PeerId,
     heard: Vec<Completion>,
     now: Instant,
@@ -28,7 +30,7 @@ impl End {
         let mut options = VerbsOptions::new(identity);
         change(&mut options);
         let transport = VerbsTransport::over(options, vec![link.device()]).unwrap();
-        End { transport, peer, heard: Vec::new(), now: Instant::now() }
+        End { link, transport, me, peer, heard: Vec::new(), now: Instant::now() }
     }
 
     fn post(&mut self, id: u64, note: Note, payload: Option<(SharedLease, RemoteSlot)>) {
@@ -49,9 +51,19 @@ impl End {
         assert_eq!(arrived, 1);
     }
 
+    /// How many of what has happened since the last look are such; no path may have ended.
+    fn count(&mut self, is_such: fn(&Completion) -> bool) -> u64 {
+        let such = self.look().filter(|told| match told {
+            Completion::Broken { error, .. } => panic!("{error}"),
+            told => is_such(told),
+        });
+        such.count() as u64
+    }
+
     /// What has happened since the last look.
     fn look(&mut self) -> std::vec::Drain<'_, Completion> {
         self.transport.poll(self.now, &mut self.heard).unwrap();
+        assert!(!self.link.overran.get(), "a completion queue was too short");
         self.heard.drain(..)
     }
 
@@ -65,18 +77,23 @@ impl End {
 /// Two ends with a path between them.
 fn joined(link: &'static Link, change: fn(&mut VerbsOptions)) -> [End; 2] {
     let mut ends = [End::new(link, A, B, change), End::new(link, B, A, change)];
-    let offers = [ends[1].transport.offer(A).unwrap(), ends[0].transport.offer(B).unwrap()];
-    // The caller last: it is heard at once.
-    for (end, offer) in ends.iter_mut().zip(&offers).rev() {
-        end.transport.connect(end.peer, offer, end.now + Duration::from_secs(9)).unwrap();
-    }
-    let mut connected = [0; 2];
-    while connected != [1; 2] {
-        for (end, connected) in ends.iter_mut().zip(&mut connected) {
-            *connected += end.look().filter(|told| matches!(told, Completion::Connected { .. })).count();
-        }
-    }
+    let [a, b] = &mut ends;
+    join(a, b);
     ends
+}
+
+/// Makes a path between an end that calls and one that waits for it.
+fn join(caller: &mut End, other: &mut End) {
+    let (them, me) = (other.me, caller.me);
+    let offers = [other.transport.offer(me).unwrap(), caller.transport.offer(them).unwrap()];
+    // The caller last: it is heard at once.
+    other.transport.connect(me, &offers[1], other.now + Duration::from_secs(9)).unwrap();
+    caller.transport.connect(them, &offers[0], caller.now + Duration::from_secs(9)).unwrap();
+    let is_connected: fn(&Completion) -> bool = |told| matches!(told, Completion::Connected { .. });
+    let mut connected = 0;
+    while connected < 2 {
+        connected += caller.count(is_connected) + other.count(is_connected);
+    }
 }
 
 fn note(clock: u64) -> Note {
@@ -109,6 +126,9 @@ fn notes_and_payloads_come_in_the_order_of_posting() {
     let source = source.freeze();
     let slot = b.memory(BYTES);
     let mut slot = b.transport.arm(A, slot).unwrap();
+    // A note ring and a region each.
+    let registrations = |a: &End, b: &End| [a.transport.registrations(), b.transport.registrations()];
+    assert_eq!((registrations(&a, &b), a.link.registrations()), ([2, 2], 4));
     let (mut posted, mut sent, mut arrived) = (0, 0, 0);
     while arrived < COUNT || sent < COUNT {
         // One payload at a time, for there is one slot.
@@ -139,6 +159,42 @@ fn notes_and_payloads_come_in_the_order_of_posting() {
         }
     }
     assert!(source.thaw().is_ok(), "every source came back");
+    assert_eq!((registrations(&a, &b), a.link.registrations()), ([2, 2], 4), "registered while data flow");
+}
+
+/// More paths than a completion queue has seats for, and as much at work on each as its queues hold, while the end that has them
+/// all does not look. Then they end, unlooked at, and others take their seats.
+#[test]
+fn queues_hold_all_that_can_be_at_work() {
+    const PATHS: u16 = 20;
+    const NOTES: u64 = 200;
+    let short: fn(&mut VerbsOptions) =
+        |options| (options.ring_entries, options.send_depth, options.signal_every) = (64, 64, Some(1));
+    let link = Link::new();
+    let mut hub = End::new(link, B, A, short);
+    for turn in 0..3 {
+        let mut others: Vec<End> = (0..PATHS).map(|at| End::new(link, PeerId::worker(at), B, short)).collect();
+        others.iter_mut().for_each(|other| join(other, &mut hub));
+        for clock in 0..NOTES {
+            for other in &mut others {
+                other.post(clock, note(clock), None);
+                hub.transport
+                    .post(WorkRequest { id: clock, peer: other.me, note: note(clock), payload: None })
+                    .unwrap();
+            }
+        }
+        others.iter_mut().for_each(|other| other.transport.flush().unwrap());
+        hub.transport.flush().unwrap();
+        if turn == 2 {
+            let has_arrived: fn(&Completion) -> bool = |told| matches!(told, Completion::Arrived { .. });
+            let mut arrived = 0;
+            while arrived < 2 * NOTES * u64::from(PATHS) {
+                arrived += hub.count(has_arrived);
+                arrived += others.iter_mut().map(|other| other.count(has_arrived)).sum::<u64>();
+            }
+        }
+        others.iter().for_each(|other| drop(hub.transport.fence(other.me)));
+    }
 }
 
 /// Headers carry no checksum here: whatever a peer writes into the ring is refused, which ends its path, or is a note that
