@@ -318,12 +318,12 @@ def compare_adamw(table, options, size, peer, run_peer, dtype="f32"):
     """A peer's step of AdamW beside ours, by parameters a second, with one thread and with two. `run_peer(elements, threads)` is the
     median time of a step in seconds. In f32 neither writes a copy of the parameters; in bf16 both do."""
     elements = size // (4 if dtype == "f32" else 2)
-    what, copy = ("f32", ["--no-copy"]) if dtype == "f32" else (f"gradients and parameters {dtype}", [])
+    what = "f32" if dtype == "f32" else f"gradients and parameters {dtype}"
     for threads in (1, 2):
         table.compare(
             f"AdamW, {what}, {threads} threads, parameters a second", size, peer, "parameters/s",
             lambda _: elements / run_peer(elements, threads),
-            lambda: ours(options.gradwire, "optimizer", "--bytes", size, "--dtype", dtype, "--threads", threads, *copy),
+            lambda: ours(options.gradwire, "optimizer", "--bytes", size, "--dtype", dtype, "--threads", threads),
             lambda row: row["parameters_per_s"],
             lambda row: row["ceiling_bytes_per_s"] / row["bytes_per_parameter"],
         )

@@ -267,6 +267,19 @@ impl SharedLease {
         Some(checksum)
     }
 
+    /// The bytes, to be written, if this is the only holder.
+    ///
+    /// # Panics
+    ///
+    /// As [`Lease::bytes`].
+    pub fn sole_bytes_mut(&mut self) -> Option<&mut [u8]> {
+        // As in `thaw`, for as long as `self` is borrowed: meanwhile nobody can clone it.
+        let block = Arc::get_mut(&mut self.block)?;
+        *block.checked.get_mut() = 0;
+        // SAFETY: the range is valid as in `Lease::bytes`, and nobody else holds its block.
+        Some(unsafe { std::slice::from_raw_parts_mut(block.host_pointer().as_ptr(), block.len) })
+    }
+
     /// The exclusive lease again, if this was the last holder; itself otherwise.
     pub fn thaw(mut self) -> Result<Lease, SharedLease> {
         // `get_mut` and not `strong_count`: it succeeds only for the sole owner (there are no weak ones), and its Acquire meets

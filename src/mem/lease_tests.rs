@@ -30,6 +30,18 @@ fn a_checksum_is_of_the_bytes_as_they_are() {
     assert_eq!(lease.freeze().checksum(0), Some(0));
 }
 
+#[test]
+fn what_is_shared_is_written_by_its_only_holder_and_its_checksum_asked_for_again() {
+    let (_region, lease) = fresh();
+    let mut shared = lease.freeze();
+    let before = shared.checksum(9);
+    let other = shared.clone();
+    assert!(shared.sole_bytes_mut().is_none());
+    drop(other);
+    shared.sole_bytes_mut().unwrap()[..9].copy_from_slice(b"123456789");
+    assert_eq!((before, shared.checksum(9)), (Some(crc32c::crc32c(&[0; 9])), Some(0xe306_9283)));
+}
+
 /// What a random program does to the leases of a region; numbers are taken modulo what there is.
 #[derive(Clone, Debug)]
 enum Step {

@@ -36,12 +36,19 @@ impl Room {
     ) -> Result<Room> {
         let order = &layout.shards[usize::from(config.shard.0)];
         let elements = elements_max(layout, config.shard);
+        let copies = match memory.sent_from() {
+            Some(region) => {
+                paths.register(region)?;
+                order.len()
+            }
+            // Two a chunk: one being read by slow workers while the next is being written.
+            None => 2 * order.len(),
+        };
         let shape = LandingShape {
             workers: config.workers.into(),
             slots: config.slots as usize,
             slot_bytes: elements * config.gradient_dtype.size(),
-            // Two a chunk: one being read by slow workers while the next is being written.
-            copies: (2 * order.len()).max(1),
+            copies: copies.max(1),
             copy_bytes: elements * config.parameter_dtype.size(),
             region: region.clone(),
         };

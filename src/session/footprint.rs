@@ -14,7 +14,7 @@ use crate::{
     Error, Result,
     layout::{ALIGNMENT, Layout, WorkerView},
     optim::ChunkStep,
-    types::{Rank, Role, ShardId},
+    types::{Dtype, Rank, Role, ShardId},
 };
 
 /// Fewest landing slots that a worker can work with: one that is being read, one that is being written.
@@ -34,13 +34,13 @@ pub struct ShardShape {
 /// The memory of one shard, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct ShardMemory {
-    /// Master parameters in f32.
+    /// Master parameters in f32; where replies are sent from them, a place of the largest chunk's size for each.
     pub master: u64,
     /// The optimizer's arrays in f32.
     pub state: u64,
     /// What gradients are summed into where that is a pass of its own.
     pub accumulator: u64,
-    /// Wire copies: two a chunk, all of the largest chunk's size.
+    /// Wire copies: two a chunk, all of the largest chunk's size; one where replies are sent from the master parameters.
     pub replies: u64,
     /// Landing slots of all workers, all of the largest chunk's size.
     pub landing: u64,
@@ -121,11 +121,16 @@ impl JobConfig {
         let state = array * self.optimizer.kind.state_slots() as u64;
         let [gradient, parameter] =
             [self.gradient_dtype, self.parameter_dtype].map(|dtype| shape.chunk_elements_max * dtype.size() as u64);
+        // On the processor parameters in f32 are sent from where they lie.
+        let (master, copies) = match (self.parameter_dtype, &self.device) {
+            (Dtype::F32, DeviceChoice::Cpu) => (shape.chunks * parameter, shape.chunks),
+            _ => (array, 2 * shape.chunks),
+        };
         Ok(ShardMemory {
-            master: array,
+            master,
             state,
             accumulator: if accumulates { array } else { 0 },
-            replies: (2 * shape.chunks).max(1) * parameter,
+            replies: copies.max(1) * parameter,
             landing: u64::from(self.seats()) * u64::from(slots) * gradient,
             // For what is sent, and for what comes: a lane does one of the two and is ready for the other.
             replica: 2 * u64::from(self.replica_slots()) * 4 * shape.chunk_elements_max,
@@ -218,7 +223,6 @@ mod tests {
     use crate::{
         layout::TensorSpec,
         optim::{OptimizerConfig, OptimizerKind},
-        types::Dtype,
     };
 
     fn config() -> JobConfig {
@@ -259,6 +263,12 @@ mod tests {
         };
         assert_eq!((memory, memory.total()), (wanted, 12_288 + 24_576 + 12_288 + 12_288));
         assert_eq!(config.worker_memory(10_256), 10_256 * 4);
+        // Parameters in f32 are sent from where they lie, and a chunk has one place more.
+        let plain = JobConfig { parameter_dtype: Dtype::F32, ..config.clone() };
+        let places = ShardMemory { master: 3 * 4096, replies: 3 * 4096, ..memory };
+        assert_eq!(plain.shard_memory(&shape).unwrap(), places);
+        let on_gpu = JobConfig { device: DeviceChoice::Auto, ..plain };
+        assert_eq!(on_gpu.shard_memory(&shape).unwrap(), ShardMemory { replies: 6 * 4096, ..memory });
         let two_step = JobConfig { two_step: true, ..config.clone() };
         assert_eq!(two_step.shard_memory(&shape).unwrap().accumulator, 12_288);
         let mut stored = config.clone();

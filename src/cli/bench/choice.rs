@@ -48,7 +48,6 @@ pub(super) struct Choice {
     pub layers: u32,
     pub backward_ms: f64,
     pub threads: u16,
-    pub no_copy: bool,
     pub dir: PathBuf,
     pub settings: Vec<String>,
     pub json: bool,
@@ -103,10 +102,10 @@ impl Kind {
         const OF_END_TO_END: &str = "it goes with end-to-end alone";
         Some(match (self, option) {
             (Kind::MessageRate, "window") | (Kind::EndToEnd, "layers" | "backward-ms") => return None,
-            (Kind::Optimizer, "threads" | "no-copy") | (Kind::Checkpoint, "dir") => return None,
+            (Kind::Optimizer, "threads") | (Kind::Checkpoint, "dir") => return None,
             (_, "window") => OF_MESSAGE_RATE,
             (_, "layers" | "backward-ms") => OF_END_TO_END,
-            (_, "threads" | "no-copy") => "it goes with optimizer alone",
+            (_, "threads") => "it goes with optimizer alone",
             (_, "dir") => "it goes with checkpoint alone",
             (Kind::Pull, "consistency") => "nothing is pushed, so nobody runs ahead",
             (Kind::Pull, "optimizer") => "nothing is pushed, so nothing is stepped",
@@ -143,7 +142,6 @@ impl Choice {
             ("layers", options.layers.is_some()),
             ("backward-ms", options.backward_ms.is_some()),
             ("threads", options.threads.is_some()),
-            ("no-copy", options.no_copy),
             ("dir", options.dir.is_some()),
         ];
         for (option, _) in given.into_iter().filter(|(_, given)| *given) {
@@ -171,7 +169,6 @@ impl Choice {
             layers: options.layers.unwrap_or(16),
             backward_ms: positive("backward-ms", options.backward_ms.unwrap_or(20.0))?,
             threads: options.threads.unwrap_or(1),
-            no_copy: options.no_copy,
             dir: options.dir.clone().unwrap_or_else(|| PathBuf::from(".")),
             settings: options.settings.clone(),
             json: options.json,

@@ -60,7 +60,6 @@ impl Shape {
             layers: 1,
             backward_ms: 1.0,
             threads: 1,
-            no_copy: false,
             dir: ".".into(),
             settings: Vec::new(),
             json: true,
@@ -107,7 +106,7 @@ fn step_rate(threads: u16) -> Result<f64> {
     let streams = Streams {
         kind: OptimizerKind::ADAMW,
         gradient_dtype: Dtype::F32,
-        wire_dtype: Some(Dtype::F32),
+        wire_dtype: None,
         elements: (BULK_BYTES / 4) * u64::from(threads),
         chunk_elements: JobConfig::default().layout_options().chunk_elements,
         workers: 1,

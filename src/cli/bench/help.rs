@@ -35,8 +35,8 @@ The echo comes back whole or, above a chunk, also piece by piece as push-pull do
 processes wait as gradwire's own threads do. Notes and headers carry their checksums as always; payloads carry none, on either
 side.
 
---optimizer none (the default): a server always takes a step; this is the cheapest there is, plain SGD, which reads the gradient,
-reads and writes the master parameters and writes the wire copy.";
+--optimizer none (the default): a server always takes a step; this is the cheapest there is, plain SGD, which reads the gradient, and
+reads and writes the master parameters (and, but in f32, writes the wire copy).";
 
 pub(super) const PUSH: &str = "Examples:
   gradwire bench push --bytes 1M..64M --transport shm
@@ -77,7 +77,7 @@ pub(super) const OPTIMIZER: &str = "Examples:
 --bytes is the size of a gradient in the wire's format, so the number of parameters is that over 4 (f32) or 2 (bf16, f16). A round
 steps all of them, tile by tile as a server does. The rate counts the bytes that a step must move: it reads one gradient of each
 worker, reads and writes the master parameters and each array of state (none for plain SGD, one for Adagrad, two for Adam and AdamW),
-and writes the wire copy (unless --no-copy); --json has bytes_per_parameter and parameters_per_s. The ceiling is a plain loop over the same arrays in a
+and writes the wire copy (not in f32, which servers send from where the parameters lie); --json has bytes_per_parameter and parameters_per_s. The ceiling is a plain loop over the same arrays in a
 process of its own, with as many threads.";
 
 pub(super) const CHECKPOINT: &str = "Examples:

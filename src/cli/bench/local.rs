@@ -26,14 +26,14 @@ fn object(fields: Value) -> Map<String, Value> {
 
 /// Steps over memory.
 pub(super) fn optimizer(choice: &Choice) -> Result<()> {
-    let (gradient_dtype, parameter_dtype) = choice.dtype.dtypes();
+    let (gradient_dtype, wire_dtype) = (choice.dtype.dtypes().0, choice.dtype.copy());
     let configs = choice.sizes.iter().map(|size| choice.config(*size)).collect::<Result<Vec<_>>>()?;
     let about = format!(
         "{} over memory, {} gradients in {}, {}, {} threads; ceiling: a plain loop over the same arrays",
         word(&choice.optimizer),
         choice.workers,
         gradient_dtype,
-        if choice.no_copy { "no copy for the wire" } else { "and the copy for the wire" },
+        if wire_dtype.is_some() { "with the copy for the wire" } else { "sent from where the parameters lie" },
         choice.threads
     );
     let mut show = Show::new(choice, &about);
@@ -41,7 +41,7 @@ pub(super) fn optimizer(choice: &Choice) -> Result<()> {
         let streams = Streams {
             kind: choice.optimizer.kind(),
             gradient_dtype,
-            wire_dtype: (!choice.no_copy).then_some(parameter_dtype),
+            wire_dtype,
             elements: size / choice.element_bytes(),
             chunk_elements: config.layout_options().chunk_elements,
             workers: choice.workers,
@@ -58,7 +58,7 @@ pub(super) fn optimizer(choice: &Choice) -> Result<()> {
         let per_parameter = streams.bytes_per_parameter();
         let more = object(json!({
             "dtype": word(&choice.dtype), "optimizer": word(&choice.optimizer), "repetitions": figures.len(),
-            "rounds": figure.rounds, "seconds": figure.seconds, "threads": choice.threads, "copy": !choice.no_copy,
+            "rounds": figure.rounds, "seconds": figure.seconds, "threads": choice.threads, "copy": wire_dtype.is_some(),
             "isa": crate::optim::isa(), "bytes_per_parameter": per_parameter,
             "parameters_per_s": (figure.bytes_per_s / per_parameter as f64).round(),
         }));
@@ -82,7 +82,6 @@ fn arguments(choice: &Choice, streams: &Streams, plain: bool) -> Vec<String> {
     arguments.extend(options.into_iter().flat_map(|(option, value)| [option.to_string(), value]));
     arguments.extend(pace_arguments(streams.pace));
     arguments.extend(plain.then(|| "--plain".into()));
-    arguments.extend(streams.wire_dtype.is_none().then(|| "--no-copy".into()));
     arguments
 }
 

@@ -105,9 +105,6 @@ struct Options {
     /// Threads that step, each with a part (optimizer) [default: 1].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
-    /// Write no copy of the parameters for the wire: the step alone, as an optimizer in a training program takes it (optimizer).
-    #[arg(long)]
-    no_copy: bool,
     /// The folder to write to (checkpoint) [default: the current one].
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,

@@ -111,8 +111,6 @@ pub(super) struct StreamsArguments {
     #[arg(long)]
     plain: bool,
     #[arg(long)]
-    no_copy: bool,
-    #[arg(long)]
     optimizer: OptimizerArgument,
     #[arg(long)]
     dtype: DtypeArgument,
@@ -150,6 +148,11 @@ impl DtypeArgument {
             DtypeArgument::Bf16 => (Dtype::Bf16, Dtype::Bf16),
             DtypeArgument::F16 => (Dtype::F16, Dtype::Bf16),
         }
+    }
+
+    /// Of the copy that a server makes for the wire: none of f32, which is sent from where the parameters lie.
+    pub fn copy(self) -> Option<Dtype> {
+        Some(self.dtypes().1).filter(|dtype| *dtype != Dtype::F32)
     }
 }
 
@@ -190,12 +193,12 @@ fn drive(arguments: &DriverArguments) -> Result<Measured> {
 }
 
 fn streams(arguments: &StreamsArguments) -> Result<Vec<Measured>> {
-    let (gradient_dtype, parameter_dtype) = arguments.dtype.dtypes();
-    let StreamsArguments { plain, no_copy, elements, chunk_elements, workers, threads, .. } = *arguments;
+    let (gradient_dtype, _) = arguments.dtype.dtypes();
+    let StreamsArguments { plain, elements, chunk_elements, workers, threads, .. } = *arguments;
     let streams = Streams {
         kind: arguments.optimizer.kind(),
         gradient_dtype,
-        wire_dtype: (!no_copy).then_some(parameter_dtype),
+        wire_dtype: arguments.dtype.copy(),
         elements,
         chunk_elements,
         workers,

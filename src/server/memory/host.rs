@@ -1,20 +1,26 @@
 //! A shard's memory on the processor.
 //!
+//! Parameters that travel as f32 are sent from where they lie: a step changes them in place once everybody has read them, and leaves them
+//! to the readers otherwise, and makes the new ones elsewhere. So nothing is copied for the wire, and a step moves a third less memory.
+//!
 //! Invariant: a computation is cut into tiles, and its result does not depend on them; what is being copied is not changed before
-//! its copy is whole.
+//! its copy is whole; parameters are not written while anybody may read them.
 
 use super::{ChunkImage, Contribution, InitialValues, Part, Plan, Task, Work};
 use crate::{
     Result,
-    mem::{Lease, Region},
+    mem::{Lease, Region, SharedLease},
     optim::{ChunkParts, ChunkStep, Gradients, Kernels, StateMut, Wire},
+    types::Dtype,
 };
 
 /// Elements of a tile: 128 KiB of f32, some tens of microseconds between two polls.
 const TILE_ELEMENTS: usize = 32 * 1024;
 
 struct ChunkMemory {
-    master: Lease,
+    elements: usize,
+    /// The parameters; replies may be sent from here.
+    master: SharedLease,
     first: Lease,
     second: Lease,
     accumulator: Lease,
@@ -24,10 +30,21 @@ struct ChunkMemory {
 struct Running {
     work: Work,
     step: Option<ChunkStep>,
+    stage: Stage,
+}
+
+/// How far a computation is.
+enum Stage {
+    Begins,
+    /// The parameters go to another place, since somebody reads them where they are; so many elements are there.
+    Moves(usize),
+    Computes,
 }
 
 pub(super) struct HostMemory {
     kernels: Kernels,
+    /// The parameters' first places, where replies are sent from them.
+    masters: Option<Region>,
     chunks: Vec<ChunkMemory>,
     running: Option<Running>,
     copying: Option<Copying>,
@@ -43,12 +60,20 @@ struct Copying {
 
 impl ChunkMemory {
     fn floats(&self, part: Part) -> &[f32] {
-        let lease = match part {
-            Part::Master => &self.master,
-            Part::First => &self.first,
-            Part::Second => &self.second,
-        };
-        bytemuck::cast_slice(lease.bytes())
+        bytemuck::cast_slice(match part {
+            Part::Master => &self.master.bytes()[..self.elements * 4],
+            Part::First => self.first.bytes(),
+            Part::Second => self.second.bytes(),
+        })
+    }
+
+    /// As [`ChunkMemory::floats`], to be written.
+    fn floats_mut(&mut self, part: Part) -> &mut [f32] {
+        match part {
+            Part::Master => sole_floats(&mut self.master, self.elements),
+            Part::First => floats_mut(&mut self.first),
+            Part::Second => floats_mut(&mut self.second),
+        }
     }
 
     /// What of this chunk an image does not have yet.
@@ -69,37 +94,51 @@ impl HostMemory {
         let options = &plan.options;
         let slots = options.optimizer.kind.state_slots();
         let accumulates = options.two_step || ChunkStep::needs_accumulator(&options.optimizer);
-        let parts = 1 + slots + usize::from(accumulates);
+        let parts = slots + usize::from(accumulates);
         let len = |id| plan.layout.chunk(id).len as usize;
         let elements: usize = plan.chunks.iter().map(|chunk| len(chunk.id)).sum();
-        let (_, lease) = Region::allocate(elements * 4 * parts, &options.region)?;
-        let mut rest = Some(lease);
+        let is_sent = sends_master(plan);
+        let largest = plan.chunks.iter().map(|chunk| len(chunk.id)).max().unwrap_or(0);
+        // Places for parameters that are sent are all alike: a step may leave one chunk's to another.
+        let place = |elements| if is_sent { 4 * largest } else { 4 * elements };
+        let places = plan.chunks.iter().map(|chunk| place(len(chunk.id))).sum();
+        let (region, lease) = Region::allocate(places, &options.region)?;
+        let mut masters = Some(lease);
+        let mut rest = Some(Region::allocate(elements * 4 * parts, &options.region)?.1);
         let mut chunks = Vec::with_capacity(plan.chunks.len());
         for (index, chunk) in plan.chunks.iter().enumerate() {
-            let mut take = |wanted: bool| {
-                let len = if wanted { len(chunk.id) * 4 } else { 0 };
-                let (piece, tail) = rest.take().expect("put back below").split_at(len);
-                rest = Some(tail);
-                piece
-            };
+            let elements = len(chunk.id);
+            let array = |wanted: bool| if wanted { 4 * elements } else { 0 };
             let mut memory = ChunkMemory {
-                master: take(true),
-                first: take(slots >= 1),
-                second: take(slots >= 2),
-                accumulator: take(accumulates),
+                elements,
+                master: take(&mut masters, place(elements)).freeze(),
+                first: take(&mut rest, array(slots >= 1)),
+                second: take(&mut rest, array(slots >= 2)),
+                accumulator: take(&mut rest, array(accumulates)),
             };
-            plan.initialise(index, values, floats_mut(&mut memory.master))?;
+            plan.initialise(index, values, memory.floats_mut(Part::Master))?;
             floats_mut(&mut memory.first).fill(options.optimizer.kind.state_start());
             chunks.push(memory);
         }
-        Ok(HostMemory { kernels: Kernels::best(), chunks, running: None, copying: None })
+        Ok(HostMemory {
+            kernels: Kernels::best(),
+            masters: is_sent.then_some(region),
+            chunks,
+            running: None,
+            copying: None,
+        })
+    }
+
+    /// Where replies are sent from beside the pool.
+    pub(super) fn sent_from(&self) -> Option<&Region> {
+        self.masters.as_ref()
     }
 
     pub(super) fn restore(&mut self, index: usize, image: &ChunkImage) {
         let chunk = &mut self.chunks[index];
-        floats_mut(&mut chunk.master).copy_from_slice(&image.master);
-        floats_mut(&mut chunk.first).copy_from_slice(&image.first);
-        floats_mut(&mut chunk.second).copy_from_slice(&image.second);
+        chunk.floats_mut(Part::Master).copy_from_slice(&image.master);
+        chunk.floats_mut(Part::First).copy_from_slice(&image.first);
+        chunk.floats_mut(Part::Second).copy_from_slice(&image.second);
     }
 
     /// Parameters and the optimizer's slots of a chunk.
@@ -131,7 +170,7 @@ impl HostMemory {
         assert!(self.has_room(), "one computation at a time");
         let new = |arguments| ChunkStep::new(self.kernels, &plan.options.optimizer, arguments);
         let step = plan.arguments(&work).map(new);
-        self.running = Some(Running { work, step });
+        self.running = Some(Running { work, step, stage: Stage::Begins });
     }
 
     /// Does a tile; the work, if that was the last one.
@@ -145,12 +184,52 @@ impl HostMemory {
             return None;
         }
         let mut running = self.running.take()?;
-        if self.tile(plan, &mut running) {
+        if self.claim(plan, &mut running) && self.tile(plan, &mut running) {
+            self.publish(plan, &mut running.work);
             running.work.squared_norm = running.step.and_then(|step| step.squared_norm());
             return Some(running.work);
         }
         self.running = Some(running);
         None
+    }
+
+    /// Makes the parameters ready to be changed and sent: where they are if nobody reads them, elsewhere otherwise, copied by the tile.
+    /// `false` while they are on their way.
+    fn claim(&mut self, plan: &Plan, running: &mut Running) -> bool {
+        let Running { work, stage, .. } = running;
+        let chunk = &mut self.chunks[plan.index(work.chunk)];
+        if matches!(stage, Stage::Begins) {
+            *stage = Stage::Computes;
+            if sends_master(plan) && work.wire.is_some() {
+                work.published = None;
+                let stays = chunk.master.sole_bytes_mut().is_some();
+                if let Some(place) = work.wire.take_if(|_| !stays) {
+                    work.before = Some(std::mem::replace(&mut chunk.master, place.freeze()));
+                    *stage = Stage::Moves(0);
+                }
+            }
+        }
+        if let (Stage::Moves(moved), Some(before)) = (&mut *stage, &work.before) {
+            let range = *moved * 4..(*moved + TILE_ELEMENTS).min(chunk.elements) * 4;
+            let place = chunk.master.sole_bytes_mut().expect("nobody has been told of it yet");
+            place[range.clone()].copy_from_slice(&before.bytes()[range.clone()]);
+            *moved = range.end / 4;
+            if *moved < chunk.elements {
+                return false;
+            }
+            *stage = Stage::Computes;
+        }
+        true
+    }
+
+    /// What replies are sent from, from here on.
+    fn publish(&self, plan: &Plan, work: &mut Work) {
+        if !sends_master(plan) {
+            return work.publish();
+        }
+        if work.wire.is_some() || work.before.is_some() {
+            work.published = Some(self.chunks[plan.index(work.chunk)].master.clone());
+        }
     }
 
     /// The first chunk that is not copied yet.
@@ -199,48 +278,76 @@ impl HostMemory {
     /// A part of a chunk's state goes to `sum`, or comes from the one contribution.
     fn copy_part(&mut self, plan: &Plan, part: Part, work: &mut Work) {
         let chunk = &mut self.chunks[plan.index(work.chunk)];
-        let state = match part {
-            Part::Master => &mut chunk.master,
-            Part::First => &mut chunk.first,
-            Part::Second => &mut chunk.second,
-        };
-        let len = state.len();
         match (&mut work.sum, work.contributions.first()) {
-            (Some(sum), _) => sum.bytes_mut()[..len].copy_from_slice(state.bytes()),
-            (None, Some(landed)) => state.bytes_mut().copy_from_slice(&landed.lease.bytes()[..len]),
+            (Some(sum), _) => {
+                let state: &[u8] = bytemuck::cast_slice(chunk.floats(part));
+                sum.bytes_mut()[..state.len()].copy_from_slice(state);
+            }
+            (None, Some(landed)) => {
+                let state: &mut [u8] = bytemuck::cast_slice_mut(chunk.floats_mut(part));
+                state.copy_from_slice(&landed.lease.bytes()[..state.len()]);
+            }
             (None, None) => unreachable!("a copy has another end"),
         }
     }
 
     fn step_tile(&mut self, plan: &Plan, running: &mut Running) -> bool {
-        let Work { contributions, wire, chunk: id, .. } = &mut running.work;
+        let Work { task, contributions, wire, chunk: id, .. } = &mut running.work;
         let index = plan.index(*id);
         let chunk = &mut self.chunks[index];
         let spans = &plan.chunks[index].spans;
         let elements = spans.last().map_or(0, |span| span.end() as usize);
         let dtype = plan.options.parameter_dtype;
-        let wire = wire.as_mut().map(|lease| Wire { bytes: &mut lease.bytes_mut()[..elements * dtype.size()], dtype });
+        let copy = wire.as_mut().filter(|_| !sends_master(plan));
+        let wire = copy.map(|lease| Wire { bytes: &mut lease.bytes_mut()[..elements * dtype.size()], dtype });
         let Some(step) = &mut running.step else {
-            self.kernels.encode(floats_mut(&mut chunk.master), wire.expect("an encode has somewhere to go"));
+            if let Some(wire) = wire {
+                self.kernels.encode(chunk.floats(Part::Master), wire);
+            }
             return true;
+        };
+        let ChunkMemory { master, first, second, accumulator, .. } = chunk;
+        let state = match task {
+            Task::Reduce => StateMut::default(),
+            _ => {
+                StateMut { master: sole_floats(master, elements), first: floats_mut(first), second: floats_mut(second) }
+            }
         };
         let mut parts = ChunkParts {
             config: &plan.options.optimizer,
             rates: &plan.rates,
             spans,
             gradients: Gradients { dtype: plan.options.gradient_dtype, contributions, start: 0 },
-            accumulator: floats_mut(&mut chunk.accumulator),
-            state: StateMut {
-                master: floats_mut(&mut chunk.master),
-                first: floats_mut(&mut chunk.first),
-                second: floats_mut(&mut chunk.second),
-            },
+            accumulator: floats_mut(accumulator),
+            state,
             wire,
         };
         step.advance(&mut parts, TILE_ELEMENTS)
     }
 }
 
+/// Whether replies are sent from where the parameters lie.
+fn sends_master(plan: &Plan) -> bool {
+    plan.options.parameter_dtype == Dtype::F32 && cfg!(target_endian = "little")
+}
+
+/// The next so many bytes.
+fn take(from: &mut Option<Lease>, bytes: usize) -> Lease {
+    let (piece, rest) = from.take().expect("put back below").split_at(bytes);
+    *from = Some(rest);
+    piece
+}
+
+/// Parameters that nobody else reads.
+fn sole_floats(master: &mut SharedLease, elements: usize) -> &mut [f32] {
+    let bytes = master.sole_bytes_mut().expect("what others read is not written");
+    bytemuck::cast_slice_mut(&mut bytes[..elements * size_of::<f32>()])
+}
+
 fn floats_mut(lease: &mut Lease) -> &mut [f32] {
     bytemuck::cast_slice_mut(lease.bytes_mut())
 }
+
+#[cfg(test)]
+#[path = "host_tests.rs"]
+mod tests;

@@ -185,6 +185,15 @@ impl Memory {
         }
     }
 
+    /// The region of the parameters where replies are sent from there: a transport must have it as well as the pool, which then needs
+    /// one place a chunk, for a step whose parameters are still being read.
+    pub fn sent_from(&self) -> Option<&Region> {
+        match &self.place {
+            Place::Host(host) => host.sent_from(),
+            Place::Device(_) => None,
+        }
+    }
+
     /// Memory of the shard's GPU that a NIC may be given, for contributions to land in and wire copies to leave from; `None` where
     /// the processor computes, or the GPU is to keep its memory to itself.
     ///
@@ -347,7 +356,10 @@ impl Memory {
     pub fn advance(&mut self) -> Result<Option<Work>> {
         let mut finished = match &mut self.place {
             Place::Host(host) => host.advance(&self.plan),
-            Place::Device(device) => device.advance(&self.plan)?,
+            Place::Device(device) => device.advance(&self.plan)?.map(|mut work| {
+                work.publish();
+                work
+            }),
         };
         if let Some(work) = &mut finished {
             if let Some(sum) = work.squared_norm {

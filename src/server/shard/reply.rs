@@ -129,15 +129,11 @@ impl Shard {
         self.post(peer, note, payload);
     }
 
-    /// A new wire copy of the chunk; the one before goes back to the pool when its last reader is done.
-    pub(super) fn publish(&mut self, index: usize, wire: Lease) {
-        let bytes = self.chunks[index].len as usize * self.config.parameter_dtype.size();
-        debug_assert!(wire.len() >= bytes);
+    /// A new wire copy of the chunk.
+    pub(super) fn publish(&mut self, index: usize, copy: SharedLease) {
         let chunk = &mut self.chunks[index];
-        let before = chunk.published.replace((chunk.version, wire.freeze()));
-        if let Some((_, before)) = before {
-            self.retire(before);
-        }
+        debug_assert!(copy.len() >= chunk.len as usize * self.config.parameter_dtype.size());
+        chunk.published = Some((chunk.version, copy));
     }
 
     /// One reader of a wire copy is done; the last one brings it back to the pool.

@@ -165,6 +165,11 @@ impl Shard {
             chunk.gate.clock_of(contributor) >= arrival.clock && arrival.clock < held
         };
         let Some(at) = chunk.arrived.iter().position(in_turn) else { return Turn::Idle };
+        // Parameters of f32 may be read where they lie: the step needs another place for them then.
+        let makes_copy = self.config.parameter_dtype == Dtype::F32 && chunk.arrived[at].contribution.is_some();
+        if makes_copy && self.pool.is_empty() {
+            return Turn::Waiting;
+        }
         let arrival = chunk.arrived.remove(at).expect("just found");
         let (clock, position) = (arrival.clock, arrival.position);
         let contributor = chunk.contributors.binary_search(&arrival.worker).expect("checked by own_chunk");
@@ -187,7 +192,11 @@ impl Shard {
         let mut contributions = self.spare.pop().unwrap_or_default();
         contributions.push(contribution);
         let scale = Decision::taken(self.loss_scale).scale;
-        self.compute(index, Work { position, contributions, weight, scale, ..Work::new(Task::Step, chunk, clock) });
+        let wire = self.pool.pop_if(|_| makes_copy);
+        self.compute(
+            index,
+            Work { position, contributions, weight, wire, scale, ..Work::new(Task::Step, chunk, clock) },
+        );
         Turn::Progressed
     }
 
@@ -205,7 +214,10 @@ impl Shard {
         Turn::Progressed
     }
 
-    pub(super) fn compute(&mut self, index: usize, work: Work) {
+    pub(super) fn compute(&mut self, index: usize, mut work: Work) {
+        if work.wire.is_some() {
+            work.published = self.chunks[index].published.take().map(|(_, copy)| copy);
+        }
         self.chunks[index].busy = true;
         self.computing += 1;
         self.effects.push_back(Effect::Compute(work));
@@ -216,7 +228,11 @@ impl Shard {
         let index = self.layout.chunk(work.chunk).position as usize;
         self.computing -= 1;
         self.chunks[index].busy = false;
-        let wire = work.wire.take();
+        let copy = work.published.take();
+        self.pool.extend(work.wire.take());
+        if let Some(before) = work.before.take() {
+            self.retire(before);
+        }
         let worker = work.contributions.first().map_or(0, |contribution| contribution.worker);
         for contribution in work.contributions.drain(..) {
             let peer = self.contributors[usize::from(contribution.worker)].peer;
@@ -226,12 +242,15 @@ impl Shard {
         match work.task {
             Task::Step if !self.config.consistency.aggregates() => {
                 self.chunks[index].version += 1;
+                if let Some(copy) = copy {
+                    self.publish(index, copy);
+                }
                 self.applied(index, worker, work.clock);
                 self.finish_position(worker, work.position);
             }
             Task::Step => {
                 self.chunks[index].version += 1;
-                self.publish(index, wire.expect("an aggregate step has a wire copy"));
+                self.publish(index, copy.expect("an aggregate step has a wire copy"));
                 self.finish_clock(index, work.clock);
                 self.finish_position(worker, work.position);
             }
@@ -246,10 +265,10 @@ impl Shard {
             Task::Apply => {
                 self.chunks[index].reduced = None;
                 self.chunks[index].version += 1;
-                self.publish(index, wire.expect("apply has a wire copy"));
+                self.publish(index, copy.expect("apply has a wire copy"));
                 self.finish_clock(index, work.clock);
             }
-            Task::Encode => self.publish(index, wire.expect("encode has a wire copy")),
+            Task::Encode => self.publish(index, copy.expect("encode has a wire copy")),
             Task::CopyOut(part) => self.copied_out(index, work, part),
             Task::CopyIn(_) => unreachable!("only a backup takes in state"),
         }

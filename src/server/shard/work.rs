@@ -3,7 +3,7 @@
 //! Invariant: the leases in a [`Work`] are all that a computation may touch beside the chunk's own state, and come back with it.
 
 use crate::{
-    mem::Lease,
+    mem::{Lease, SharedLease},
     types::{ChunkId, Clock, Version},
 };
 
@@ -21,13 +21,13 @@ pub struct Contribution {
 /// What is to be computed over a chunk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Task {
-    /// Sum the contributions, run the optimizer, store the wire copy if there is a lease for it: one pass.
+    /// Sum the contributions, run the optimizer, make the wire copy if there is a lease for it: one pass.
     Step,
     /// Sum the contributions into the chunk's accumulator.
     Reduce,
-    /// Run the optimizer on the accumulator, store the wire copy if there is a lease for it.
+    /// Run the optimizer on the accumulator, make the wire copy if there is a lease for it.
     Apply,
-    /// Store the wire copy of the present parameters.
+    /// Make the wire copy of the present parameters.
     Encode,
     /// Copy a part of the chunk's state into `sum`.
     CopyOut(Part),
@@ -73,8 +73,12 @@ pub struct Work {
     pub contributions: Vec<Contribution>,
     /// The number of gradients that the mean divides by.
     pub weight: u32,
-    /// Where the wire copy goes.
+    /// Where the wire copy goes; still there afterwards if it was not needed.
     pub wire: Option<Lease>,
+    /// Before: the last wire copy, which is given up for a new one. Afterwards: the new one.
+    pub published: Option<SharedLease>,
+    /// Afterwards: the last wire copy, if it was replaced.
+    pub before: Option<SharedLease>,
     /// Of a [`Task::Reduce`]: where the sum is also left, in f32. Of a [`Task::CopyOut`]: where the part goes.
     pub sum: Option<Lease>,
     /// Of a [`Task::CopyOut`] that is done, and of a [`Task::CopyIn`]: the optimizer steps that the chunk has taken.
@@ -108,11 +112,20 @@ impl Work {
             contributions: Vec::new(),
             weight: 0,
             wire: None,
+            published: None,
+            before: None,
             sum: None,
             steps: 0,
             version: 0,
             scale: 1.0,
             squared_norm: None,
+        }
+    }
+
+    /// What was written to `wire` is the wire copy from here on.
+    pub(in crate::server) fn publish(&mut self) {
+        if let Some(wire) = self.wire.take() {
+            self.before = self.published.replace(wire.freeze());
         }
     }
 }

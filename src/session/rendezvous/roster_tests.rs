@@ -394,9 +394,9 @@ fn a_job_that_does_not_fit_into_the_host_is_refused_before_anybody_allocates() {
         });
         let seen = stage.take().iter().any(|(_, message)| matches!(message, FromLauncher::View(_)));
         assert_eq!((refused.is_none(), seen), (fits, fits), "{refused:?}");
-        // 4 MiB of parameters: master and two arrays, two copies for replies, four slots of 1 MiB for each of two workers.
+        // 4 MiB of parameters: master and two arrays, one place more a chunk for replies, four slots of 1 MiB for each of two workers.
         if let Some(text) = refused {
-            assert!(text.contains(&format!("1 servers take {} bytes", 4 << 20 | (8 + 8 + 8) << 20)), "{text}");
+            assert!(text.contains(&format!("1 servers take {} bytes", (4 + 8 + 4 + 8) << 20)), "{text}");
         }
     }
 }
