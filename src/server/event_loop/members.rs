@@ -23,8 +23,12 @@ impl Arrivals {
 }
 
 impl<T: Transport> EventLoop<T> {
-    /// See [`Shard::prepare_change`]. A worker that is lost is expelled; [`NEVER`] for a change that this shard cannot make.
+    /// See [`Shard::prepare_change`]. A worker that is lost is expelled, once a change: another process may have its seat when this is asked
+    /// again. [`NEVER`] for a change that this shard cannot make.
     pub fn prepare_change(&mut self, number: u64, clock: Clock, change: Change) -> Clock {
+        if let Some(from) = self.shard.promised(number) {
+            return from;
+        }
         match change {
             Change::Lost(worker) => self.expel(worker, false),
             Change::Opens(worker) => self.expel(worker, true),

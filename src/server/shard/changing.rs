@@ -6,13 +6,15 @@
 use super::*;
 
 impl Shard {
+    /// What was promised to this change when it was asked for before. All are asked once more when another lane serves some shard: then
+    /// the change may have been settled by what was said at first, and that holds.
+    pub fn promised(&self, number: u64) -> Option<Clock> {
+        self.held.filter(|(held, _)| *held == number).map(|(_, from)| from)
+    }
+
     /// Begins nothing of `clock` and later clocks until [`Shard::settle_change`]; of a later one if that clock has begun here. Gives
-    /// the first clock that is held. All are asked once more when another lane serves some shard: then the change may have been settled by
-    /// what was said at first, and that holds.
+    /// the first clock that is held.
     pub fn prepare_change(&mut self, number: u64, clock: Clock) -> Clock {
-        if let Some((_, from)) = self.held.filter(|(held, _)| *held == number) {
-            return from;
-        }
         let begun =
             self.chunks.iter().filter_map(|chunk| chunk.reduced.map(|reduced| reduced.clock + 1)).max().unwrap_or(0);
         let possible = begun.max(self.clock_max + u64::from(self.computing > 0)).max(self.decided_here());

@@ -1,7 +1,7 @@
 //! The decider's view of one clock: the norms of all chunks as they come, and what follows from them.
 //!
 //! Norms and farewells may come twice: whoever builds a path to the decider says again what is not decided yet. A chunk's norm at a
-//! clock is the same whoever says it, since its sum is.
+//! clock is the same whoever says it, since its sum is: nobody says the norm of a sum that another lane may take anew.
 //!
 //! Invariant: one decision a clock, made of every chunk's measure exactly once.
 

@@ -203,9 +203,8 @@ impl Shard {
     /// A chunk has been reduced: its part of what the decision needs, unless that is known.
     pub(super) fn measure(&mut self, index: usize) {
         let Some(Reduced { clock, squared_norm, .. }) = self.chunks[index].reduced else { return };
-        // A sum that is lost with this lane may be another one when it is taken anew, if a worker is lost with it: nobody decides by such.
-        let may_change = self.config.may_lose_workers && self.chunks[index].is_unheld;
-        if self.is_decided(clock) || may_change {
+        // A lane that takes over without this sum may take another one, of other workers: nobody decides by what the backup has not.
+        if self.is_decided(clock) || self.chunks[index].is_unheld {
             return;
         }
         let chunk = self.chunks[index].id;
