@@ -29,13 +29,7 @@ impl JobConfig {
 
     /// Why workers cannot leave this job or come to it while it runs.
     pub fn keeps_workers(&self) -> Option<&'static str> {
-        match () {
-            () if !self.consistency.aggregates() => Some("that needs `consistency` bsp"),
-            () if self.moves_shards() => {
-                Some("together with servers that join and leave (`max_servers`) it is not built yet")
-            }
-            () => None,
-        }
+        (!self.consistency.aggregates()).then_some("that needs `consistency` bsp")
     }
 
     fn validate_seats(&self) -> Result<()> {

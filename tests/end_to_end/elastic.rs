@@ -13,18 +13,32 @@ use nix::sys::signal::Signal;
 
 use crate::{
     bits::{same, simulate, world_options},
+    broken_paths::clock,
     jobs::{digests, end, home, options, stored, wait_for_text, with_variable},
     program::{STEPS, gradient, model},
+    replicas::wait_until,
+    scaling::scale,
 };
 
 /// Every step is decided upon.
 const CLIP: f32 = 3.0;
 
-/// How a job went: the clocks from which on worker 1 was out and in again, and what it wrote.
+/// How a job went: the clocks from which on worker 1 was out and in again, how many there were, and what it wrote.
 struct Told {
     out: Clock,
     again: Option<Clock>,
+    clocks: Clock,
     output: String,
+}
+
+/// What happens to the servers as the worker is lost.
+#[derive(Clone, Copy, PartialEq)]
+enum Servers {
+    Stay,
+    /// Every shard has two copies, and this one is killed at the same moment.
+    Dies(u16),
+    /// Shards are on their way to two more.
+    Join,
 }
 
 /// The clock in `worker 1 is WHAT from clock N on`.
@@ -33,15 +47,15 @@ fn clock_of(output: &str, what: &str) -> Option<Clock> {
     Some(told.trim_end_matches(" on").parse().expect("a clock"))
 }
 
-/// Runs a job of three workers whose worker 1 gets a signal at clock 12, until the loss hit no clock in the middle. If a server `dies`, every
-/// shard has two copies, and it is killed at the same moment.
+/// Runs a job of three workers whose worker 1 gets a signal at clock 12, until the loss hit no clock in the middle.
 fn lose(
     policy: OnWorkerLoss,
     fabric: Fabric,
     part: &str,
-    (signal, dies): (Option<Signal>, Option<u16>),
+    (signal, servers): (Option<Signal>, Servers),
     home: &std::path::Path,
 ) -> Told {
+    let clocks = if servers == Servers::Join { 3 * STEPS } else { STEPS };
     for _ in 0..5 {
         let mut options = options(home, part);
         if part == "nap" {
@@ -52,14 +66,30 @@ fn lose(
         options.config.workers = 3;
         options.config.on_worker_loss = policy;
         options.config.transports = vec![fabric];
-        if dies.is_some() {
-            (options.config.replicas, options.config.suspect_ms) = (2, 1500);
+        match servers {
+            Servers::Stay => {}
+            Servers::Dies(_) => (options.config.replicas, options.config.suspect_ms) = (2, 1500),
+            Servers::Join => {
+                options.config.max_servers = 4;
+                with_variable(&mut options, "WORKER_TELLS", 1);
+            }
         }
+        with_variable(&mut options, "WORKER_STEPS", clocks);
         with_variable(&mut options, "WORKER_PAUSE_MS", 40);
         let mut job = Job::start(options).unwrap();
         wait_for_text(&job, "at clock 10");
+        let path = home.to_path_buf();
+        let asking = (servers == Servers::Join).then(|| std::thread::spawn(move || scale(&path, "4")));
+        if asking.is_some() {
+            wait_for_text(&job, "shard 2 has moved");
+            let at = clock(&job);
+            wait_until(&job, "a clock after that", || clock(&job) > at);
+        }
         signal.into_iter().for_each(|signal| job.kill(Rank::worker(1), signal));
-        dies.into_iter().for_each(|server| job.kill(Rank::server(server), Signal::SIGKILL));
+        if let Servers::Dies(server) = servers {
+            job.kill(Rank::server(server), Signal::SIGKILL);
+        }
+        asking.into_iter().for_each(|asking| drop(asking.join().unwrap()));
         let outcome = end(&mut job);
         let output = job.output();
         let missing: Vec<Rank> = outcome.missing.keys().copied().collect();
@@ -73,7 +103,7 @@ fn lose(
             }
             Some(_) => assert_eq!((outcome.code, &missing[..]), (0, &[][..]), "{output}"),
         }
-        return Told { out: out.unwrap_or_else(|| panic!("nobody was out:\n{output}")), again, output };
+        return Told { out: out.unwrap_or_else(|| panic!("nobody was out:\n{output}")), again, clocks, output };
     }
     panic!("five losses in the middle of a clock");
 }
@@ -82,7 +112,7 @@ fn lose(
 fn compare(told: &Told, home: &std::path::Path, how: &str) {
     let all = vec![model(); 3];
     let elastic = ElasticOptions { told: vec![(1, told.out, told.again)], ..ElasticOptions::default() };
-    let mut world = WorldOptions { elastic, ..world_options(all.clone()) };
+    let mut world = WorldOptions { elastic, clocks: told.clocks, ..world_options(all.clone()) };
     world.optimizer.clip.global_norm = Some(CLIP);
     same(&simulate(world, gradient), &stored(home, &all), how);
     let digests = digests(&told.output);
@@ -93,7 +123,7 @@ fn compare(told: &Told, home: &std::path::Path, how: &str) {
 fn a_killed_worker_is_gone_on_without() {
     for fabric in [Fabric::Tcp, Fabric::Shm] {
         let home = home();
-        let told = lose(OnWorkerLoss::Continue, fabric, "train", (Some(Signal::SIGKILL), None), home.path());
+        let told = lose(OnWorkerLoss::Continue, fabric, "train", (Some(Signal::SIGKILL), Servers::Stay), home.path());
         assert!(told.out > 10 && told.out < STEPS && told.again.is_none(), "{}", told.output);
         let text = "was killed by signal 9 (SIGKILL); the job goes on without it";
         assert!(told.output.contains(text), "{}", told.output);
@@ -106,9 +136,20 @@ fn a_killed_worker_is_gone_on_without() {
 fn a_worker_is_killed_with_a_server_and_both_come_again() {
     for (fabric, server) in [(Fabric::Tcp, 0), (Fabric::Shm, 1)] {
         let home = home();
-        let signals = (Some(Signal::SIGKILL), Some(server));
+        let signals = (Some(Signal::SIGKILL), Servers::Dies(server));
         let told = lose(OnWorkerLoss::Restart, fabric, "train", signals, home.path());
         assert!(told.again.is_some() && told.output.contains("its shards go on with"), "{}", told.output);
+        compare(&told, home.path(), fabric.name());
+    }
+}
+
+/// Whoever takes a shard is told of all turns before it serves; the worker is started again, where servers are not.
+#[test]
+fn a_worker_is_killed_while_shards_move_and_comes_again() {
+    for fabric in [Fabric::Tcp, Fabric::Shm] {
+        let home = home();
+        let told = lose(OnWorkerLoss::Restart, fabric, "train", (Some(Signal::SIGKILL), Servers::Join), home.path());
+        assert!(told.again.is_some() && told.output.contains("has moved from server 1 to server 3"), "{}", told.output);
         compare(&told, home.path(), fabric.name());
     }
 }
@@ -117,7 +158,7 @@ fn a_worker_is_killed_with_a_server_and_both_come_again() {
 #[test]
 fn a_stopped_worker_is_gone_on_without() {
     let home = home();
-    let told = lose(OnWorkerLoss::Continue, Fabric::Tcp, "train", (Some(Signal::SIGSTOP), None), home.path());
+    let told = lose(OnWorkerLoss::Continue, Fabric::Tcp, "train", (Some(Signal::SIGSTOP), Servers::Stay), home.path());
     assert!(told.output.contains("no sign of life"), "{}", told.output);
     compare(&told, home.path(), "stopped");
 }
@@ -126,7 +167,7 @@ fn a_stopped_worker_is_gone_on_without() {
 #[test]
 fn a_worker_that_ends_without_finishing_is_gone_on_without() {
     let home = home();
-    let told = lose(OnWorkerLoss::Continue, Fabric::Tcp, "forget", (None, None), home.path());
+    let told = lose(OnWorkerLoss::Continue, Fabric::Tcp, "forget", (None, Servers::Stay), home.path());
     assert_eq!(told.out, 10, "{}", told.output);
     compare(&told, home.path(), "forgot");
 }
@@ -135,7 +176,7 @@ fn a_worker_that_ends_without_finishing_is_gone_on_without() {
 #[test]
 fn a_straggler_is_dropped() {
     let home = home();
-    let told = lose(OnWorkerLoss::Continue, Fabric::Shm, "nap", (None, None), home.path());
+    let told = lose(OnWorkerLoss::Continue, Fabric::Shm, "nap", (None, Servers::Stay), home.path());
     assert_eq!(told.out, 10, "{}", told.output);
     assert!(
         told.output.contains("worker 1") && told.output.contains("kept the others waiting at clock 10"),
@@ -149,7 +190,7 @@ fn a_straggler_is_dropped() {
 #[test]
 fn a_straggler_is_dropped_once_and_comes_again() {
     let home = home();
-    let told = lose(OnWorkerLoss::Restart, Fabric::Tcp, "nap", (None, None), home.path());
+    let told = lose(OnWorkerLoss::Restart, Fabric::Tcp, "nap", (None, Servers::Stay), home.path());
     assert!(told.again.is_some(), "{}", told.output);
     assert_eq!(told.output.matches("kept the others waiting").count(), 1, "{}", told.output);
     compare(&told, home.path(), "straggler");
@@ -159,7 +200,7 @@ fn a_straggler_is_dropped_once_and_comes_again() {
 fn a_worker_that_is_started_again_takes_part_from_a_later_clock_on() {
     for fabric in [Fabric::Tcp, Fabric::Shm] {
         let home = home();
-        let told = lose(OnWorkerLoss::Restart, fabric, "train", (Some(Signal::SIGKILL), None), home.path());
+        let told = lose(OnWorkerLoss::Restart, fabric, "train", (Some(Signal::SIGKILL), Servers::Stay), home.path());
         let again = told.again.unwrap_or_else(|| panic!("it did not come again:\n{}", told.output));
         assert!(again > told.out && again < STEPS, "{}", told.output);
         assert!(told.output.contains(&format!("training from clock {again}")), "{}", told.output);

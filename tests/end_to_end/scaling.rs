@@ -45,7 +45,8 @@ fn gradwire(home: &Path, arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_gradwire")).args(arguments).env("GRADWIRE_HOME", home).output().unwrap()
 }
 
-fn scale(home: &Path, servers: &str) -> String {
+/// Has the job have so many servers; what is said of it.
+pub fn scale(home: &Path, servers: &str) -> String {
     let told = gradwire(home, &["scale", "test", "--servers", servers]);
     let text = String::from_utf8_lossy(&told.stdout).into_owned() + &String::from_utf8_lossy(&told.stderr);
     assert!(told.status.success(), "{text}");

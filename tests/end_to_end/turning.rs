@@ -1,7 +1,7 @@
 //! Workers that leave a running job and come to it on a command: at the clocks that are printed, with the bits of a job that was told
 //! of them from the start.
 //!
-//! Invariant: what is right is what the simulator makes of the job that was told, also where servers are killed meanwhile; nobody who was
+//! Invariant: what is right is what the simulator makes of the job that was told, also where servers are killed, join and leave meanwhile; nobody who was
 //! told to leave counts as lost.
 
 use std::{
@@ -24,6 +24,7 @@ use crate::{
     jobs::{digests, end, home, options, stored, wait_for_text, with_variable},
     program::{STEPS, gradient, model},
     replicas::{is_full, said, wait_until},
+    scaling::scale,
 };
 
 fn call(home: &Path, arguments: &[&str]) -> Output {
@@ -48,36 +49,55 @@ fn kill(job: &Job, server: u16) {
     wait_until(job, "a clock after the take-over", goes_on);
 }
 
-/// Three workers; a fourth comes to a seat that was empty, worker 1 leaves at a clock that was named, and comes again. With two copies of each
-/// shard a server is killed when the clock has been named and not come, and the other one after the worker has left.
-fn run(fabric: Fabric, clip: Option<f32>, replicas: u16) {
+/// What becomes of the servers.
+#[derive(Clone, Copy, PartialEq)]
+enum Servers {
+    Stay,
+    /// Every shard has two copies.
+    AreKilled,
+    /// There are four of them, and then one.
+    JoinAndLeave,
+}
+
+impl Servers {
+    /// Lets it happen, for the first time or the second.
+    fn disturb(self, time: u16, job: &Job, home: &Path) {
+        match self {
+            Servers::Stay => {}
+            Servers::AreKilled => kill(job, time),
+            Servers::JoinAndLeave => drop(scale(home, ["4", "1"][usize::from(time)])),
+        }
+    }
+}
+
+/// Three workers; a fourth comes to a seat that was empty, worker 1 leaves at a clock that was named, and comes again. Something happens to the
+/// servers when the clock has been named and not come, and after the worker has left.
+fn run(fabric: Fabric, clip: Option<f32>, servers: Servers) {
     let home = home();
     let mut options = options(home.path(), "train");
     (options.config.workers, options.config.max_workers) = (3, 4);
     options.config.optimizer.clip.global_norm = clip;
     options.config.transports = vec![fabric];
-    options.config.replicas = replicas;
+    options.config.replicas = if servers == Servers::AreKilled { 2 } else { 1 };
+    options.config.max_servers = if servers == Servers::JoinAndLeave { 4 } else { 0 };
     options.config.suspect_ms = 1500; // other tests run beside this one
-    let (steps, pause_ms) = if replicas == 2 { (300, 40) } else { (STEPS, 60) };
+    let are_disturbed = servers != Servers::Stay;
+    let (steps, pause_ms) = if are_disturbed { (300, 40) } else { (STEPS, 60) };
     with_variable(&mut options, "WORKER_STEPS", steps);
     with_variable(&mut options, "WORKER_PAUSE_MS", pause_ms);
-    if replicas == 2 {
+    if are_disturbed {
         with_variable(&mut options, "WORKER_TELLS", 1);
     }
     let mut job = Job::start(options).unwrap();
     wait_for_text(&job, "at clock 10");
     let came = turn(&job, home.path(), &["add-worker", "test"]);
-    let at = came.clock + if replicas == 2 { 40 } else { 3 };
+    let at = came.clock + if are_disturbed { 40 } else { 3 };
     let left = turn(&job, home.path(), &["remove-worker", "test", "1", "--at", &at.to_string()]);
     assert_eq!((came.worker, came.is_in, left.worker, left.is_in), (3, true, 1, false));
-    if replicas == 2 {
-        kill(&job, 0);
-        assert!(clock(&job) < left.clock, "it was killed too late: {}", job.output());
-    }
+    servers.disturb(0, &job, home.path());
+    assert!(!are_disturbed || clock(&job) < left.clock, "that was too late: {}", job.output());
     wait_for_text(&job, &format!("leaves at clock {}", left.clock));
-    if replicas == 2 {
-        kill(&job, 1);
-    }
+    servers.disturb(1, &job, home.path());
     let again = turn(&job, home.path(), &["add-worker", "test", "1"]);
     let outcome = end(&mut job);
     let output = job.output();
@@ -99,22 +119,32 @@ fn run(fabric: Fabric, clip: Option<f32>, replicas: u16) {
 
 #[test]
 fn workers_come_and_go_over_tcp() {
-    run(Fabric::Tcp, Some(3.0), 1);
+    run(Fabric::Tcp, Some(3.0), Servers::Stay);
 }
 
 #[test]
 fn workers_come_and_go_in_shared_memory() {
-    run(Fabric::Shm, None, 1);
+    run(Fabric::Shm, None, Servers::Stay);
 }
 
 #[test]
 fn workers_come_and_go_while_servers_are_killed_over_tcp() {
-    run(Fabric::Tcp, None, 2);
+    run(Fabric::Tcp, None, Servers::AreKilled);
 }
 
 #[test]
 fn workers_come_and_go_while_servers_are_killed_in_shared_memory() {
-    run(Fabric::Shm, Some(3.0), 2);
+    run(Fabric::Shm, Some(3.0), Servers::AreKilled);
+}
+
+#[test]
+fn workers_come_and_go_while_servers_join_and_leave_over_tcp() {
+    run(Fabric::Tcp, Some(3.0), Servers::JoinAndLeave);
+}
+
+#[test]
+fn workers_come_and_go_while_servers_join_and_leave_in_shared_memory() {
+    run(Fabric::Shm, None, Servers::JoinAndLeave);
 }
 
 #[test]
