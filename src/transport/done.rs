@@ -1,9 +1,9 @@
 //! What a driver will tell at its next poll, and what a fence takes out of that.
 //!
-//! Completions lie in the form in which they are handed out, so that a poll moves all of them at once: whom each is about is
-//! written beside them, for a fence to know.
+//! Completions lie in the form in which they are handed out, so that a poll moves all of them at once: whom those are about that do
+//! not say it is written beside them, for a fence to know.
 //!
-//! Invariant: both lists have the same length; after [`Done::forget`] nothing is left of a peer but `Failed` and `Released`, and
+//! Invariant: a peer is written down for each `Sent` and `Failed`, in their order; after [`Done::forget`] nothing is left of a peer but `Failed` and `Released`, and
 //! no lease is lost.
 #![forbid(unsafe_code)]
 
@@ -20,9 +20,12 @@ pub(super) struct Done {
 }
 
 impl Done {
-    #[inline]
+    /// Inlined wherever it is called, for there it is known which completion it is, and the whole is a few stores.
+    #[inline(always)]
     pub(super) fn push(&mut self, (about, told): (PeerId, Completion)) {
-        self.about.push(about);
+        if matches!(told, Completion::Sent { .. } | Completion::Failed { .. }) {
+            self.about.push(about);
+        }
         self.told.push(told);
     }
 
@@ -43,8 +46,15 @@ impl Done {
     /// After a fence only `Failed` may follow: a `Sent` that nobody has heard of yet becomes one, so that its source comes back.
     /// The slots of what had arrived are added to `slots`.
     pub(super) fn forget(&mut self, peer: PeerId, slots: &mut Vec<Lease>) {
-        let both = mem::take(&mut self.about).into_iter().zip(mem::take(&mut self.told));
-        for (about, mut completion) in both {
+        let mut written = mem::take(&mut self.about).into_iter();
+        for mut completion in mem::take(&mut self.told) {
+            let about = match &completion {
+                Completion::Sent { .. } | Completion::Failed { .. } => written.next().expect("written beside it"),
+                Completion::Arrived { from, .. } => *from,
+                Completion::Connected { peer }
+                | Completion::Released { peer, .. }
+                | Completion::Broken { peer, .. } => *peer,
+            };
             if about == peer {
                 match &mut completion {
                     Completion::Sent { id, source } => {

@@ -325,7 +325,10 @@ impl VerbsTransport {
                 }
             }
         }
-        self.send();
+        // Most looks bring nothing.
+        if !self.dirty.is_empty() {
+            self.send();
+        }
         Ok(())
     }
 

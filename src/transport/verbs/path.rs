@@ -205,6 +205,7 @@ impl Path {
     }
 
     /// Sends what is owed and what is queued, as far as there is room on the rails.
+    #[inline]
     pub(super) fn send(&mut self, ports: &mut [Port], room: Room, done: &mut Done) -> Result<(), String> {
         for rail in &mut self.rails {
             rail.begin(&mut ports[rail.number].chain).map_err(|why| rail.blame(why))?;
@@ -263,6 +264,7 @@ impl Path {
     }
 
     /// 32 bits of the peer have come on a rail, perhaps with a note. An error is the reason why the path ends.
+    #[inline]
     pub(super) fn heard(
         &mut self,
         at: usize,
@@ -271,28 +273,34 @@ impl Path {
         table: &mut RegionTable,
         done: &mut Done,
     ) -> Result<(), String> {
-        match self.rails[at].heard(immediate, now).map_err(|why| self.blame(at, why))? {
-            Word::Credit => return Ok(()),
+        let mut next = match self.rails[at].heard(immediate, now).map_err(|why| self.blame(at, why))? {
+            Word::Note(number) if self.stage == Stage::Open && self.arrivals.passes(at, number) => Some(at),
             // One rail may hear of notes while another waits for its hello.
-            Word::Note(number) if self.stage == Stage::Open && self.arrivals.passes(at, number) => {
-                self.deliver(at, table, done).map_err(|why| self.blame(at, why))?;
-                if self.arrivals.is_empty() {
-                    return Ok(());
-                }
+            Word::Note(number) => {
+                self.arrivals.arrived(at, number).map_err(|why| self.blame(at, why))?;
+                self.next_arrival()?
             }
-            Word::Note(number) => self.arrivals.arrived(at, number).map_err(|why| self.blame(at, why))?,
             Word::Hello if self.rails.iter().all(Rail::is_open) => {
                 self.stage = Stage::Open;
                 done.push((self.peer, Completion::Connected { peer: self.peer }));
+                self.next_arrival()?
             }
-            Word::Hello => return Ok(()),
-        }
-        while self.stage == Stage::Open
-            && let Some(at) = self.arrivals.take()?
-        {
+            Word::Credit | Word::Hello => None,
+        };
+        while let Some(at) = next {
             self.deliver(at, table, done).map_err(|why| self.blame(at, why))?;
+            next = self.next_arrival()?;
         }
         Ok(())
+    }
+
+    /// The rail whose oldest note is to be delivered now.
+    #[inline]
+    fn next_arrival(&mut self) -> Result<Option<usize>, String> {
+        match self.stage == Stage::Open && !self.arrivals.is_empty() {
+            true => self.arrivals.take(),
+            false => Ok(None),
+        }
     }
 
     #[inline]

@@ -147,6 +147,7 @@ impl QueuePair {
     /// # Safety
     ///
     /// Until a request has completed, or the pair is dropped, nobody writes to the range that it reads.
+    #[inline]
     pub(super) unsafe fn send(&self, chain: &mut Chain) -> Result<()> {
         let mut refused = ptr::null_mut();
         let list = chain.link();
