@@ -3,7 +3,7 @@
 //! A write travels as a frame (header, then payload: docs/wire.md). The receiver checks the header's checksums, looks the slot up
 //! in the region table, and receives the payload straight into it. The parts: `framing` knows bytes and no socket; `socket`,
 //! `epoll` and `ring` know the kernel, and `choice` which of the last two is used; `connecting` and `strangers` are the two ends of
-//! a handshake, by readiness always; `path` is one peer's connection, and `flow` its memory while a ring works on it; this file
+//! a handshake, by readiness always; `looking` asks what is ready; `path` is one peer's connection, and `flow` its memory while a ring works on it; this file
 //! ties them to the transport's trait.
 //!
 //! Invariant: an error on one path ends that path and no other; `poll` and `flush` never block, and do bounded work per peer; a
@@ -13,6 +13,7 @@ mod choice;
 mod connecting;
 mod flow;
 mod framing;
+mod looking;
 mod options;
 mod path;
 mod ring;
@@ -64,6 +65,8 @@ pub struct TcpTransport {
     ring: Option<Ring>,
     /// With a ring: the poller has something to say.
     poller_is_ready: bool,
+    /// Looks since the poller was asked.
+    looks: u32,
     strangers: Option<Strangers>,
     /// What peers are told to call; empty if we do not listen.
     advertised: Vec<SocketAddr>,
@@ -97,6 +100,7 @@ impl TcpTransport {
             poller,
             ring: None,
             poller_is_ready: false,
+            looks: 0,
             strangers,
             advertised,
             table: RegionTable::default(),
@@ -121,14 +125,6 @@ impl TcpTransport {
             self.ring = Some(Ring::open(self.poller.fd()).map_err(|trouble| choice::refused(&trouble))?);
         }
         Ok(self.ring.as_mut())
-    }
-
-    /// Looks at what is ready: without a ring everything, with one what is not connected yet.
-    fn look(&mut self, now: Instant) -> Result<()> {
-        for at in 0..self.poller.collect()? {
-            self.on_ready(self.poller.ready(at), now)?;
-        }
-        Ok(())
     }
 
     fn on_finished(&mut self, finished: Finished) {

@@ -129,6 +129,12 @@ impl Path {
         !matches!(open.link, Link::Readiness { waits_for_room: true, .. })
     }
 
+    /// Whether it is open, and nothing but what comes can happen to it.
+    pub(super) fn waits_only_to_read(&self) -> bool {
+        let State::Open(open) = &self.state else { return false };
+        matches!(open.link, Link::Readiness { waits_for_room: false, .. })
+    }
+
     /// Whether an event under `token` is about this path's connection.
     pub(super) fn is_connected_as(&self, token: Token) -> bool {
         matches!(&self.state, State::Open(open) | State::Ending { open, .. } if open.token == token)

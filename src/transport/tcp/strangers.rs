@@ -222,7 +222,12 @@ impl Strangers {
     fn refuse(&mut self, index: usize, poller: &Poller, why: Refusal, caller: Option<PeerId>, reply: &[u8]) {
         let Some(stranger) = &mut self.seats[index] else { return };
         let caller = caller.map_or("somebody".to_string(), |caller| caller.to_string());
-        tracing::warn!(from = %stranger.from, %caller, reason = %why, "refused a connection");
+        let from = stranger.from;
+        match why.is_passing() {
+            // A peer that heard of a change before us; it calls again.
+            true => tracing::debug!(%from, %caller, reason = %why, "refused a connection"),
+            false => tracing::warn!(%from, %caller, reason = %why, "refused a connection"),
+        }
         stranger.stage = Stage::Leaving { read: 0 };
         let told = socket::send(&stranger.stream, &[IoSlice::new(reply)]);
         if !matches!(told, Ok(Some(_))) || stranger.stream.shutdown(Shutdown::Write).is_err() {
