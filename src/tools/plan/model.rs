@@ -5,7 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::session::JobConfig;
+use crate::{session::JobConfig, types::Dtype};
 
 /// What things cost on a machine over a fabric: processor seconds, measured by `gradwire plan --measure`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -71,7 +71,11 @@ pub struct Prediction {
 /// Bytes that a step of one parameter moves, if it sums so many gradients.
 fn step_bytes(config: &JobConfig, gradients: f64) -> f64 {
     let state = 1.0 + config.optimizer.kind.state_slots() as f64;
-    gradients * config.gradient_dtype.size() as f64 + 8.0 * state + config.parameter_dtype.size() as f64
+    let copy = match config.parameter_dtype {
+        Dtype::F32 => 0, // sent from where the parameters lie
+        other => other.size(),
+    };
+    gradients * config.gradient_dtype.size() as f64 + 8.0 * state + copy as f64
 }
 
 /// Predicts a step of a model of so many parameters, all of which every worker pushes and pulls.
