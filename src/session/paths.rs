@@ -306,10 +306,9 @@ impl<T: Transport> Paths<T> {
         let mut next = self.liveness.next_deadline();
         if self.rebuilding > 0 {
             let rebuilding = self.paths.values().filter_map(|path| match &path.stage {
-                Stage::Rebuilding(it) if path.armed == 0 && !it.connecting && (!it.offered || it.remote.is_some()) => {
-                    Some(it.pause.min(it.until))
+                Stage::Rebuilding(it) => {
+                    Some(it.next_deadline(path.patience.unwrap_or(self.options.rebuild), path.armed == 0))
                 }
-                Stage::Rebuilding(it) => Some(it.until),
                 _ => None,
             });
             next = rebuilding.chain(next).min();

@@ -84,3 +84,34 @@ fn a_slot_that_comes_back_late_goes_to_whoever_serves_by_then() {
         assert!(held[serves] == 1 && held.iter().sum::<usize>() == 1, "{moves:?}: {held:?}");
     }
 }
+
+/// A process that was stopped while a path was to be rebuilt goes on with what was left of the time then: word of who serves by now
+/// may wait for it. While it runs, the time runs out.
+#[test]
+fn the_time_for_a_path_runs_only_while_this_end_does() {
+    let begin = Instant::now();
+    let (server, second) = (PeerId::server(0, 0), Duration::from_secs(1));
+    let given_up = |stopped: Duration| {
+        let network = network(begin);
+        let mut paths = paths(&network, PeerId::worker(0));
+        paths.options.rebuild = 10 * second;
+        paths.redirect(PeerId::server(1, 0), server, begin);
+        let mut completions = Vec::new();
+        let mut now = begin + second;
+        for pause in [second, stopped].into_iter().chain(std::iter::repeat(STEP)) {
+            network.advance(now);
+            paths.poll(now, &mut completions).unwrap();
+            if !completions.is_empty() {
+                break;
+            }
+            let next = paths.next_deadline().expect("a path is being rebuilt");
+            now = if pause == STEP { next.max(now + STEP) } else { now + pause };
+        }
+        assert!(matches!(&completions[..], [Completion::Broken { peer, .. }] if *peer == server), "{completions:?}");
+        now - begin
+    };
+    let awake = given_up(STEP);
+    assert!(awake >= 10 * second && awake < 11 * second, "{awake:?}");
+    let stopped = given_up(100 * second);
+    assert!(stopped >= 110 * second && stopped < 112 * second, "{stopped:?}");
+}

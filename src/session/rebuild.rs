@@ -63,6 +63,8 @@ pub(super) struct Rebuilding {
     pub since: Instant,
     /// The path is given up then.
     pub until: Instant,
+    /// When this was looked at last.
+    pub polled: Instant,
     /// Nothing is tried before.
     pub pause: Instant,
     /// Our offer of this generation has left.
@@ -70,6 +72,25 @@ pub(super) struct Rebuilding {
     /// The other end's.
     pub remote: Option<Endpoint>,
     pub connecting: bool,
+}
+
+impl Rebuilding {
+    /// Time in which this thread itself did not run is not counted against the other end: what it did meanwhile, and who serves in
+    /// its place, may be in messages that nobody has read yet.
+    pub fn forgive_absence(&mut self, patience: Duration, now: Instant) {
+        let gap = now.saturating_duration_since(self.polled);
+        self.polled = now;
+        if gap > patience / 2 {
+            self.until += gap;
+        }
+    }
+
+    /// When the next step is due, or this is to be looked at so that a gap tells of an absence.
+    pub fn next_deadline(&self, patience: Duration, is_free: bool) -> Instant {
+        let can_try = is_free && !self.connecting && (!self.offered || self.remote.is_some());
+        let looked_at = self.until.min(self.polled + patience / 4);
+        if can_try { self.pause.min(looked_at) } else { looked_at }
+    }
 }
 
 /// One end's view of a path and of what lies beside it.

@@ -89,6 +89,7 @@ impl<T: Transport> Paths<T> {
             defect: None,
             since: now,
             until,
+            polled: now,
             pause,
             offered: false,
             remote: None,
@@ -111,7 +112,9 @@ impl<T: Transport> Paths<T> {
         let peers: Vec<PeerId> = self.paths.keys().copied().collect();
         for peer in peers {
             let path = self.paths.get_mut(&peer).expect("a key of the map");
+            let patience = path.patience.unwrap_or(self.options.rebuild);
             let Stage::Rebuilding(rebuilding) = &mut path.stage else { continue };
+            rebuilding.forgive_absence(patience, now);
             if now >= rebuilding.until || path.tries > TRIES_MAX {
                 let tried = match &rebuilding.defect {
                     Some(defect) => format!("the last try: {defect}"),
